@@ -1,0 +1,58 @@
+"""hvdtrain: one training loop for PyTorch over Horovod, MPI or torch.distributed.
+
+::
+
+    import hvdtrain
+
+    with hvdtrain.init() as backend:
+        trainer = hvdtrain.Trainer(backend, model, optimizer, loss=cross_entropy, clip_norm=1.0)
+        trainer.fit(train_data, eval_data, epochs=3, global_batch_size=256)
+
+Importing this module imports neither torch nor any engine; the public names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hvdtrain.version import __version__
+
+if TYPE_CHECKING:
+    from hvdtrain.backends import available as available
+    from hvdtrain.backends import create as init
+    from hvdtrain.backends.base import Backend as Backend
+    from hvdtrain.backends.communicator import Communicator as Communicator
+    from hvdtrain.backends.replica import Replica as Replica
+    from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.task import Task as Task
+    from hvdtrain.training.trainer import Trainer as Trainer
+    from hvdtrain.workers import spawn as spawn
+
+_PUBLIC = {
+    "Backend": "hvdtrain.backends.base:Backend",
+    "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "Replica": "hvdtrain.backends.replica:Replica",
+    "Task": "hvdtrain.training.task:Task",
+    "Topology": "hvdtrain.topology:Topology",
+    "Trainer": "hvdtrain.training.trainer:Trainer",
+    "available": "hvdtrain.backends:available",
+    "init": "hvdtrain.backends:create",
+    "spawn": "hvdtrain.workers:spawn",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hvdtrain' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

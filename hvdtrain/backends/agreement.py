@@ -1,0 +1,160 @@
+"""All ranks hold the same model: check that they can, then make it so from rank 0."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.errors import ModelMismatch
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from hvdtrain.backends.communicator import Communicator
+
+_Row = tuple[str, str]  # name, description
+
+
+def check_same_structure(communicator: Communicator, module: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Compare names, shapes, dtypes and trainability over the ranks.
+
+    One small exchange when all is well.
+
+    Raises:
+        ModelMismatch: On every rank; names the first differing parameter, buffer or setting, and the ranks.
+    """
+    if communicator.wire.size == 1:
+        return
+    rows = _describe(module, optimizer)
+    digest = torch.tensor(list(hashlib.sha256(repr(rows).encode()).digest()), dtype=torch.uint8)
+    if all(torch.equal(d, digest) for d in communicator.all_gather(digest)):
+        # Equal to mine is not yet equal for all: but equality is transitive, and each rank compares with all.
+        return
+    everyone = communicator.all_gather_object(rows)
+    reference = everyone[0]
+    for position in range(max(len(rows) for rows in everyone)):
+        at = [_at(rows, position) for rows in everyone]
+        differing = [rank for rank, row in enumerate(at) if row != at[0]]
+        if differing:
+            rank = differing[0]
+            raise ModelMismatch(
+                f"the ranks hold different models: at position {position}, rank 0 has {_say(at[0])}, "
+                f"rank{'s' if len(differing) > 1 else ''} {', '.join(map(str, differing))} {_say(at[rank])}. "
+                "Build the model the same way on every rank (no branch on the rank, one configuration)"
+            )
+    raise ModelMismatch(f"the ranks hold different models ({len(reference)} rows compared)")
+
+
+def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, optimizer: Optimizer) -> None:
+    """Overwrite parameters, buffers (the non-persistent too) and optimizer state with rank 0's.
+
+    The optimizer is never stepped: on a fresh optimizer there is no state to copy, and a step would move the weights.
+    """
+    if communicator.wire.size == 1:
+        return
+    with torch.no_grad():
+        for tensors in _by_dtype([*module.parameters(), *module.buffers()]):
+            flat = torch.cat([t.reshape(-1) for t in tensors])
+            communicator.broadcast_(flat)
+            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+    _copy_optimizer(communicator, optimizer)
+
+
+def average_sparse(communicator: Communicator, parameter: nn.Parameter, factor: float) -> Tensor:
+    """Sum a sparse gradient over the ranks (one of which may have none) and multiply it by ``factor``."""
+    grad = parameter.grad
+    if grad is None:
+        grad = torch.sparse_coo_tensor(
+            torch.empty((1, 0), dtype=torch.int64, device=parameter.device),
+            parameter.new_empty((0, *parameter.shape[1:])),
+            parameter.shape,
+        )
+    if not grad.is_sparse:
+        grad = grad.to_sparse(1)
+    grad = grad.coalesce()
+    indices = torch.cat(communicator.all_gather(grad.indices().t().contiguous())).t()
+    values = torch.cat(communicator.all_gather(grad.values()))
+    return torch.sparse_coo_tensor(indices, values * factor, parameter.shape).coalesce()
+
+
+def _describe(module: nn.Module, optimizer: Optimizer | None) -> list[_Row]:
+    rows = [
+        (f"parameter {name!r}", f"{p.dtype} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}")
+        for name, p in module.named_parameters()
+    ]
+    rows += [(f"buffer {name!r}", f"{b.dtype} {tuple(b.shape)}") for name, b in module.named_buffers()]
+    if optimizer is not None:
+        names = {id(p): name for name, p in module.named_parameters()}
+        rows.append(("optimizer", type(optimizer).__qualname__))
+        for index, group in enumerate(optimizer.param_groups):
+            held = ", ".join(names.get(id(p), "?") for p in group["params"])
+            rows.append((f"optimizer group {index}", f"{sorted(k for k in group if k != 'params')} of {held}"))
+    return rows
+
+
+def _at(rows: list[_Row], position: int) -> _Row | None:
+    return rows[position] if position < len(rows) else None
+
+
+def _say(row: _Row | None) -> str:
+    return "nothing" if row is None else f"{row[0]} {row[1]}"
+
+
+def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _copy_optimizer(communicator: Communicator, optimizer: Optimizer) -> None:
+    root = communicator.wire.rank == 0
+    tensors: list[Tensor] = []
+    outline = communicator.broadcast_object(_take_tensors(optimizer.state_dict(), tensors) if root else None)
+    if not root:
+        tensors = [torch.empty(stand.shape, dtype=stand.dtype) for stand in _stands(outline)]
+    filled = [communicator.broadcast(tensor.detach()) for tensor in tensors]
+    if not root:
+        optimizer.load_state_dict(_put_tensors(outline, filled))
+
+
+def _take_tensors(value: Any, into: list[Tensor]) -> Any:
+    """Replace each tensor of a nested structure by a stand-in, and collect the tensors."""
+    if isinstance(value, Tensor):
+        into.append(value)
+        return _Stand(len(into) - 1, value.dtype, tuple(value.shape))
+    if isinstance(value, dict):
+        return {k: _take_tensors(v, into) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_take_tensors(v, into) for v in value)
+    return value
+
+
+def _put_tensors(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, _Stand):
+        return tensors[value.index]
+    if isinstance(value, dict):
+        return {k: _put_tensors(v, tensors) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_put_tensors(v, tensors) for v in value)
+    return value
+
+
+def _stands(value: Any) -> list[_Stand]:
+    """The stand-ins of an outline, in the order in which they were made."""
+    if isinstance(value, _Stand):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [stand for child in children for stand in _stands(child)]
+
+
+class _Stand:
+    """Stands for a tensor in an outline."""
+
+    def __init__(self, index: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.index, self.dtype, self.shape = index, dtype, shape

@@ -1,0 +1,366 @@
+"""The seam: `Backend` hides which library moves the gradients.
+
+A backend is one engine joined to one launcher's ranks. It is a `Communicator` over all ranks, it makes `Replica` objects,
+and it ends well or badly but never hangs. Nothing here knows an engine, and nothing above knows which one it has.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import re
+import time
+import traceback
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.watch import NullWatch, Watch
+from hvdtrain.data.rank_loader import RankLoader
+from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
+from hvdtrain.launch.detect import Detection
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.utils.data import Dataset
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 600.0
+_ENGINE_ERROR = re.compile(r"gloo|nccl|c10d|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE)
+_BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
+
+
+class Backend(Communicator):
+    """One engine and this rank's place in it. Use it as a context manager, or call `start` and `stop`.
+
+    Args:
+        detection: What the launcher's environment says.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" (this rank's own GPU) or "cuda:N".
+        timeout_s: Bound of every wait for other ranks, in seconds.
+        check_collectives: Compare each collective over the ranks first (see `Communicator`).
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        detection: Detection,
+        *,
+        device: str = "auto",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        check_collectives: bool = False,
+    ) -> None:
+        super().__init__(check=check_collectives)
+        if timeout_s <= 0:
+            raise ConfigError(f"the timeout must be positive, got {timeout_s:g} s")
+        refusal = self.refuses(detection)
+        if refusal:
+            raise LaunchError(refusal)
+        self.detection = detection
+        self.topology = detection.topology
+        self.timeout_s = float(timeout_s)
+        self.device = self._choose_device(device)
+        self._running = False
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, 0 <= rank < world_size."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.topology.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank among those on its node."""
+        return self.topology.local_rank
+
+    @classmethod
+    def unusable(cls) -> str:
+        """Why this engine cannot be used in this Python environment, with the command that mends it; "" if it can."""
+        return ""
+
+    @classmethod
+    def refuses(cls, detection: Detection) -> str:
+        """Why this engine cannot serve ranks started like this, with the command that would; "" if it can."""
+        return ""
+
+    @property
+    def engine(self) -> str:
+        """What carries the bytes, for people: "gloo", "nccl", ..."""
+        return self.name
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect with the other ranks; every rank must call it.
+
+        Raises:
+            LaunchError: The other ranks could not be reached within the timeout.
+            CollectiveError: The engine failed.
+        """
+        if self._running:
+            raise HvdtrainError("the backend is already running")
+        self._connect()
+        self._running = True
+        atexit.register(self._leave_at_exit)
+
+    def stop(self) -> None:
+        """Leave together with the other ranks and release everything; may be called again.
+
+        Raises:
+            RankFailure: Another rank failed, or did not come within the timeout.
+        """
+        if not self._running:
+            return
+        self._watch.leave(self.timeout_s)
+        self._running = False
+        self._disconnect()
+        self._wire, self._watch = None, NullWatch()
+        atexit.unregister(self._leave_at_exit)
+
+    def abort(self, error: BaseException) -> RankFailure | None:
+        """End all ranks because of ``error`` on this one.
+
+        Returns:
+            None if this rank is the first that failed (its traceback is what the user should read); otherwise the
+            failure of the rank that was, and this rank should end quietly.
+        """
+        if not self._running:
+            return None
+        self._running = False
+        atexit.unregister(self._leave_at_exit)
+        watch = self._watch
+        if isinstance(error, RankFailure) or _is_engine_error(error):
+            watch.wait_for_failure(0.0 if isinstance(error, RankFailure) else _BLAME_S)
+        described = f"{type(error).__name__}: {error}"
+        first = watch.report(described, "".join(traceback.format_exception(error)))
+        if isinstance(watch, Watch):
+            if first is not None and first.rank == self.rank:
+                watch.linger()
+            else:
+                watch.acknowledge()
+            watch.close()
+        self._kill()
+        if first is None or first.rank == self.rank:
+            return error if isinstance(error, RankFailure) else None
+        return RankFailure(
+            f"rank {first.rank} on {first.host} failed first: {first.message}",
+            rank=first.rank,
+            rank_traceback=first.traceback,
+        )
+
+    def __enter__(self) -> Backend:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            try:
+                self.stop()
+                return
+            except RankFailure as failure:
+                error = failure
+        victim_of = self.abort(error)
+        if victim_of is not None:
+            _log.debug("rank %d ends: %s", self.rank, victim_of)
+            if victim_of.rank is None:
+                raise victim_of
+            # The rank that failed shows its traceback; this one ends, non-zero, without another.
+            raise SystemExit(HvdtrainError.exit_code) from None
+        _tell_launcher(error)
+
+    # -- work ---------------------------------------------------------------------------------------------------------
+
+    def replicate(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        bucket_bytes: int = 25 * 2**20,
+    ) -> Replica:
+        """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
+
+        Parameters, buffers and the optimizer's state are overwritten with rank 0's.
+
+        Args:
+            model: On `device`, built the same way on every rank.
+            optimizer: Over parameters of ``model``. It stays yours: schedulers, hooks and state_dict work as ever.
+            find_unused_parameters: See `ReplicaOptions`.
+            static_graph: See `ReplicaOptions`.
+            bucket_bytes: See `ReplicaOptions`.
+
+        Raises:
+            ModelMismatch: The ranks hold different models; names the first difference and the ranks.
+            ConfigError: The model is on another device, or the optimizer holds foreign parameters.
+        """
+        options = ReplicaOptions(
+            find_unused_parameters=find_unused_parameters, static_graph=static_graph, bucket_bytes=bucket_bytes
+        )
+        return self._replicate(model, optimizer, options)
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> RankLoader:
+        """Iterate over this rank's share of a data set, batch by batch, already on `device`.
+
+        The global batch is ``batch_size * world_size`` samples, the last one as many as are left; each rank gets its
+        share, sizes differing by at most one. When fewer samples are left than there are ranks, some ranks get a batch
+        of length 0, so that all ranks make the same number of steps and no sample is lost or doubled.
+
+        Args:
+            dataset: With ``__len__`` and ``__getitem__``.
+            batch_size: Samples per rank and step.
+            shuffle: A new order each epoch (each iteration over the loader is the next epoch), the same for every
+                world size.
+            seed: Of the order.
+            workers: DataLoader worker processes.
+        """
+        return RankLoader(
+            dataset,
+            batch_size=batch_size,
+            world_size=self.world_size,
+            rank=self.rank,
+            device=self.device,
+            shuffle=shuffle,
+            seed=seed,
+            workers=workers,
+        )
+
+    def group(self, ranks: Sequence[int]) -> Communicator | None:
+        """Make a communicator for some of the ranks; every rank of the world must call it with the same list.
+
+        Args:
+            ranks: World ranks in ascending order; the i-th has rank i in the group.
+
+        Returns:
+            The communicator; None on ranks that are not members.
+        """
+        ranks = list(ranks)
+        if not ranks or sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] >= self.world_size:
+            raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
+        return self._group(ranks)
+
+    @contextmanager
+    def region(self, label: str, what: str) -> Iterator[None]:
+        """Mark an operation of the engine that all ranks must take part in, and name it if the engine fails."""
+        everyone = range(self.world_size)
+        with self._watch.region(label, what, everyone):
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, HvdtrainError) or not _is_engine_error(error):
+                    raise
+                missing = self._watch.missing(label, everyone)
+                raise CollectiveError(f"{what} failed on rank {self.rank}{missing}: {error}") from error
+
+    # -- what engines fill in -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _connect(self) -> None:
+        """Set ``_wire`` and ``_watch``."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Release what `_connect` took, after all ranks have agreed to leave."""
+
+    @abstractmethod
+    def _kill(self) -> None:
+        """Release what can be released without the other ranks."""
+
+    @abstractmethod
+    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+        """Make the engine's replica."""
+
+    @abstractmethod
+    def _group(self, ranks: list[int]) -> Communicator | None:
+        """Make a communicator of valid, ascending ranks."""
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _choose_device(self, wanted: str) -> torch.device:
+        try:
+            device = torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu"))
+        except RuntimeError as error:
+            raise ConfigError(f"--device {wanted}: {error}") from error
+        if device.type != "cuda":
+            return device
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if present == 0:
+            raise BackendUnavailable(
+                f"--device {wanted}: this process sees no CUDA GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); use --device cpu, or start the container with its GPU runtime"
+            )
+        if device.index is not None:
+            if device.index >= present:
+                raise ConfigError(f"--device {wanted}: this process sees {present} GPU(s), numbered from 0")
+        elif self.topology.local_world_size == 1:
+            device = torch.device("cuda", 0)
+        elif self.topology.local_world_size > present:
+            raise LaunchError(
+                f"{self.topology.local_world_size} ranks were started on this node, which shows {present} GPU(s); start at "
+                f"most {present} ranks a node, or use --device cpu"
+            )
+        else:
+            device = torch.device("cuda", self.topology.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def _leave_at_exit(self) -> None:
+        """The program ends without stop(): tell the others, so that none waits for this rank."""
+        _log.warning("rank %d ends without backend.stop(); use `with hvdtrain.init() as backend:`", self.rank)
+        try:
+            self.stop()
+        except HvdtrainError as error:
+            _log.warning("%s", error)
+
+
+def _is_engine_error(error: BaseException) -> bool:
+    """Whether the engine, not the user's code, raised it: then another rank may be the cause."""
+    if isinstance(error, (torch.distributed.DistError, ConnectionError)):
+        return True
+    if isinstance(error, CollectiveError):
+        return error.__cause__ is not None
+    return isinstance(error, RuntimeError) and _ENGINE_ERROR.search(str(error)) is not None
+
+
+def _tell_launcher(error: BaseException) -> None:
+    """Leave the traceback where torchrun's summary looks for it."""
+    target = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not target:
+        return
+    content = {
+        "message": {
+            "message": f"{type(error).__name__}: {error}",
+            "extraInfo": {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))},
+        }
+    }
+    try:
+        with open(target, "w") as file:
+            json.dump(content, file)
+    except OSError as problem:
+        _log.debug("could not write %s: %s", target, problem)

@@ -1,0 +1,221 @@
+"""The `torch` backend: DistributedDataParallel over NCCL (GPU) or Gloo (CPU)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hvdtrain.backends.base import Backend
+from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.rendezvous import Meeting, meet
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.watch import Watch
+from hvdtrain.backends.wire import Wire, WireOp, Work
+from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError, TrainingError
+from hvdtrain.launch.detect import Detection
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+
+
+class TorchBackend(Backend):
+    """PyTorch's own engine.
+
+    Args:
+        detection: Any launcher's.
+        process_group: "nccl", "gloo", or "auto" for the one that fits the device.
+        options: As for `Backend`.
+    """
+
+    name = "torch"
+
+    def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
+        super().__init__(detection, **options)
+        self.process_group = self._choose_process_group(process_group)
+        self._meeting: Meeting | None = None
+
+    @classmethod
+    def unusable(cls) -> str:
+        """Refuse a torch without torch.distributed."""
+        return "" if dist.is_available() else "this build of torch has no torch.distributed; install PyTorch's own wheel"
+
+    @property
+    def engine(self) -> str:
+        """The process group's name."""
+        return self.process_group
+
+    def _choose_process_group(self, wanted: str) -> str:
+        fitting = "nccl" if self.device.type == "cuda" else "gloo"
+        if wanted == "auto":
+            return fitting
+        if wanted not in ("nccl", "gloo"):
+            raise ConfigError(f"--process-group {wanted}: use auto, nccl or gloo")
+        if wanted == "nccl" and not dist.is_nccl_available():
+            raise BackendUnavailable("--process-group nccl: this build of torch has no NCCL; use gloo")
+        if wanted == "nccl" and self.device.type != "cuda":
+            raise ConfigError(f"--process-group nccl moves GPU tensors only, and this rank's device is {self.device}; use gloo")
+        return wanted
+
+    def _connect(self) -> None:
+        if dist.is_initialized():
+            raise LaunchError(
+                "torch.distributed is already initialised in this process; let hvdtrain.init() do it, or destroy the process group first"
+            )
+        topology = self.topology
+        self._meeting = meeting = meet(self.detection, self.timeout_s)
+        watch = Watch(meeting.watch, topology.rank, topology.world_size)
+        watch.start()
+        self._watch = watch
+        try:
+            self._init_process_group(meeting)
+        except (RuntimeError, ValueError) as error:
+            watch.close()
+            raise LaunchError(
+                f"rank {topology.rank} of {topology.world_size} could not form the {self.engine} process group within "
+                f"{self.timeout_s:g} s{watch.missing('', ())}: {error}"
+            ) from error
+        if meeting.file is not None:  # everybody has read it
+            meeting.file.unlink(missing_ok=True)
+        self._wire = C10dWire(dist.group.WORLD, range(topology.world_size), self._wire_device)
+
+    def _init_process_group(self, meeting: Meeting) -> None:
+        topology = self.topology
+        more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
+        dist.init_process_group(
+            self.process_group,
+            store=meeting.engine,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            timeout=timedelta(seconds=self.timeout_s),
+            **more,
+        )
+        dist.barrier()  # every rank is connected to every other, so the first collective cannot be the first to fail
+
+    @property
+    def _wire_device(self) -> torch.device:
+        return self.device if self.process_group == "nccl" else torch.device("cpu")
+
+    def _disconnect(self) -> None:
+        dist.destroy_process_group()
+        self._meeting = None
+
+    def _kill(self) -> None:
+        if self._meeting is not None and self._meeting.file is not None:
+            self._meeting.file.unlink(missing_ok=True)
+        # Not destroy_process_group: with operations under way it may wait for ranks that will never come.
+
+    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+        return TorchReplica(self, model, optimizer, options)
+
+    def _group(self, ranks: list[int]) -> Communicator | None:
+        group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
+        if self.rank not in ranks:
+            return None
+        return Communicator(C10dWire(group, ranks, self._wire_device), self._real_watch, check=self._check, label=f"group {ranks}")
+
+    @property
+    def _real_watch(self) -> Watch | None:
+        return self._watch if isinstance(self._watch, Watch) else None
+
+
+class C10dWire(Wire):
+    """A wire over any torch.distributed process group."""
+
+    _OPS = {  # noqa: RUF012 - constant
+        "sum": dist.ReduceOp.SUM,
+        "min": dist.ReduceOp.MIN,
+        "max": dist.ReduceOp.MAX,
+        "product": dist.ReduceOp.PRODUCT,
+    }
+
+    def __init__(self, group: Any, ranks: Sequence[int], device: torch.device) -> None:
+        super().__init__(list(ranks).index(dist.get_rank()), ranks, device)
+        self._group = group
+
+    def all_reduce_(self, tensor: Tensor, op: WireOp) -> Work:
+        """Start dist.all_reduce."""
+        return self._started(dist.all_reduce(tensor, self._OPS[op], group=self._group, async_op=True))
+
+    def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
+        """Start dist.all_gather."""
+        return self._started(dist.all_gather(list(out.unbind()), tensor, group=self._group, async_op=True))
+
+    def all_to_all_into(self, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> Work:
+        """Start dist.all_to_all_single."""
+        return self._started(
+            dist.all_to_all_single(out, tensor, list(receive), list(send), group=self._group, async_op=True)
+        )
+
+    def broadcast_(self, tensor: Tensor, src: int) -> Work:
+        """Start dist.broadcast."""
+        return self._started(dist.broadcast(tensor, self.ranks[src], group=self._group, async_op=True))
+
+    def barrier(self) -> Work:
+        """Start dist.barrier."""
+        return self._started(dist.barrier(group=self._group, async_op=True))
+
+    @staticmethod
+    def _started(work: Work | None) -> Work:
+        if work is None:
+            raise HvdtrainError("torch.distributed returned no work: this rank is not in the group")
+        return work
+
+
+class TorchReplica(Replica):
+    """DistributedDataParallel, with the buffers of rank 0."""
+
+    def __init__(self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
+        super().__init__(backend, module, optimizer, options)
+        device = backend.device
+        self._ddp = DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=options.bucket_bytes / 2**20,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=options.find_unused_parameters,
+            static_graph=options.static_graph,
+            **_without_initial_broadcast(),
+        )
+
+    def _wrapped(self) -> nn.Module:
+        return self._ddp
+
+    def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """Let DDP lay out its buckets, which it does after its first backward pass.
+
+        Over three and more ranks a sum's rounding depends on where in a bucket a gradient lies.
+        """
+        (forward(self._ddp) * 0).backward()
+        self.clear()
+
+    def _no_exchange(self) -> AbstractContextManager[Any]:
+        return self._ddp.no_sync()
+
+    def _finish_exchange(self) -> None:
+        # DDP has waited inside backward. What it notices only at the next forward, a parameter without a gradient,
+        # would leave other ranks waiting until the time-out: ask it now.
+        try:
+            self._ddp.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            named = f": {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}" if unused else " in the last micro-batch"
+            raise TrainingError(
+                f"rank {self._backend.rank}: the loss did not depend on some parameters{named}. Freeze them, use them, or pass "
+                "find_unused_parameters=True (--find-unused-parameters)"
+            ) from error
+
+
+def _without_initial_broadcast() -> dict[str, Any]:
+    """The replica has already copied rank 0's state; torch >= 2.3 can be told so."""
+    return {"init_sync": False} if "init_sync" in inspect.signature(DistributedDataParallel).parameters else {}

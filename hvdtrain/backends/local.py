@@ -1,0 +1,90 @@
+"""The `local` backend: one process, and the reference that the others are compared with."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hvdtrain.backends.base import Backend
+from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.wire import SelfWire
+from hvdtrain.launch.detect import Detection
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+
+
+class LocalBackend(Backend):
+    """One process, no communication.
+
+    Args:
+        detection: Must be of a world of one.
+        data_parallel: Split each batch over all visible GPUs with `nn.DataParallel`. Without a GPU it changes nothing.
+        options: As for `Backend`.
+    """
+
+    name = "local"
+
+    def __init__(self, detection: Detection, *, data_parallel: bool = False, **options: Any) -> None:
+        super().__init__(detection, **options)
+        self._data_parallel = data_parallel
+        if data_parallel and self.device.type != "cuda":
+            _log.warning("--data-parallel has no GPU to split batches over: the model runs on %s as it is", self.device)
+
+    @classmethod
+    def refuses(cls, detection: Detection) -> str:
+        """Refuse a world of more than one."""
+        topology = detection.topology
+        if topology.world_size == 1:
+            return ""
+        return (
+            f"backend 'local' is one process, but {topology.launcher} started {topology.world_size} ranks ({detection.reason}); "
+            "use --backend auto, or start with `python -m hvdtrain --backend local`"
+        )
+
+    def _connect(self) -> None:
+        self._wire = SelfWire(self.device)
+
+    def _disconnect(self) -> None:
+        pass
+
+    def _kill(self) -> None:
+        pass
+
+    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+        return LocalReplica(self, model, optimizer, options, data_parallel=self._data_parallel)
+
+    def _group(self, ranks: list[int]) -> Communicator | None:
+        return Communicator(SelfWire(self.device), label=f"group {ranks}")
+
+
+class LocalReplica(Replica):
+    """The only copy."""
+
+    def __init__(
+        self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions, *, data_parallel: bool
+    ) -> None:
+        super().__init__(backend, module, optimizer, options)
+        split = data_parallel and torch.cuda.device_count() > 1
+        self._model: nn.Module = nn.DataParallel(module) if split else module
+
+    def _wrapped(self) -> nn.Module:
+        return self._model
+
+    @property
+    def inference_model(self) -> nn.Module:
+        """The model, over all GPUs where it is split over them."""
+        return self._model
+
+    def _no_exchange(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _finish_exchange(self) -> None:
+        pass

@@ -1,0 +1,187 @@
+"""How ranks find each other: one key-value store that every rank is connected to.
+
+Where the environment names an address (torchrun, Kubernetes, plain MASTER_ADDR and MASTER_PORT) torch's own rendezvous
+is used. Elsewhere (mpirun, srun, horovodrun, spawn) nobody has chosen a port, and guessing one fails as soon as two jobs
+share a machine: rank 0 binds a free port first and then tells the others through a small file. On one node that file
+is in a private folder of the temporary directory; across nodes it must be on a folder that all nodes share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.launch.detect import Detection
+
+_log = logging.getLogger(__name__)
+
+DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What `meet` returns.
+
+    Attributes:
+        engine: For the engine's own rendezvous.
+        watch: A connection of its own, for the watch thread.
+        server: Keeps rank 0's server alive; None elsewhere.
+        file: The file that told the others, to be removed when the job ends; None where there was none.
+    """
+
+    engine: dist.Store
+    watch: dist.Store
+    server: dist.Store | None
+    file: Path | None
+
+
+def meet(detection: Detection, timeout_s: float) -> Meeting:
+    """Connect this rank with all others.
+
+    Args:
+        detection: The topology, and what the environment says about an address.
+        timeout_s: How long to wait for rank 0, in seconds.
+
+    Raises:
+        LaunchError: Rank 0 could not be reached; the message says where it was looked for.
+    """
+    topology = detection.topology
+    timeout = timedelta(seconds=timeout_s)
+    server: dist.Store | None = None
+    file: Path | None = None
+    if detection.address is not None:
+        base = _env_store(detection, timeout)
+        host, port = _endpoint(base)
+    elif topology.rank == 0:
+        server = base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        host, port = "127.0.0.1", base.port
+        if topology.world_size > 1:
+            nonce = secrets.token_hex(8)
+            base.set("nonce", nonce)
+            file = _rendezvous_file(detection)
+            hosts = ["127.0.0.1"] if topology.num_nodes == 1 else _own_addresses()
+            _write(file, {"hosts": hosts, "port": port, "nonce": nonce})
+    else:
+        base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
+    second = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    prefix = f"hvdtrain/{detection.job_id}"
+    return Meeting(
+        dist.PrefixStore(f"{prefix}/engine", base), dist.PrefixStore(f"{prefix}/watch", second), server, file
+    )
+
+
+def _env_store(detection: Detection, timeout: timedelta) -> dist.Store:
+    topology = detection.topology
+    try:
+        store: dist.Store = next(
+            dist.rendezvous("env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout)
+        )[0]
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        role = "open" if topology.rank == 0 else "reach"
+        raise LaunchError(
+            f"rank {topology.rank} could not {role} the store at {detection.address} (MASTER_ADDR:MASTER_PORT) within "
+            f"{timeout.total_seconds():g} s: {error}. Check that rank 0 runs on that host, that the port is free there and "
+            "that no firewall is between them"
+        ) from error
+    return store
+
+
+def _endpoint(store: dist.Store) -> tuple[str, int]:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return str(store.host), int(store.port)
+
+
+def _rendezvous_file(detection: Detection) -> Path:
+    chosen = os.environ.get(DIRECTORY_VARIABLE)
+    if chosen:
+        folder = Path(chosen)
+        folder.mkdir(parents=True, exist_ok=True)
+    elif detection.topology.num_nodes > 1:
+        folder = Path.cwd() / ".hvdtrain-rendezvous"  # a job's working directory is on the shared file system
+        folder.mkdir(mode=0o700, exist_ok=True)
+    else:
+        folder = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise LaunchError(
+                f"{folder} must belong to you and be private (mode 0700); remove it, or set {DIRECTORY_VARIABLE} to a private folder"
+            )
+    return folder / f"{detection.job_id}.json"
+
+
+def _write(file: Path, content: object) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(file)
+
+
+def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
+    """Read rank 0's file and connect; a stale file of an earlier job is told by its nonce and read again."""
+    end = time.monotonic() + timeout_s
+    found = "it did not appear"
+    while time.monotonic() < end:
+        try:
+            content = json.loads(file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            time.sleep(0.02)
+            continue
+        for host in content["hosts"]:
+            port = int(content["port"])
+            found = f"it names {', '.join(content['hosts'])} port {port}, where rank 0's store does not answer"
+            if not _listens(host, port):
+                continue
+            try:
+                timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
+                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+                if store.check(["nonce"]) and store.get("nonce").decode() == content["nonce"]:
+                    return store, host, port
+            except (dist.DistError, RuntimeError) as error:
+                _log.debug("store at %s:%d: %s", host, port, error)
+        time.sleep(0.1)
+    topology = detection.topology
+    shared = (
+        f" The nodes must share that folder: set {DIRECTORY_VARIABLE} to one that they do share, or set MASTER_ADDR and MASTER_PORT."
+        if topology.num_nodes > 1
+        else ""
+    )
+    raise LaunchError(
+        f"rank {topology.rank} waited {timeout_s:g} s for rank 0's address in {file}: {found}. Did rank 0 start?{shared}"
+    )
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def _own_addresses() -> list[str]:
+    """The names and IPv4 addresses under which other nodes may reach this one, the host name first."""
+    found = [socket.gethostname()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            try:
+                packed = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
+            except OSError:
+                continue  # an interface without an IPv4 address
+            address = socket.inet_ntoa(packed[20:24])
+            if not address.startswith("127."):
+                found.append(address)
+    return found

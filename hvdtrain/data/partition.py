@@ -1,0 +1,151 @@
+"""Which rank takes which samples of which global batch: pure index arithmetic.
+
+Global batch ``b`` holds the positions ``b * G`` to ``(b + 1) * G`` of an epoch's order, whatever the number of ranks.
+Each rank takes a contiguous share of it, cut into micro-batches; shares differ by at most one sample. So the global
+batches, and with them the training, are the same at every world size, and every sample counts exactly once.
+
+Everything here is a `range`: memory does not grow with the data set. No torch, no order of samples (see
+`hvdtrain.data.samplers`), no padding, no repeated samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hvdtrain.errors import ConfigError
+
+
+def share(total: int, parts: int, index: int) -> range:
+    """Return part ``index`` of ``range(total)`` cut into ``parts`` contiguous parts.
+
+    Sizes differ by at most one; the first ``total % parts`` parts are the larger ones. A part may be empty.
+
+    Raises:
+        ConfigError: ``total`` is negative, ``parts`` is less than 1, or ``index`` is no part.
+    """
+    if total < 0 or parts < 1 or not 0 <= index < parts:
+        raise ConfigError(f"there is no part {index} of {parts} parts of {total} samples")
+    size, larger = divmod(total, parts)
+    start = index * size + min(index, larger)
+    return range(start, start + size + (index < larger))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one rank does for one global batch.
+
+    Attributes:
+        start: Position of the global batch's first sample in the epoch's order.
+        samples: Samples of the global batch over all ranks and micro-batches.
+        micro_batches: This rank's positions in the epoch's order, only non-empty ranges; () when it has no sample.
+        every_rank: Whether every rank has at least one sample in this global batch.
+    """
+
+    start: int
+    samples: int
+    micro_batches: tuple[range, ...]
+    every_rank: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPartition:
+    """Cuts an epoch into global batches and those into one rank's micro-batches.
+
+    Args:
+        length: Samples in the data set; it may be less than the world size or the global batch.
+        global_batch_size: Samples per optimizer step over all ranks and micro-batches; the last one of an epoch may
+            be shorter.
+        world_size: Number of ranks.
+        rank: Whose micro-batches to compute.
+        accumulate: Micro-batches that a rank's share is cut into; fewer where the share has fewer samples.
+        drop_last: Leave out a short last global batch. Its samples are then not trained on in that epoch.
+
+    Raises:
+        ConfigError: A value that cannot work; the message names it.
+    """
+
+    length: int
+    global_batch_size: int
+    world_size: int = 1
+    rank: int = 0
+    accumulate: int = 1
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ConfigError(f"the data set has {self.length} samples; it needs at least 1")
+        for name in ("global_batch_size", "world_size", "accumulate"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(
+                f"rank {self.rank} does not exist in a world of {self.world_size}; ranks are 0 to {self.world_size - 1}"
+            )
+        if self.drop_last and self.length < self.global_batch_size:
+            raise ConfigError(
+                f"the data set has {self.length} samples, fewer than the global batch of {self.global_batch_size}, so "
+                "that dropping the last batch leaves none; use a smaller global batch, or keep the last batch"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch, a short last one included unless it is dropped."""
+        if self.drop_last:
+            return self.length // self.global_batch_size
+        return -(-self.length // self.global_batch_size)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples in an epoch: ``length``, less what ``drop_last`` leaves out."""
+        return min(self.length, self.steps_per_epoch * self.global_batch_size)
+
+    def step(self, index: int) -> Step:
+        """Return this rank's part of global batch ``index`` of an epoch.
+
+        Raises:
+            IndexError: An epoch has no such global batch.
+        """
+        if not 0 <= index < self.steps_per_epoch:
+            raise IndexError(f"there is no global batch {index} in an epoch of {self.steps_per_epoch}")
+        start = index * self.global_batch_size
+        samples = min(self.global_batch_size, self.length - start)
+        mine = share(samples, self.world_size, self.rank)
+        first = start + mine.start
+        pieces = (share(len(mine), self.accumulate, piece) for piece in range(min(self.accumulate, len(mine))))
+        return Step(
+            start=start,
+            samples=samples,
+            micro_batches=tuple(range(first + piece.start, first + piece.stop) for piece in pieces),
+            every_rank=samples >= self.world_size,
+        )
+
+    def steps(self, start_sample: int = 0) -> Iterator[Step]:
+        """Return this rank's steps from a position in the epoch to its end, computed one at a time.
+
+        Args:
+            start_sample: Samples of the epoch that are done, over all ranks: a multiple of the global batch size, or
+                all of them.
+
+        Raises:
+            ConfigError: No global batch begins there.
+        """
+        return (self.step(index) for index in range(self.step_at(start_sample), self.steps_per_epoch))
+
+    def step_at(self, start_sample: int) -> int:
+        """Return the index of the global batch that begins at ``start_sample``; ``steps_per_epoch`` at the end.
+
+        Raises:
+            ConfigError: No global batch begins there.
+        """
+        if start_sample in (self.length, self.samples_per_epoch):
+            return self.steps_per_epoch
+        index, rest = divmod(start_sample, self.global_batch_size)
+        if rest or not 0 <= index < self.steps_per_epoch:
+            raise ConfigError(
+                f"cannot continue after {start_sample} of {self.samples_per_epoch} samples: no global batch of "
+                f"{self.global_batch_size} begins there. Continue with the global batch size that the run began with, "
+                "or from the end of an epoch"
+            )
+        return index

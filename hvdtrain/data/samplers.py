@@ -1,0 +1,141 @@
+"""The order of samples: which data set indices a rank loads, batch by batch.
+
+`PartitionSampler` serves training, `EvalSampler` evaluation; both are batch samplers for `torch.utils.data.DataLoader`.
+What they yield depends on the seed, the epoch and the position alone, never on the global random state, which they
+leave untouched. The arithmetic is `hvdtrain.data.partition`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from hvdtrain.data.partition import BatchPartition, share
+from hvdtrain.errors import ConfigError
+
+_WORD = 0xFFFFFFFF
+
+
+class IndexBatch(list[int]):
+    """Data set indices of one batch, and the key from which a loader process seeds its random numbers for it.
+
+    Args:
+        indices: Data set indices.
+        key: Numbers that tell this batch from every other one of the run, whatever the number of ranks or processes.
+    """
+
+    def __init__(self, indices: Iterable[int] = (), key: tuple[int, ...] = ()) -> None:
+        super().__init__(indices)
+        self.key = key
+
+
+def epoch_order(length: int, *, shuffle: bool, seed: int, epoch: int) -> torch.Tensor:
+    """Return the order in which an epoch goes through a data set.
+
+    NumPy promises the stream of `RandomState` to stay as it is in all versions (NEP 19); torch promises nothing for
+    `randperm`. A run that continues under another version of torch therefore meets each sample once all the same.
+
+    Args:
+        length: Samples in the data set.
+        shuffle: False for 0, 1, 2, and so on.
+        seed: Of the shuffle, 0 to 2**64 - 1.
+        epoch: Each has an order of its own.
+
+    Returns:
+        A permutation of ``range(length)``, int64, shape (length,).
+
+    Raises:
+        ConfigError: A value is out of bounds.
+    """
+    for name, value in (("length", length), ("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 2**64:
+            raise ConfigError(f"{name} must be 0 or more and less than 2**64, got {value}")
+    if not shuffle:
+        return torch.arange(length)
+    words = [seed & _WORD, seed >> 32, epoch & _WORD, epoch >> 32]
+    order = np.random.RandomState(words).permutation(length)
+    return torch.from_numpy(order.astype(np.int64, copy=False))
+
+
+class PartitionSampler(Sampler[list[int]]):
+    """Yields one rank's micro-batches of one epoch, as lists of data set indices, in the order of the steps.
+
+    A rank without samples in a global batch yields nothing for it.
+
+    Args:
+        partition: The arithmetic.
+        shuffle: Whether each epoch has a random order.
+        seed: Of the shuffle.
+    """
+
+    def __init__(self, partition: BatchPartition, *, shuffle: bool, seed: int) -> None:
+        self.partition = partition
+        self.shuffle = shuffle
+        self.seed = seed
+        self._epoch = 0
+        self._first_step = 0
+
+    def set_position(self, epoch: int, start_sample: int = 0) -> None:
+        """Choose the epoch, and where in it, the next iterators begin.
+
+        Args:
+            epoch: Epochs completed.
+            start_sample: Samples of this epoch that are done, over all ranks.
+
+        Raises:
+            ConfigError: No global batch begins at ``start_sample``.
+        """
+        self._first_step = self.partition.step_at(start_sample)
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches(self._epoch, self._first_step)
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[list[int]]:
+        partition = self.partition
+        order = epoch_order(partition.length, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
+        for index in range(first_step, partition.steps_per_epoch):
+            for positions in partition.step(index).micro_batches:
+                # The position alone, without the rank: micro-batches of equal positions are equal at any world size.
+                key = (0, epoch, positions.start)
+                yield IndexBatch(order[positions.start : positions.stop].tolist(), key)
+
+    def __len__(self) -> int:
+        partition = self.partition
+        remaining = partition.steps_per_epoch - self._first_step
+        if remaining == 0:
+            return 0
+        last = len(partition.step(partition.steps_per_epoch - 1).micro_batches)
+        if remaining == 1:
+            return last
+        return (remaining - 1) * len(partition.step(self._first_step).micro_batches) + last
+
+
+class EvalSampler(Sampler[list[int]]):
+    """Yields one rank's contiguous share of a data set in batches, in the data set's own order.
+
+    Args:
+        length: Samples in the data set. Where it is less than the world size, some ranks yield nothing.
+        batch_size: Samples per batch; the last one may be shorter.
+        world_size: Number of ranks.
+        rank: Whose share to yield.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    def __init__(self, length: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.share = share(length, world_size, rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(self.share.start, self.share.stop, self.batch_size):
+            yield IndexBatch(range(start, min(start + self.batch_size, self.share.stop)), (1, start))
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batch_size)

@@ -1,0 +1,84 @@
+"""Learning rates over the steps of a run: linear warm-up, then constant, cosine, linear or step decay.
+
+Linear scaling by the number of ranks and gradual warm-up are those of Goyal et al. 2017, "Accurate, Large Minibatch SGD:
+Training ImageNet in 1 Hour", https://arxiv.org/abs/1706.02677, sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hvdtrain.errors import ConfigError
+
+
+def scaled_lr(lr: float, world_size: int) -> float:
+    """The learning rate for a global batch that grew ``world_size``-fold: ``lr * world_size``."""
+    return lr * world_size
+
+
+def make_schedule(
+    optimizer: Optimizer,
+    name: str,
+    args: Mapping[str, Any],
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+) -> LambdaLR:
+    """Make a schedule that is stepped once per optimizer step; every parameter group keeps its own base rate.
+
+    Args:
+        optimizer: Its groups' current ``lr`` are the peaks.
+        name: "constant", "cosine" (to ``final``, a fraction of the peak, default 0), "linear" (likewise) or "step"
+            (times ``gamma``, default 0.1, every ``every`` epochs, default 30).
+        args: The arguments just named.
+        total_steps: Optimizer steps of the whole run.
+        steps_per_epoch: For "step".
+        warmup_steps: Steps over which the rate rises linearly to the peak.
+        warmup_start: Fraction of the peak at which warm-up begins: 1 / world size under linear scaling, so that it
+            begins at the unscaled rate.
+
+    Raises:
+        ConfigError: Unknown name or argument.
+    """
+    makers: dict[str, Callable[..., Callable[[int], float]]] = {
+        "constant": _constant,
+        "cosine": _cosine,
+        "linear": _linear,
+        "step": _step_decay,
+    }
+    if name not in makers:
+        raise ConfigError(f"unknown schedule {name!r}; use one of {', '.join(makers)}, or the import path of a torch scheduler")
+    try:
+        shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
+    except TypeError as error:
+        raise ConfigError(f"--schedule {name}: {error}") from error
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return warmup_start + (1 - warmup_start) * (step + 1) / warmup_steps
+        return shape(step - warmup_steps)
+
+    return LambdaLR(optimizer, factor)
+
+
+def _constant(steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    return lambda step: 1.0
+
+
+def _cosine(steps: int, steps_per_epoch: int, *, final: float = 0.0) -> Callable[[int], float]:
+    return lambda step: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def _linear(steps: int, steps_per_epoch: int, *, final: float = 0.0) -> Callable[[int], float]:
+    return lambda step: final + (1 - final) * (1 - min(1.0, step / steps))
+
+
+def _step_decay(steps: int, steps_per_epoch: int, *, every: float = 30, gamma: float = 0.1) -> Callable[[int], float]:
+    return lambda step: float(gamma ** (step // max(1, round(every * steps_per_epoch))))

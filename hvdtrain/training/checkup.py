@@ -1,0 +1,98 @@
+"""The one small exchange that the loop makes now and then: the average loss, and whether anybody wants to stop.
+
+It happens at logged steps, and often enough in between that a request to stop is heard within about a second, however
+slow or fast the steps are; all ranks count the same steps, so all make it at the same one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hvdtrain.backends.communicator import Communicator
+
+
+@dataclass(slots=True)
+class Tally:
+    """A sum of losses over samples."""
+
+    loss_sum: float = 0.0
+    samples: int = 0
+
+    def add(self, loss: float, samples: int) -> None:
+        """Count the mean ``loss`` of ``samples`` samples."""
+        self.loss_sum += loss * samples
+        self.samples += samples
+
+    @property
+    def mean(self) -> float:
+        """The mean over the samples; NaN without any."""
+        return self.loss_sum / self.samples if self.samples else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all ranks know after a checkup.
+
+    Attributes:
+        stop: Some rank was asked to stop.
+        tally: The ranks' tallies since the last checkup, summed.
+    """
+
+    stop: bool
+    tally: Tally
+
+
+class Checkup:
+    """Decides at which steps ranks talk, and lets them.
+
+    Args:
+        communicator: All ranks.
+        log_every: Steps between logged steps.
+        stop_requested: Whether this rank was asked to stop.
+        interval_s: The longest time between two checkups, in seconds, as far as whole steps allow.
+    """
+
+    def __init__(
+        self, communicator: Communicator, *, log_every: int, stop_requested: Callable[[], bool], interval_s: float = 1.0
+    ) -> None:
+        self._communicator = communicator
+        self._log_every = log_every
+        self._stop_requested = stop_requested
+        self._interval_s = interval_s
+        self._next = 0
+        self._last_step, self._last_time = 0, time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Start counting at ``step``, the number of steps done; every rank must give the same."""
+        self._next = step + 1
+        self._last_step, self._last_time = step, time.monotonic()
+
+    def logs(self, step: int) -> bool:
+        """Whether ``step`` is a logged one."""
+        return step % self._log_every == 0
+
+    def due(self, step: int) -> bool:
+        """Whether the ranks talk after ``step``, the number of steps done."""
+        return step >= self._next or self.logs(step)
+
+    def hold(self, step: int, tally: Tally) -> Verdict:
+        """Exchange; every rank must call it after the same steps."""
+        now = time.monotonic()
+        step_s = (now - self._last_time) / max(1, step - self._last_step)
+        self._last_step, self._last_time = step, now
+        until_next = max(1, int(self._interval_s / max(step_s, 1e-9)))
+        wire = self._communicator.wire
+        mine = [
+            float(self._stop_requested()),
+            tally.loss_sum,
+            float(tally.samples),
+            float(min(until_next, 10_000)) if wire.rank == 0 else 0.0,  # rank 0's clock decides for all
+        ]
+        stop, loss_sum, samples, steps = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+        self._next = step + int(steps)
+        return Verdict(stop > 0, Tally(loss_sum, int(samples)))

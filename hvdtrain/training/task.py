@@ -1,0 +1,124 @@
+"""What is trained: a model, its loss, its metrics and its data, as one small protocol that users bring.
+
+The loop never looks into a batch. A task written for one process is right for any number of ranks, because everything
+that it returns is a mean over the samples of the batch it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """The part of a task that the loop calls."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss to minimise: a scalar, the mean over the batch's samples."""
+        ...
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Return what evaluation reports, each a mean over the batch's samples; "loss" must be among them.
+
+        Called without gradients, in evaluation mode.
+        """
+        ...
+
+
+@runtime_checkable
+class Task(Learning, Protocol):
+    """Everything that the command line needs to train: ``--task package.module:MyTask`` names a class of this shape."""
+
+    def build_model(self) -> nn.Module:
+        """Return a new model, on the CPU, in float32; called once on each rank, under the same seed."""
+        ...
+
+    def train_data(self) -> Dataset[Any]:
+        """Return the training data: ``__len__`` and ``__getitem__``."""
+        ...
+
+    def eval_data(self) -> Dataset[Any] | None:
+        """Return the evaluation data, or None."""
+        ...
+
+
+class Supervised:
+    """Inputs and targets: a batch is ``(x, y)``.
+
+    Args:
+        loss: ``loss(model(x), y)``, a mean over the samples.
+
+    Where the outputs are (samples, classes) and the targets class indices (samples,), evaluation reports the accuracy.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
+        self._loss = loss
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch."""
+        inputs, targets = batch
+        return self._loss(model(inputs), targets)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Return loss and, for classification, accuracy."""
+        inputs, targets = batch
+        outputs = model(inputs)
+        found = {"loss": self._loss(outputs, targets)}
+        if _is_classification(outputs, targets):
+            found["accuracy"] = (outputs.argmax(dim=1) == targets).double().mean()
+        return found
+
+
+class Classification(Supervised):
+    """Image classification as a whole `Task`: cross-entropy of a model on two data sets.
+
+    Args:
+        model: Makes the model.
+        train: Training data of ``(image, class index)``.
+        evaluation: Evaluation data of the same form, or None.
+        label_smoothing: In training only; evaluation reports the plain cross-entropy.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        train: Dataset[Any],
+        evaluation: Dataset[Any] | None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(nn.functional.cross_entropy)
+        self._model, self._train, self._evaluation = model, train, evaluation
+        self._label_smoothing = label_smoothing
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the cross-entropy of a batch, smoothed."""
+        inputs, targets = batch
+        return nn.functional.cross_entropy(model(inputs), targets, label_smoothing=self._label_smoothing)
+
+    def build_model(self) -> nn.Module:
+        """Return a new model."""
+        return self._model()
+
+    def train_data(self) -> Dataset[Any]:
+        """Return the training data."""
+        return self._train
+
+    def eval_data(self) -> Dataset[Any] | None:
+        """Return the evaluation data."""
+        return self._evaluation
+
+
+def _is_classification(outputs: Any, targets: Any) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.dim() == 2
+        and targets.dim() == 1
+        and targets.dtype == torch.int64
+    )

@@ -1,0 +1,164 @@
+"""Start ranks from a script or a notebook, without a launcher.
+
+The function travels by value (cloudpickle), so one defined in a notebook cell or in ``__main__`` works; the results come
+back the same way. Ranks are ordinary processes of this machine that end with the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from hvdtrain.backends import create
+from hvdtrain.errors import ConfigError, RankFailure
+
+_GRACE_S = 10.0  # how long ranks may outlive the first failure
+
+
+def spawn(
+    fn: Callable[..., Any],
+    nprocs: int,
+    backend: str = "torch",
+    args: Sequence[Any] = (),
+    *,
+    timeout_s: float | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Run ``fn(backend, *args)`` on ``nprocs`` ranks of this machine, each in its own process.
+
+    Args:
+        fn: Called with the started backend first. Any picklable or cloudpicklable function.
+        nprocs: Number of ranks.
+        backend: Name of the backend; "local" serves one rank.
+        args: Further arguments; pickled.
+        timeout_s: End the ranks after this many seconds; None for no limit.
+        options: For `hvdtrain.init`, such as ``device="cpu"``.
+
+    Returns:
+        What ``fn`` returned on each rank, in rank order.
+
+    Raises:
+        RankFailure: A rank raised, exited or was killed; the message holds the first failing rank's traceback.
+    """
+    if nprocs < 1:
+        raise ConfigError(f"spawn needs at least one rank, got nprocs={nprocs}")
+    job = secrets.token_hex(8)
+    with tempfile.TemporaryDirectory(prefix="hvdtrain-spawn-") as name:
+        folder = Path(name)
+        (folder / "call").write_bytes(cloudpickle.dumps((fn, tuple(args), backend, options)))
+        (folder / "path").write_text("\0".join(sys.path))
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(nprocs):
+                ranks.append(_start(folder, rank, nprocs, job))  # noqa: PERF401 - started ones must be known at once
+            _wait(ranks, folder, timeout_s)
+        finally:
+            _end(ranks)
+        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(nprocs)]
+
+
+def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "HVDTRAIN_RANK": str(rank),
+        "HVDTRAIN_WORLD_SIZE": str(nprocs),
+        "HVDTRAIN_LOCAL_RANK": str(rank),
+        "HVDTRAIN_LOCAL_WORLD_SIZE": str(nprocs),
+        "HVDTRAIN_JOB_ID": f"spawn-{job}",
+        "HVDTRAIN_PARENT": str(os.getpid()),
+    }
+    # As torchrun does: N ranks with a thread per core each would be slower than one.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nprocs)))
+    return subprocess.Popen(
+        [sys.executable, "-c", "from hvdtrain.workers import _main; _main()", str(folder)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float | None) -> None:
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    failed_at: float | None = None
+    while any(process.poll() is None for process in ranks):
+        now = time.monotonic()
+        if end is not None and now > end:
+            late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
+            raise RankFailure(f"ranks {late} were still running after {timeout_s:g} s and were ended")
+        if failed_at is None and any(process.poll() not in (None, 0) for process in ranks):
+            failed_at = now
+        if failed_at is not None and now > failed_at + _GRACE_S:
+            break
+        time.sleep(0.01)
+    if all(process.poll() == 0 for process in ranks):
+        return
+    told = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+    if told:
+        rank = int(told[0].name.removeprefix("error-"))
+        text = told[0].read_text()
+        raise RankFailure(f"rank {rank} of {len(ranks)} failed:\n\n{text}", rank=rank, rank_traceback=text)
+    ends = {rank: process.returncode for rank, process in enumerate(ranks) if process.returncode not in (None, 0)}
+    # A signal from outside is the cause; exit code 1 is what its victims end with.
+    rank = min(ends, key=lambda r: (ends[r] >= 0, r))
+    raise RankFailure(f"rank {rank} of {len(ranks)} ended with {_describe(ends[rank])} and left no traceback", rank=rank)
+
+
+def _describe(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    end = time.monotonic() + 3
+    for process in ranks:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _main() -> None:
+    """One rank."""
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["HVDTRAIN_RANK"])
+    _end_with_parent()
+    try:
+        sys.path[:] = (folder / "path").read_text().split("\0")
+        fn, args, backend, options = cloudpickle.loads((folder / "call").read_bytes())
+        with create(backend, **options) as running:
+            result = fn(running, *args)
+        _write(folder / f"result-{rank}", cloudpickle.dumps(result))
+    except SystemExit:  # quiet: another rank has the traceback, or the function wanted it
+        raise
+    except BaseException:
+        _write(folder / f"error-{rank}", traceback.format_exc().encode())
+        sys.exit(1)
+
+
+def _write(file: Path, content: bytes) -> None:
+    temporary = file.with_name(f"partial-{file.name}")
+    temporary.write_bytes(content)
+    temporary.replace(file)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when the caller is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ["HVDTRAIN_PARENT"]):
+        sys.exit(1)
