@@ -22,9 +22,15 @@ from __future__ import annotations
 
 
 class HvdtrainError(Exception):
-    """Base of all exceptions raised on purpose; ``exit_code`` is what the command line ends with."""
+    """Base of all exceptions raised on purpose.
+
+    Attributes:
+        exit_code: What the command line ends with.
+        first: Set when this error ended a job of ranks and this rank was the first that failed: the one that speaks.
+    """
 
     exit_code = 1
+    first = False
 
 
 class ConfigError(HvdtrainError, ValueError):

@@ -26,7 +26,7 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.data.rank_loader import RankLoader
-from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
+from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, Preempted, RankFailure
 from hvdtrain.launch.detect import Detection
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 _ENGINE_ERROR = re.compile(r"gloo|nccl|c10d|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE)
+_COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
 _BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
 
 
@@ -171,7 +172,8 @@ class Backend(Communicator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        agreed = isinstance(error, Preempted)  # all ranks raise it at the same step
+        if error is None or agreed or (isinstance(error, SystemExit) and error.code in (None, 0)):
             try:
                 self.stop()
                 return
@@ -182,8 +184,12 @@ class Backend(Communicator):
             _log.debug("rank %d ends: %s", self.rank, victim_of)
             if victim_of.rank is None:
                 raise victim_of
-            # The rank that failed shows its traceback; this one ends, non-zero, without another.
+            # The rank that failed shows its traceback; this one ends, non-zero, without another, and not before it:
+            # launchers end all ranks as soon as one has ended.
+            time.sleep(_COURTESY_S)
             raise SystemExit(HvdtrainError.exit_code) from None
+        if isinstance(error, HvdtrainError):
+            error.first = True
         _tell_launcher(error)
 
     # -- work ---------------------------------------------------------------------------------------------------------

@@ -236,6 +236,10 @@ class Replica(ABC):
             forward: Returns a loss for the model that it is given; every rank's must use the model as training does.
         """
 
+    def copy_from_rank_zero(self) -> None:
+        """Overwrite parameters, buffers and optimizer state with rank 0's; every rank must call it."""
+        copy_state_from_rank_zero(self._backend, self.module, self.optimizer)
+
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (running statistics and the like)."""
         with torch.no_grad():

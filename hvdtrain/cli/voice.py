@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from hvdtrain.errors import LaunchError, Preempted, RankFailure
+from hvdtrain.errors import HvdtrainError, LaunchError, Preempted, RankFailure
 from hvdtrain.launch.detect import detect
 
 GRACE_S = 3.0
@@ -36,7 +36,9 @@ def complain(error: BaseException, *, same_everywhere: bool) -> None:
         same_everywhere: All ranks are sure to have met the same error, so that only rank 0 need tell.
     """
     own_rank = rank()
-    if own_rank != 0:
+    if own_rank != 0 and isinstance(error, Preempted):  # all ranks agreed to stop; rank 0 says so
+        return
+    if own_rank != 0 and not (isinstance(error, HvdtrainError) and error.first):
         time.sleep(GRACE_S)
         if same_everywhere:
             return

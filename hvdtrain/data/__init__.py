@@ -1,1 +1,1 @@
-""""""
+"""Data sets, their split over ranks, and loaders."""

@@ -102,28 +102,26 @@ def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False
 
 def _other_container_to_device(batch: Any, device: torch.device | str, non_blocking: bool) -> Any:
     """Subclasses of tuple, list and dict, other mappings, and dataclasses: a copy of the same type."""
-    if isinstance(batch, tuple) and hasattr(batch, "_make"):
-        return batch._make(to_device(value, device, non_blocking) for value in batch)
+    clone: Any = batch
     if isinstance(batch, tuple) and not isinstance(batch, torch.Size):
-        return type(batch)(to_device(value, device, non_blocking) for value in batch)
-    if isinstance(batch, Mapping):
-        moved = {key: to_device(value, device, non_blocking) for key, value in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return type(batch)(moved)  # type: ignore[call-arg]
+        moved = (to_device(value, device, non_blocking) for value in batch)
+        clone = batch._make(moved) if hasattr(batch, "_make") else type(batch)(moved)
+    elif isinstance(batch, list):
         clone = copy.copy(batch)
-        clone.update(moved)
-        return clone
-    if isinstance(batch, list):
-        clone_of_list = copy.copy(batch)
-        clone_of_list[:] = [to_device(value, device, non_blocking) for value in batch]
-        return clone_of_list
-    if dataclasses.is_dataclass(batch):
+        clone[:] = [to_device(value, device, non_blocking) for value in batch]
+    elif isinstance(batch, Mapping):
+        content = {key: to_device(value, device, non_blocking) for key, value in batch.items()}
+        if isinstance(batch, MutableMapping):
+            clone = copy.copy(batch)
+            clone.update(content)
+        else:
+            clone = type(batch)(content)  # type: ignore[call-arg]
+    elif dataclasses.is_dataclass(batch):
         clone = copy.copy(batch)  # and not dataclasses.replace, which would run __post_init__ again
         for field in dataclasses.fields(batch):
             if hasattr(batch, field.name):
                 object.__setattr__(clone, field.name, to_device(getattr(batch, field.name), device, non_blocking))
-        return clone
-    return batch
+    return clone
 
 
 def _takes_non_blocking(to: Callable[..., Any]) -> bool:

@@ -7,6 +7,7 @@ leave untouched. The arithmetic is `hvdtrain.data.partition`'s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -138,4 +139,4 @@ class EvalSampler(Sampler[list[int]]):
             yield IndexBatch(range(start, min(start + self.batch_size, self.share.stop)), (1, start))
 
     def __len__(self) -> int:
-        return -(-len(self.share) // self.batch_size)
+        return math.ceil(len(self.share) / self.batch_size)

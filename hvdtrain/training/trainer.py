@@ -8,7 +8,6 @@ samples.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -27,12 +26,13 @@ from hvdtrain.backends.replica import Replica
 from hvdtrain.data.loader import make_loader, to_device
 from hvdtrain.data.partition import BatchPartition, Step
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
-from hvdtrain.errors import ConfigError, NonFiniteLoss, Preempted
+from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
-from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint import Checkpoints, load
 from hvdtrain.training.checkup import Checkup, Tally
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.position import Position
+from hvdtrain.training.state import random_state, same_random_numbers, set_random_state
 from hvdtrain.training.task import Learning, Supervised
 
 _log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Trainer:
         self._checkpoint_every = checkpoint_every
         self._checkup = Checkup(backend, log_every=log_every, stop_requested=stop_requested or (lambda: False))
         self._pending_loss: tuple[int, Tensor, int] | None = None  # step, loss, samples: not yet looked at (GPU)
-        self._started_at = time.monotonic()
+        self._gradient_norm: Tensor | None = None
         self._train_seconds = 0.0
         self._samples = 0
 
@@ -270,8 +270,6 @@ class Trainer:
             self._schedule.step()
         self._gradient_norm = result.gradient_norm
 
-    _gradient_norm: Tensor | None = None
-
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -362,7 +360,7 @@ class Trainer:
             self.position.count(value, samples)
         elif not self._skip_nonfinite:
             raise NonFiniteLoss(
-                f"the loss is {value} at step {step} of epoch {self.position.epoch} on rank {self.backend.rank}. Lower --lr, "
+                f"the loss is {value} at step {step + 1} (epoch {self.position.epoch + 1}) on rank {self.backend.rank}. Lower --lr, "
                 "clip with --clip-norm, look for broken samples, or go on without such steps with --on-nan skip"
             )
 
@@ -400,3 +398,87 @@ class Trainer:
         plateau = isinstance(self._schedule, ReduceLROnPlateau)
         if self._schedule is not None and self._schedule_interval == "epoch" and not plateau:
             self._schedule.step()
+
+    # -- saving and resuming ------------------------------------------------------------------------------------------
+
+    def _save(self) -> str | None:
+        if self._checkpoints is None:
+            return None
+        self._look_at_pending_loss()
+        position, replica = self.position, self.replica
+        tally = position.epoch_tally
+        return self._checkpoints.save(
+            self.backend,
+            step=position.steps,
+            model=replica.module.state_dict(),
+            training={
+                "optimizer": replica.optimizer.state_dict(),
+                "schedule": None if self._schedule is None else _plain(self._schedule.state_dict()),
+                "precision": self.precision.state_dict(),
+                "position": position.state_dict(),
+                "seed": self._seed,
+            },
+            rank_state={"random": random_state(), "tally": [tally.loss_sum, tally.samples]},
+        )
+
+    def _resume(self, path: str, partition: BatchPartition) -> None:
+        """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches."""
+        backend, replica = self.backend, self.replica
+        loaded = load(backend, path, replica.module)
+        if loaded is None:
+            raise CheckpointError(f"rank 0 was given no checkpoint to resume from, rank {backend.rank} {path}")
+        training = loaded.training
+        if training["seed"] != self._seed:
+            _log.warning("the checkpoint was written with --seed %s, this run has %s", training["seed"], self._seed)
+        try:
+            replica.optimizer.load_state_dict(training["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} was written with another optimizer: {error}; use the same, or --resume never") from error
+        if self._schedule is not None and training["schedule"] is not None:
+            self._schedule.load_state_dict(training["schedule"])
+        self.precision.load_state_dict(training["precision"])
+        replica.copy_from_rank_zero()
+        states = loaded.rank_states
+        if len(states) == backend.world_size:
+            set_random_state(states[backend.rank]["random"])
+            tally = Tally(*states[backend.rank]["tally"])
+        else:
+            _log.info("the checkpoint is of %d ranks, this run has %d: random numbers begin anew", len(states), backend.world_size)
+            sums = [state["tally"] for state in states] if backend.rank == 0 else []
+            tally = Tally(sum(s[0] for s in sums), sum(s[1] for s in sums))
+        self.position.load_state_dict(training["position"], tally)
+        if self.position.samples % partition.global_batch_size:
+            raise CheckpointError(
+                f"{path} stopped after {self.position.samples} samples of an epoch, which is no whole number of global batches of "
+                f"{partition.global_batch_size}; resume with the global batch size it was written with"
+            )
+
+    def _rehearse(self, loader: DataLoader[Any], sampler: PartitionSampler, partition: BatchPartition) -> None:
+        """Run one forward and backward pass for the engine's sake, and leave everything as it was."""
+        step = partition.step(0)
+        if not step.every_rank:
+            return
+        module = self.replica.module
+        module.train()
+        buffers = [buffer.clone() for buffer in module.buffers()]
+        with same_random_numbers():
+            sampler.set_position(0)
+            batch = self.precision.cast(to_device(next(iter(loader)), self.backend.device))
+
+            def forward(model: nn.Module) -> Tensor:
+                with self.precision.autocast():
+                    return self.task.loss(model, batch)
+
+            self.replica.rehearse(forward)
+        with torch.no_grad():
+            for buffer, before in zip(module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+
+def _plain(value: Any) -> Any:
+    """A scheduler's state without what cannot be read back without unpickling (functions, which become None)."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (int, float, str, bool, Tensor, type(None))) else None

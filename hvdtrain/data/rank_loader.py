@@ -1,0 +1,67 @@
+"""This rank's share of a data set as batches on its device, for people who keep their own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset, default_collate
+
+from hvdtrain.data.arrays import ArrayDataset
+from hvdtrain.data.loader import make_loader, to_device
+from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.samplers import PartitionSampler
+
+
+class RankLoader:
+    """Iterate over it once per epoch; see `hvdtrain.backends.base.Backend.loader`.
+
+    Attributes:
+        epoch: The epoch that the next iteration begins; set it to continue an earlier run.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        world_size: int,
+        rank: int,
+        device: torch.device,
+        shuffle: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        self.epoch = 0
+        self._dataset = dataset
+        self._device = device
+        self._partition = BatchPartition(
+            length=len(dataset),  # type: ignore[arg-type]
+            global_batch_size=batch_size * world_size,
+            world_size=world_size,
+            rank=rank,
+        )
+        self._sampler = PartitionSampler(self._partition, shuffle=shuffle, seed=seed)
+        self._loader = make_loader(
+            dataset, self._sampler, workers=workers, pin_memory=device.type == "cuda", seed=seed
+        )
+
+    def __len__(self) -> int:
+        """Steps in an epoch, the same on every rank."""
+        return self._partition.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        self._sampler.set_position(self.epoch)
+        self.epoch += 1
+        batches = iter(self._loader)
+        for step in self._partition.steps():
+            batch = next(batches) if step.micro_batches else self._empty()
+            yield to_device(batch, self._device, non_blocking=True)
+
+    def _empty(self) -> Any:
+        """A batch of length 0, of the shapes and types that a batch has."""
+        dataset = self._dataset
+        one = dataset.batch([0]) if isinstance(dataset, ArrayDataset) else default_collate([dataset[0]])
+        return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) else x, one)

@@ -1,0 +1,98 @@
+"""What the loop tells, as plain numbers, and who listens. Only rank 0 has listeners; the others have a `NullLogger`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """A logged step.
+
+    Attributes:
+        step: Optimizer steps done.
+        total_steps: Of the whole run.
+        epoch: Epochs completed.
+        loss: Mean over the samples of all ranks since the last exchange.
+        lr: Of the first parameter group.
+        samples_per_second: Over all ranks, since the start.
+        gradient_norm: Before clipping; None if nothing computed it.
+    """
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    samples_per_second: float
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRecord:
+    """An evaluation: mean metrics over the whole evaluation data."""
+
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+
+
+class Logger(Protocol):
+    """Listens to a run."""
+
+    def log_step(self, record: StepRecord) -> None:
+        """Note a step."""
+        ...
+
+    def log_eval(self, record: EvalRecord) -> None:
+        """Note an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class NullLogger:
+    """Listens to nothing."""
+
+    def log_step(self, record: StepRecord) -> None:
+        """Do nothing."""
+
+    def log_eval(self, record: EvalRecord) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class FanOut:
+    """Tells several loggers. One that fails (a full disk) is dropped with a warning; training goes on."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = list(loggers)
+
+    def log_step(self, record: StepRecord) -> None:
+        """Tell all."""
+        self._tell("log_step", record)
+
+    def log_eval(self, record: EvalRecord) -> None:
+        """Tell all."""
+        self._tell("log_eval", record)
+
+    def close(self) -> None:
+        """Close all."""
+        self._tell("close")
+
+    def _tell(self, method: str, *record: object) -> None:
+        for logger in list(self._loggers):
+            try:
+                getattr(logger, method)(*record)
+            except Exception as error:
+                _log.warning("%s failed and is not told any more: %s", type(logger).__name__, error)
+                self._loggers.remove(logger)

@@ -1,0 +1,72 @@
+"""How far the run is: a live line on a terminal, plain lines every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hvdtrain.observe.logger import EvalRecord, StepRecord
+
+
+class ProgressLogger:
+    """Shows epoch, step, loss, samples per second and the time left.
+
+    Args:
+        console: Where to.
+        epochs: Of the whole run.
+        every_s: Seconds between plain lines.
+    """
+
+    def __init__(self, console: Console, epochs: int, every_s: float = 5.0) -> None:
+        self._console = console
+        self._epochs = epochs
+        self._every_s = every_s
+        self._last = 0.0
+        self._began: tuple[float, int] | None = None
+        self._bar: Progress | None = None
+
+    def log_step(self, record: StepRecord) -> None:
+        """Show a step."""
+        text = (
+            f"epoch {min(record.epoch + 1, self._epochs)}/{self._epochs}  loss {record.loss:.4f}  "
+            f"{record.samples_per_second:,.0f} samples/s"
+        )
+        if self._console.is_terminal:
+            self._show_bar(record, text)
+            return
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, record.step)
+        if now - self._last < self._every_s and record.step < record.total_steps:
+            return
+        self._last = now
+        began, first = self._began
+        left = (now - began) / max(1, record.step - first) * (record.total_steps - record.step)
+        self._console.print(f"step {record.step}/{record.total_steps}  {text}  {left:.0f} s left", highlight=False)
+
+    def log_eval(self, record: EvalRecord) -> None:
+        """Show an evaluation."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+        self._console.print(f"epoch {record.epoch}/{self._epochs} evaluated: {shown}", highlight=False)
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_bar(self, record: StepRecord, text: str) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task(text, total=record.total_steps)
+        self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)

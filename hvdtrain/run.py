@@ -1,0 +1,267 @@
+"""One training run out of one configuration: the only module that knows both the configuration and the parts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from hvdtrain import backends
+from hvdtrain.backends.base import Backend
+from hvdtrain.components import resolve
+from hvdtrain.config import TrainConfig
+from hvdtrain.data.named import NamedData, load_data
+from hvdtrain.errors import ConfigError
+from hvdtrain.launch.detect import detect
+from hvdtrain.observe.jsonl import JsonlLogger
+from hvdtrain.observe.logger import FanOut, Logger, NullLogger
+from hvdtrain.observe.progress import ProgressLogger
+from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
+from hvdtrain.optim.schedule import make_schedule, scaled_lr
+from hvdtrain.options import Component
+from hvdtrain.training import models
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.state import seed_everything
+from hvdtrain.training.stopping import StopRequest
+from hvdtrain.training.task import Classification, Task
+from hvdtrain.training.trainer import FitResult, Trainer
+from hvdtrain.version import __version__
+
+_log = logging.getLogger(__name__)
+
+
+def run_training(config: TrainConfig) -> Summary:
+    """Train as configured, on this rank.
+
+    Returns:
+        The summary, the same on every rank; rank 0 has shown and written it.
+
+    Raises:
+        HvdtrainError: See `hvdtrain.errors`.
+    """
+    began = time.monotonic()
+    if config.deterministic:
+        _be_deterministic()
+    with StopRequest() as stop, _backend(config) as backend:
+        console = Console(quiet=backend.rank != 0)
+        console.print(_headline(backend), highlight=False)
+        run_dir = _run_dir(config, backend)
+        seed_everything(config.seed)  # the same on every rank: models are built alike, whatever the world size
+        task = _task(config, backend)
+        model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
+        seed_everything(config.seed, backend.rank + 1)
+        model.to(backend.device)
+        batch = _global_batch_size(config, backend)
+        steps_per_epoch = max(1, math.ceil(len(train_data) / batch))  # type: ignore[arg-type]
+        optimizer = _optimizer(config, model, backend)
+        schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
+        checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
+        resume_from = _resume_from(config, backend, checkpoints)
+        logger = _logger(config, backend, console, run_dir, resume_from)
+        trainer = Trainer(
+            backend,
+            model,
+            optimizer,
+            task=task,
+            schedule=schedule,
+            schedule_interval=interval,
+            precision=config.precision,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_norm,
+            on_nan=config.on_nan,
+            seed=config.seed,
+            workers=config.workers,
+            logger=logger,
+            log_every=config.log_every,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            stop_requested=stop,
+            find_unused_parameters=config.find_unused_parameters,
+            static_graph=config.static_graph,
+            bucket_bytes=int(config.bucket_mb * 2**20),
+        )
+        try:
+            result = trainer.fit(
+                train_data,
+                eval_data,
+                epochs=config.epochs,
+                max_steps=config.max_steps,
+                global_batch_size=batch,
+                eval_batch_size=config.eval_batch_size,
+                eval_every=config.eval_every,
+                resume_from=resume_from,
+            )
+        finally:
+            logger.close()
+        summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
+        if backend.rank == 0:
+            write_summary(summary, run_dir / "summary.json")
+            show_summary(summary, console, run_dir)
+    return summary
+
+
+def _backend(config: TrainConfig) -> Backend:
+    detection = detect()
+    name = backends.choose(detection)[0] if config.backend == "auto" else config.backend
+    if config.data_parallel and name != "local":
+        raise ConfigError(f"--data-parallel is one process with several GPUs, but backend {name} was chosen for {detection.reason}")
+    options: dict[str, Any] = {"device": config.device, "timeout_s": config.timeout}
+    if name == "local":
+        options["data_parallel"] = config.data_parallel
+    if config.process_group != "auto":
+        options["process_group"] = config.process_group
+    return backends.create(name, detection=detection, **options)
+
+
+def _headline(backend: Backend) -> str:
+    topology = backend.topology
+    ranks = "1 rank" if topology.world_size == 1 else f"{topology.world_size} ranks"
+    nodes = "" if topology.num_nodes == 1 else f" on {topology.num_nodes} nodes"
+    return (
+        f"hvdtrain {__version__}: backend {backend.name} ({backend.engine}), {ranks}{nodes}, {backend.device.type} "
+        f"({backend.detection.reason})"
+    )
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _run_dir(config: TrainConfig, backend: Backend) -> Path:
+    chosen = config.run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return Path(backend.broadcast_object(chosen))
+
+
+def _task(config: TrainConfig, backend: Backend) -> Task:
+    if config.task is not None:
+        task = resolve(config.task, flag="--task")()
+        if not isinstance(task, Task):
+            missing = [n for n in ("build_model", "loss", "metrics", "train_data", "eval_data") if not hasattr(task, n)]
+            raise ConfigError(f"--task {config.task.name} is no hvdtrain.Task: it lacks {', '.join(missing)}")
+        return task
+    assert config.data is not None
+    assert config.model is not None
+    data = load_data(
+        config.data, folder=Path(config.data_dir), download=config.download, timeout_s=config.timeout
+    )
+    return Classification(
+        _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing
+    )
+
+
+def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Module]:
+    """A component's callable, with the data's shape filled in where the model asks for it and the user does not say."""
+    own = {"cnn": models.cnn, "mlp": models.mlp}
+    if component.name in own:
+        found = resolve(component, where=(own,), flag="--model")
+        fitting = {"channels": data.shape[0], "size": data.shape[-1], "classes": data.classes}
+        return lambda: cast(nn.Module, found(**{k: v for k, v in fitting.items() if k not in found.kwargs}))
+    found = resolve(component, where=("torchvision.models",), flag="--model")
+    torchvision = getattr(found.target, "__module__", "").startswith("torchvision.")
+    extra = {"num_classes": data.classes} if torchvision and "num_classes" not in found.kwargs else {}
+    return lambda: cast(nn.Module, found(**extra))
+
+
+def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
+    if config.global_batch_size is not None:
+        return config.global_batch_size
+    assert config.batch_size is not None
+    return config.batch_size * config.accumulate * backend.world_size
+
+
+def _optimizer(config: TrainConfig, model: nn.Module, backend: Backend) -> Optimizer:
+    found = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
+    lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
+    optimizer = found([p for p in model.parameters() if p.requires_grad], lr=lr)
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"--optimizer {config.optimizer.name} made a {type(optimizer).__name__}, not a torch optimizer")
+    return optimizer
+
+
+def _schedule(
+    config: TrainConfig, optimizer: Optimizer, backend: Backend, steps_per_epoch: int
+) -> tuple[LRScheduler, str]:
+    if config.schedule.is_path:
+        if config.warmup_epochs:
+            raise ConfigError(f"--warmup-epochs goes with the built-in schedules, not with --schedule {config.schedule.name}")
+        args = dict(config.schedule.args)
+        interval = str(args.pop("interval", "epoch"))  # torch's schedulers count epochs unless told otherwise
+        found = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
+        return found(optimizer), interval
+    total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    schedule = make_schedule(
+        optimizer,
+        config.schedule.name,
+        config.schedule.args,
+        total_steps=int(total),
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        warmup_start=1 / backend.world_size if config.scale_lr else 0.0,
+    )
+    return schedule, "step"
+
+
+def _resume_from(config: TrainConfig, backend: Backend, checkpoints: Checkpoints) -> str | None:
+    """The checkpoint to continue from, as rank 0 sees it."""
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return backend.broadcast_object(config.resume)
+    found = checkpoints.latest() if backend.rank == 0 else None
+    return backend.broadcast_object(None if found is None else str(found))
+
+
+def _logger(
+    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: str | None
+) -> Logger:
+    if backend.rank != 0:
+        return NullLogger()
+    resumed_step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from and resume_from[-1].isdigit() else 0
+    return FanOut([ProgressLogger(console, config.epochs), JsonlLogger(run_dir / "metrics.jsonl", resumed_step)])
+
+
+def _summary(
+    config: TrainConfig, backend: Backend, model: nn.Module, result: FitResult, batch: int, wall_seconds: float
+) -> Summary:
+    state = model.state_dict()
+    parameters = dict(model.named_parameters())
+    return Summary(
+        backend=backend.name,
+        engine=backend.engine,
+        launcher=backend.topology.launcher,
+        world_size=backend.world_size,
+        num_nodes=backend.topology.num_nodes,
+        device=str(backend.device),
+        global_batch_size=batch,
+        epochs=result.epochs,
+        steps=result.steps,
+        skipped_steps=result.skipped_steps,
+        train_loss=result.train_loss,
+        eval_loss=result.eval_metrics.get("loss"),
+        eval_accuracy=result.eval_metrics.get("accuracy"),
+        eval_metrics=result.eval_metrics,
+        samples_per_second=result.samples / result.train_seconds if result.train_seconds else 0.0,
+        wall_seconds=wall_seconds,
+        seed=config.seed,
+        precision=config.precision,
+        parameters=sum(p.numel() for p in parameters.values()),
+        parameters_norm=parameters_norm(parameters),
+        parameters_sha256=parameters_sha256(state),
+        resumed_from=result.resumed_from,
+        hvdtrain_version=__version__,
+        torch_version=str(torch.__version__),
+    )

@@ -1,0 +1,40 @@
+"""Two small models for images, so that the main job needs nothing else."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def cnn(channels: int = 1, size: int = 8, classes: int = 10, width: int = 32) -> nn.Module:
+    """Return a convolutional network for square images.
+
+    Args:
+        channels: Of the images.
+        size: Height and width of the images, at least 4.
+        classes: Outputs.
+        width: Channels of the first layer; the second has twice as many.
+    """
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(2 if size < 16 else 4),
+        nn.Flatten(),
+        nn.Linear(2 * width * (4 if size < 16 else 16), classes),
+    )
+
+
+def mlp(channels: int = 1, size: int = 8, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:
+    """Return a perceptron with ``depth`` hidden layers of ``width`` units."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = math.prod((channels, size, size))
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))
