@@ -54,7 +54,7 @@ def digits(train: bool, dtype: torch.dtype = torch.float32) -> ArrayDataset:
 def _read() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Images (1797, 8, 8) with pixels 0 to 16, and labels (1797,), in the order of the original file."""
     try:
-        with np.load(_FILE, allow_pickle=False) as content:
+        with _FILE.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images, labels = content["images"], content["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(

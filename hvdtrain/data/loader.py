@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.samplers import IndexBatch
+from hvdtrain.data.worker_signals import OutliveSigterm
 from hvdtrain.errors import ConfigError
 
 
@@ -39,7 +40,7 @@ def make_loader(
     With ``workers=0`` samples are loaded in this process, and a data set that draws random numbers draws them from this
     process's random state. With loader processes, each batch first seeds the random numbers of torch, NumPy and
     `random` in the process that loads it, from ``seed`` and the batch's key: the same numbers for any number of
-    processes, and for a run that continues in the middle of an epoch.
+    processes, and for a run that continues in the middle of an epoch. They outlive a SIGTERM for as long as their rank does.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
@@ -73,6 +74,7 @@ def make_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         timeout=timeout_s if workers else 0,
         generator=torch.Generator().manual_seed(seed),  # else each iterator would draw from the global one
+        worker_init_fn=OutliveSigterm() if workers else None,
         persistent_workers=workers > 0,
     )
 

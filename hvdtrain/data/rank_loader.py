@@ -44,9 +44,7 @@ class RankLoader:
             rank=rank,
         )
         self._sampler = PartitionSampler(self._partition, shuffle=shuffle, seed=seed)
-        self._loader = make_loader(
-            dataset, self._sampler, workers=workers, pin_memory=device.type == "cuda", seed=seed
-        )
+        self._loader = make_loader(dataset, self._sampler, workers=workers, pin_memory=device.type == "cuda", seed=seed)
 
     def __len__(self) -> int:
         """Steps in an epoch, the same on every rank."""
