@@ -55,7 +55,7 @@ def run_training(config: TrainConfig) -> Summary:
     if config.deterministic:
         _be_deterministic()
     with StopRequest() as stop, _backend(config) as backend:
-        console = Console(quiet=backend.rank != 0)
+        console = Console(quiet=backend.rank != 0, soft_wrap=True)
         console.print(_headline(backend), highlight=False)
         run_dir = _run_dir(config, backend)
         seed_everything(config.seed)  # the same on every rank: models are built alike, whatever the world size

@@ -281,6 +281,8 @@ class Backend(Communicator):
             except RuntimeError as error:
                 if isinstance(error, HvdtrainError) or not _is_engine_error(error):
                     raise
+                if self._watch.failure is not None and self._watch.failure.rank == self.rank:  # the watch knows better
+                    raise CollectiveError(self._watch.failure.message) from error
                 missing = self._watch.missing(label, everyone)
                 raise CollectiveError(f"{what} failed on rank {self.rank}{missing}: {error}") from error
 

@@ -423,6 +423,9 @@ class Communicator:
             except RuntimeError as error:
                 if isinstance(error, (RankFailure, CollectiveError)):
                     raise
+                failure = self._watch.failure
+                if failure is not None and failure.rank == wire.ranks[wire.rank]:  # the watch knows better
+                    raise CollectiveError(failure.message) from error
                 missing = self._watch.missing(self._label, wire.ranks)
                 raise CollectiveError(
                     f"{what} over {self._label} ({wire.size} ranks) failed on rank {wire.ranks[wire.rank]}{missing}: {error}"

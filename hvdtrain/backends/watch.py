@@ -110,6 +110,7 @@ class Watch(NullWatch):
         self._exit_process = exit_process
         self._counts: dict[str, int] = {}
         self._waiting: tuple[str, str, tuple[int, ...], float] | None = None  # label, what, ranks, since
+        self._state = "computing"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hvdtrain-watch", daemon=True)
         self.failure = None
@@ -197,7 +198,8 @@ class Watch(NullWatch):
         Raises:
             RankFailure: Another rank failed, or one did not come within ``timeout_s``.
         """
-        self._publish("has left the program")
+        self._state = "has left the program"
+        self._publish()
         self._store.set(f"left/{self._rank}", "1")
         self._await("left", timeout_s)
         self.close()
@@ -253,12 +255,12 @@ class Watch(NullWatch):
                 self._end_soon(stuck, tell=True)
                 return
 
-    def _publish(self, state: str = "computing") -> None:
+    def _publish(self) -> None:
         waiting = self._waiting
         record = {
             "counts": dict(self._counts),
             "what": waiting[1] if waiting else "",
-            "state": state,
+            "state": self._state,
             "time": time.time(),
             "host": socket.gethostname(),
         }

@@ -15,7 +15,7 @@ class ArrayDataset(Dataset[tuple[Tensor, ...]]):
     """Samples along the first dimension of one or more tensors, as `torch.utils.data.TensorDataset`, but faster.
 
     `hvdtrain.data.loader.make_loader` takes its batches from `batch`, without collating single samples. A subclass
-    that overrides ``__getitem__`` is loaded sample by sample like any other data set.
+    that overrides ``__getitem__`` but not ``batch`` is loaded sample by sample like any other data set.
 
     Args:
         tensors: Of equal length along their first dimension.

@@ -40,7 +40,8 @@ def make_loader(
     With ``workers=0`` samples are loaded in this process, and a data set that draws random numbers draws them from this
     process's random state. With loader processes, each batch first seeds the random numbers of torch, NumPy and
     `random` in the process that loads it, from ``seed`` and the batch's key: the same numbers for any number of
-    processes, and for a run that continues in the middle of an epoch. They outlive a SIGTERM for as long as their rank does.
+    processes, and for a run that continues in the middle of an epoch. The
+    processes outlive a SIGTERM for as long as their rank does.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
@@ -136,7 +137,11 @@ def _takes_non_blocking(to: Callable[..., Any]) -> bool:
 
 
 def _loads_whole_batches(dataset: Dataset[Any]) -> bool:
-    return isinstance(dataset, ArrayDataset) and type(dataset).__getitem__ is ArrayDataset.__getitem__
+    """Whether an ArrayDataset's ``batch`` speaks for its ``__getitem__``: no subclass overrides the latter alone."""
+    if not isinstance(dataset, ArrayDataset):
+        return False
+    owner = next(cls for cls in type(dataset).__mro__ if "__getitem__" in vars(cls) or "batch" in vars(cls))
+    return "batch" in vars(owner)
 
 
 def _as_it_is(batch: Any) -> Any:

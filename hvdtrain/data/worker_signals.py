@@ -33,6 +33,7 @@ class OutliveSigterm:
         self._asked = False
 
     def __call__(self, worker: int) -> None:
+        """Run in loader process ``worker`` before it loads anything."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: object) -> None:

@@ -85,7 +85,7 @@ def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
     """Print a short table."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [
-        ("backend", f"{summary.backend} ({summary.engine}), {summary.world_size} ranks by {summary.launcher}, {summary.device}"),
+        ("backend", f"{summary.backend} ({summary.engine}), world size {summary.world_size}, {summary.device}"),
         ("trained", f"{summary.epochs} epochs, {summary.steps} steps of {summary.global_batch_size} samples, {summary.precision}"),
         ("train loss", f"{summary.train_loss:.4f}"),
     ]

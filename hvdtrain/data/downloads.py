@@ -1,0 +1,212 @@
+"""Getting the files of a data set onto a node, once, however many ranks ask for them.
+
+Every rank calls `once_per_node`. A lock on the data folder lets one of them work; the others wait, with a bound, and
+then find the files there or learn why they are not. The kernel drops the lock of a process that dies, so that a killed
+rank leaves neither a stale lock nor, because files are put in place whole, half a file. Where nodes share the folder,
+one rank of all of them works. No rank needs to know its number, and nobody needs to call this at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import tarfile
+import time
+import urllib.request
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+_SILENCE_S = 30.0  # of a server, before a download is given up
+_CHUNK_BYTES = 1 << 18
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Archive:
+    """A file to download and unpack.
+
+    Args:
+        name: File name; ``.gz`` holds the file of the name without it, ``.tar.gz`` any number of files.
+        md5: Of the file as downloaded.
+        urls: Where it can be had, the first that works is taken.
+        contents: What it holds: paths below the folder that it is unpacked in.
+    """
+
+    name: str
+    md5: str
+    urls: tuple[str, ...]
+    contents: tuple[str, ...]
+
+
+def once_per_node(
+    name: str, folder: Path, *, is_there: Callable[[], bool], get: Callable[[], None], timeout_s: float
+) -> None:
+    """Call ``get`` in one process if ``is_there`` says no, while the others that use this folder wait.
+
+    Args:
+        name: Of the data set; one lock each.
+        folder: Where the data sets are; made if it is missing.
+        is_there: Whether there is nothing to do. Called while no other process is at work.
+        get: Gets it, or raises a DataError.
+        timeout_s: Longest wait for another process, in seconds.
+
+    Raises:
+        DataError: ``get`` failed, here or in the process that this one waited for; or the wait was too long.
+    """
+    failure = folder / f".hvdtrain-{name}.failed"
+    before = _read_text(failure)
+    with _lock(name, folder, timeout_s) as writable:
+        if is_there():
+            return
+        told = _read_text(failure)
+        if told != before and told:  # it failed while this process waited; the next attempt will try again
+            raise DataError(told.partition("\n")[2])
+        if not writable:
+            raise DataError(
+                f"{name} is not in {folder.absolute()}, which cannot be written to; choose another --data-dir"
+            )
+        try:
+            get()
+        except DataError as error:
+            with contextlib.suppress(OSError):
+                failure.write_text(f"{uuid.uuid4()}\n{error}")
+            raise
+        with contextlib.suppress(OSError):
+            failure.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(name: str, folder: Path, timeout_s: float) -> Iterator[bool]:
+    """Hold the data set's lock; gives whether the folder can be written to (if not, nothing is locked)."""
+    path = folder / f".hvdtrain-{name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise DataError(
+                f"cannot use {folder.absolute()} for data sets: {error}; choose another --data-dir"
+            ) from error
+        yield False
+        return
+    try:
+        _wait_for_lock(descriptor, name, folder, timeout_s)
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, name: str, folder: Path, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    pause_s = 0.01
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise DataError(
+                f"the file system of {folder.absolute()} has no file locks ({error}), so that ranks cannot take turns "
+                f"there; download {name} beforehand with one process, or choose another --data-dir"
+            ) from error
+        if time.monotonic() >= end:
+            raise DataError(
+                f"waited {timeout_s:g} s for another process to download {name} to {folder.absolute()}; give it more "
+                "time with --timeout, or download beforehand with one process"
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.25)
+
+
+def fetch_and_unpack(archives: Sequence[Archive], folder: Path) -> None:
+    """Put what the archives hold into ``folder``, whole files only; archives that lie there already are used.
+
+    Only one process may call this for a folder at a time, see `once_per_node`.
+
+    Raises:
+        DataError: An archive cannot be downloaded, or is not the expected one.
+    """
+    staging = folder / ".hvdtrain-partial"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for archive in archives:
+            if not all((folder / path).is_file() for path in archive.contents):
+                file = folder / archive.name
+                if not is_intact(file, archive.md5):
+                    file = _download(archive, staging)
+                _unpack(file, staging, folder)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder.absolute()}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_intact(file: Path, md5: str) -> bool:
+    """Return whether a file is there with this MD5 sum (which tells damage, not malice)."""
+    if not file.is_file():
+        return False
+    digest = hashlib.md5(usedforsecurity=False)
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == md5
+
+
+def _download(archive: Archive, staging: Path) -> Path:
+    file = staging / archive.name
+    failures = []
+    for url in archive.urls:
+        _log.info("downloading %s", url)
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "hvdtrain"})
+            with urllib.request.urlopen(request, timeout=_SILENCE_S) as response, file.open("wb") as stream:
+                shutil.copyfileobj(response, stream, _CHUNK_BYTES)
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a URL
+            failures.append(f"{url}: {error}")
+            continue
+        if is_intact(file, archive.md5):
+            return file
+        failures.append(f"{url}: not the expected file ({file.stat().st_size} bytes, MD5 sum is not {archive.md5})")
+    raise DataError("; ".join(failures))
+
+
+def _unpack(file: Path, staging: Path, folder: Path) -> None:
+    unpacked = staging / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)
+    unpacked.mkdir()
+    try:
+        if file.name.endswith(".tar.gz"):
+            with tarfile.open(file) as tar:
+                tar.extractall(unpacked, filter="data")
+        else:
+            with gzip.open(file) as source, (unpacked / file.name.removesuffix(".gz")).open("wb") as target:
+                shutil.copyfileobj(source, target, _CHUNK_BYTES)
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file} cannot be unpacked: {error}; delete it") from error
+    for content in [path for path in unpacked.rglob("*") if path.is_file()]:
+        place = folder / content.relative_to(unpacked)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        content.replace(place)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,62 @@
+"""A job of ranks in which one goes wrong: ``torchrun --nproc-per-node 3 tests/system/fault_job.py MODE``."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+
+import hvdtrain
+
+CULPRIT = 1
+
+
+class Faulty(nn.Module):
+    def __init__(self, mode, rank):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.mode, self.rank, self.calls = mode, rank, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.rank == CULPRIT and self.calls == 3:
+            if self.mode == "raise":
+                raise ValueError("planted in the model")
+            if self.mode == "exit":
+                sys.exit(0)
+            if self.mode == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.mode == "stall":
+                time.sleep(60)
+            if self.mode == "leave":
+                raise Leave
+        return self.linear(x)
+
+
+class Leave(Exception):
+    pass
+
+
+def main():
+    mode, timeout_s = sys.argv[1], float(sys.argv[2])
+    with hvdtrain.init(device="cpu", timeout_s=timeout_s) as backend:
+        model = Faulty(mode, backend.rank)
+        replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        try:
+            for _ in range(5):
+                if mode == "collective" and backend.rank == CULPRIT:
+                    raise ValueError("planted between collectives")
+                if mode == "collective":
+                    backend.all_reduce(torch.ones(3))
+                loss = replica.model(torch.randn(8, 4)).square().mean()
+                replica.backward(loss, samples=8, total=8 * backend.world_size)
+                replica.step()
+        except Leave:  # the user's code swallows it and goes on to the end of the with block
+            pass
+    print(f"rank {os.environ.get('RANK')} done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Promise 7: one rank fails, all end within seconds, non-zero, and the first failing rank's words are what is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import run, torchrun
+
+JOB = str(Path(__file__).with_name("fault_job.py"))
+STARTUP_S = 15  # of three ranks on a busy machine
+
+
+def job(mode: str, timeout_s: int) -> list[str]:
+    return torchrun(3, JOB, mode, str(timeout_s))
+
+
+def test_a_job_without_a_fault_ends_well_and_says_nothing():
+    ended = run(job("ok", 60))
+    assert ended.code == 0
+    assert sorted(line for line in ended.output.splitlines() if "done" in line) == [f"rank {r} done" for r in range(3)]
+    assert "hvdtrain" not in ended.output
+
+
+@pytest.mark.parametrize(("mode", "text"), [("raise", "planted in the model"), ("collective", "planted between collectives")])
+def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(mode, text):
+    ended = run(job(mode, 120))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 10  # and not the timeout of 120 s
+    assert ended.output.count(f"[rank1]: ValueError: {text}") == 1
+    assert "[rank0]:" not in ended.output
+    assert "[rank2]:" not in ended.output
+
+
+def test_a_rank_that_is_killed_ends_all():
+    ended = run(job("kill", 120))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 10
+    assert "SIGKILL" in ended.output
+
+
+@pytest.mark.parametrize("mode", ["exit", "leave"])
+def test_a_rank_that_leaves_early_is_named(mode):
+    ended = run(job(mode, 120))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 15
+    assert "rank 1" in ended.output
+    assert "has left the program" in ended.output
+
+
+def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named():
+    ended = run(job("stall", 8))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 8 + 10
+    assert "missing: rank 1" in ended.output
