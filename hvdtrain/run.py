@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
@@ -116,7 +115,9 @@ def _backend(config: TrainConfig) -> Backend:
     detection = detect()
     name = backends.choose(detection)[0] if config.backend == "auto" else config.backend
     if config.data_parallel and name != "local":
-        raise ConfigError(f"--data-parallel is one process with several GPUs, but backend {name} was chosen for {detection.reason}")
+        raise ConfigError(
+            f"--data-parallel is one process with several GPUs, but backend {name} was chosen for {detection.reason}"
+        )
     options: dict[str, Any] = {"device": config.device, "timeout_s": config.timeout}
     if name == "local":
         options["data_parallel"] = config.data_parallel
@@ -155,9 +156,7 @@ def _task(config: TrainConfig, backend: Backend) -> Task:
         return task
     assert config.data is not None
     assert config.model is not None
-    data = load_data(
-        config.data, folder=Path(config.data_dir), download=config.download, timeout_s=config.timeout
-    )
+    data = load_data(config.data, folder=Path(config.data_dir), download=config.download, timeout_s=config.timeout)
     return Classification(
         _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing
     )
@@ -188,7 +187,9 @@ def _optimizer(config: TrainConfig, model: nn.Module, backend: Backend) -> Optim
     lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
     optimizer = found([p for p in model.parameters() if p.requires_grad], lr=lr)
     if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"--optimizer {config.optimizer.name} made a {type(optimizer).__name__}, not a torch optimizer")
+        raise ConfigError(
+            f"--optimizer {config.optimizer.name} made a {type(optimizer).__name__}, not a torch optimizer"
+        )
     return optimizer
 
 
@@ -197,7 +198,9 @@ def _schedule(
 ) -> tuple[LRScheduler, str]:
     if config.schedule.is_path:
         if config.warmup_epochs:
-            raise ConfigError(f"--warmup-epochs goes with the built-in schedules, not with --schedule {config.schedule.name}")
+            raise ConfigError(
+                f"--warmup-epochs goes with the built-in schedules, not with --schedule {config.schedule.name}"
+            )
         args = dict(config.schedule.args)
         interval = str(args.pop("interval", "epoch"))  # torch's schedulers count epochs unless told otherwise
         found = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
@@ -225,9 +228,7 @@ def _resume_from(config: TrainConfig, backend: Backend, checkpoints: Checkpoints
     return backend.broadcast_object(None if found is None else str(found))
 
 
-def _logger(
-    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: str | None
-) -> Logger:
+def _logger(config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: str | None) -> Logger:
     if backend.rank != 0:
         return NullLogger()
     resumed_step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from and resume_from[-1].isdigit() else 0

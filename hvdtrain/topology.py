@@ -36,7 +36,9 @@ class Topology:
         for index, count in (("rank", "world_size"), ("local_rank", "local_world_size"), ("node_rank", "num_nodes")):
             i, n = getattr(self, index), getattr(self, count)
             if not 0 <= i < n:
-                raise LaunchError(f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}")
+                raise LaunchError(
+                    f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}"
+                )
         if self.local_world_size > self.world_size or self.num_nodes > self.world_size:
             raise LaunchError(
                 f"{self.launcher}: world_size={self.world_size} is smaller than local_world_size={self.local_world_size} "

@@ -63,7 +63,7 @@ def spawn(
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(nprocs):
-                ranks.append(_start(folder, rank, nprocs, job))  # noqa: PERF401 - started ones must be known at once
+                ranks.append(_start(folder, rank, nprocs, job))
             _wait(ranks, folder, timeout_s)
         finally:
             _end(ranks)
@@ -112,7 +112,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float |
     ends = {rank: process.returncode for rank, process in enumerate(ranks) if process.returncode not in (None, 0)}
     # A signal from outside is the cause; exit code 1 is what its victims end with.
     rank = min(ends, key=lambda r: (ends[r] >= 0, r))
-    raise RankFailure(f"rank {rank} of {len(ranks)} ended with {_describe(ends[rank])} and left no traceback", rank=rank)
+    raise RankFailure(
+        f"rank {rank} of {len(ranks)} ended with {_describe(ends[rank])} and left no traceback", rank=rank
+    )
 
 
 def _describe(code: int) -> str:

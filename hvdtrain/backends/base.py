@@ -26,7 +26,15 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.data.rank_loader import RankLoader
-from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, Preempted, RankFailure
+from hvdtrain.errors import (
+    BackendUnavailable,
+    CollectiveError,
+    ConfigError,
+    HvdtrainError,
+    LaunchError,
+    Preempted,
+    RankFailure,
+)
 from hvdtrain.launch.detect import Detection
 
 if TYPE_CHECKING:
@@ -36,7 +44,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-_ENGINE_ERROR = re.compile(r"gloo|nccl|c10d|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE)
+_ENGINE_ERROR = re.compile(
+    r"gloo|nccl|c10d|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE
+)
 _COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
 _BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
 
@@ -312,7 +322,9 @@ class Backend(Communicator):
 
     def _choose_device(self, wanted: str) -> torch.device:
         try:
-            device = torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu"))
+            device = torch.device(
+                "cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu")
+            )
         except RuntimeError as error:
             raise ConfigError(f"--device {wanted}: {error}") from error
         if device.type != "cuda":
@@ -364,7 +376,10 @@ def _tell_launcher(error: BaseException) -> None:
     content = {
         "message": {
             "message": f"{type(error).__name__}: {error}",
-            "extraInfo": {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))},
+            "extraInfo": {
+                "py_callstack": "".join(traceback.format_exception(error)),
+                "timestamp": str(int(time.time())),
+            },
         }
     }
     try:

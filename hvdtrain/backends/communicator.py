@@ -135,14 +135,16 @@ class Communicator:
                     f"all_reduce(op={op!r}, async_op={async_op}) of a tensor that requires grad cannot be differentiated; "
                     "pass tensor.detach(), or use op 'sum' or 'mean' with async_op=False"
                 )
-            return cast(Tensor, _AllReduce.apply(tensor, self, op))
+            return cast(Tensor, _AllReduce.apply(tensor, self, op))  # type: ignore[no-untyped-call]
         pending = self._start_all_reduce(tensor, op, "all_reduce")
         return pending if async_op else pending.wait()
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         """Reduce over the ranks and write the result into ``tensor``, which is returned."""
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise CollectiveError("all_reduce_ would overwrite a tensor that requires grad; use all_reduce, or torch.no_grad()")
+            raise CollectiveError(
+                "all_reduce_ would overwrite a tensor that requires grad; use all_reduce, or torch.no_grad()"
+            )
         if tensor.dtype in (torch.float32, torch.float64) and self._direct(tensor):  # no copy
             wire_op = self._wire_op(tensor, op)
             self._agree("all_reduce_", op, tensor)
@@ -164,8 +166,11 @@ class Communicator:
         wire, tensors = self.wire, self._one_dtype("reduce_scatter", tensors)
         mine = tensors[wire.rank]
         if any(t.shape != mine.shape for t in tensors):  # no engine does ragged ones: reduce all, keep one
-            flat = self._start_all_reduce(torch.cat([t.detach().reshape(-1) for t in tensors]), op, "reduce_scatter").wait()
-            return flat.split([t.numel() for t in tensors])[wire.rank].reshape(mine.shape).clone()
+            flat = self._start_all_reduce(
+                torch.cat([t.detach().reshape(-1) for t in tensors]), op, "reduce_scatter"
+            ).wait()
+            parts = flat.split([t.numel() for t in tensors])
+            return cast(Tensor, parts[wire.rank]).reshape(mine.shape).clone()
         stacked = torch.stack([t.detach() for t in tensors])
         wire_op = self._wire_op(stacked, op)
         self._agree("reduce_scatter", op, stacked)
@@ -193,7 +198,7 @@ class Communicator:
             CollectiveError: The dtypes differ, or the engine failed or timed out.
         """
         if _differentiate(tensor):
-            return list(cast("tuple[Tensor, ...]", _AllGather.apply(tensor, self)))
+            return list(cast("tuple[Tensor, ...]", _AllGather.apply(tensor, self)))  # type: ignore[no-untyped-call]
         wire = self.wire
         headers = self._exchange_headers("all_gather", tensor)
         sizes = [_numel(shape) for _, shape in headers]
@@ -229,7 +234,9 @@ class Communicator:
         # Every rank must take the same decision, or the ranks that raise leave the others waiting.
         wrong = [i for i, (dtype, _) in enumerate(headers) if dtype != first.dtype]
         if bool(self._start_all_reduce(torch.tensor(bool(wrong)), "max", "all_to_all").wait()):
-            raise CollectiveError(f"all_to_all: the ranks sent different dtypes (this rank {first.dtype}; differing ranks {wrong})")
+            raise CollectiveError(
+                f"all_to_all: the ranks sent different dtypes (this rank {first.dtype}; differing ranks {wrong})"
+            )
         width = first.element_size()
         send = [t.numel() * width for t in tensors]
         receive = [_numel(shape) * width for _, shape in headers]
@@ -238,9 +245,7 @@ class Communicator:
         with self._guard("all_to_all", sent):
             wire.all_to_all_into(out, sent, receive, send).wait()
         parts = out.split(receive)
-        return [
-            part.clone().view(first.dtype).reshape(headers[i][1]).to(first.device) for i, part in enumerate(parts)
-        ]
+        return [part.clone().view(first.dtype).reshape(headers[i][1]).to(first.device) for i, part in enumerate(parts)]
 
     @overload
     def broadcast(self, tensor: Tensor, src: int = 0, *, async_op: Literal[False] = False) -> Tensor: ...
@@ -258,7 +263,9 @@ class Communicator:
             A new tensor. It cannot be differentiated: pass a detached one.
         """
         if _differentiate(tensor):
-            raise CollectiveError("broadcast of a tensor that requires grad cannot be differentiated; pass tensor.detach()")
+            raise CollectiveError(
+                "broadcast of a tensor that requires grad cannot be differentiated; pass tensor.detach()"
+            )
         pending = self._start_broadcast(tensor, src, "broadcast")
         return pending if async_op else pending.wait()
 
@@ -306,7 +313,9 @@ class Communicator:
             return Pending(Done(), lambda: tensor.detach().clone(), NullWatch.region)
         with guard:
             work = self.wire.all_reduce_(buffer, wire_op)
-        return Pending(work, lambda: self._decode(buffer, tensor, op), lambda: self._guard(name, tensor, op, again=True))
+        return Pending(
+            work, lambda: self._decode(buffer, tensor, op), lambda: self._guard(name, tensor, op, again=True)
+        )
 
     def _start_broadcast(self, tensor: Tensor, src: int, name: str) -> Pending[Tensor]:
         _check_tensor(name, tensor)
@@ -367,7 +376,9 @@ class Communicator:
             if tensor.dtype != tensors[0].dtype:
                 raise CollectiveError(f"{name} needs tensors of one dtype, got {tensors[0].dtype} and {tensor.dtype}")
             if _differentiate(tensor):
-                raise CollectiveError(f"{name} of a tensor that requires grad cannot be differentiated; pass tensor.detach()")
+                raise CollectiveError(
+                    f"{name} of a tensor that requires grad cannot be differentiated; pass tensor.detach()"
+                )
         return tensors
 
     def _check_rank(self, name: str, src: int) -> None:
@@ -384,7 +395,9 @@ class Communicator:
             wire.all_gather_into(out, mine).wait()
         headers = [_read_header(row) for row in out.tolist()]
         if len({dtype for dtype, _ in headers}) > 1:
-            raise CollectiveError(f"{name}: dtypes differ between ranks: {_by_rank(wire.ranks, [d for d, _ in headers])}")
+            raise CollectiveError(
+                f"{name}: dtypes differ between ranks: {_by_rank(wire.ranks, [d for d, _ in headers])}"
+            )
         return headers
 
     def _agree(self, name: str, detail: str, tensor: Tensor | None) -> None:
@@ -395,7 +408,9 @@ class Communicator:
         described = name + (f" op={detail}" if detail else "")
         if tensor is not None:
             described += f" {tensor.dtype} {tuple(tensor.shape)}"
-        digest = torch.tensor(list(hashlib.sha256(described.encode()).digest()[:16]), dtype=torch.uint8, device=wire.device)
+        digest = torch.tensor(
+            list(hashlib.sha256(described.encode()).digest()[:16]), dtype=torch.uint8, device=wire.device
+        )
         out = torch.empty((wire.size, 16), dtype=torch.uint8, device=wire.device)
         with self._guard(name, tensor):
             wire.all_gather_into(out, digest).wait()

@@ -48,7 +48,9 @@ class TorchBackend(Backend):
     @classmethod
     def unusable(cls) -> str:
         """Refuse a torch without torch.distributed."""
-        return "" if dist.is_available() else "this build of torch has no torch.distributed; install PyTorch's own wheel"
+        return (
+            "" if dist.is_available() else "this build of torch has no torch.distributed; install PyTorch's own wheel"
+        )
 
     @property
     def engine(self) -> str:
@@ -64,7 +66,9 @@ class TorchBackend(Backend):
         if wanted == "nccl" and not dist.is_nccl_available():
             raise BackendUnavailable("--process-group nccl: this build of torch has no NCCL; use gloo")
         if wanted == "nccl" and self.device.type != "cuda":
-            raise ConfigError(f"--process-group nccl moves GPU tensors only, and this rank's device is {self.device}; use gloo")
+            raise ConfigError(
+                f"--process-group nccl moves GPU tensors only, and this rank's device is {self.device}; use gloo"
+            )
         return wanted
 
     def _connect(self) -> None:
@@ -122,7 +126,9 @@ class TorchBackend(Backend):
         group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
         if self.rank not in ranks:
             return None
-        return Communicator(C10dWire(group, ranks, self._wire_device), self._real_watch, check=self._check, label=f"group {ranks}")
+        return Communicator(
+            C10dWire(group, ranks, self._wire_device), self._real_watch, check=self._check, label=f"group {ranks}"
+        )
 
     @property
     def _real_watch(self) -> Watch | None:
@@ -209,7 +215,11 @@ class TorchReplica(Replica):
             self._ddp.reducer._check_reducer_finalized()
         except RuntimeError as error:
             unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-            named = f": {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}" if unused else " in the last micro-batch"
+            named = (
+                f": {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
+                if unused
+                else " in the last micro-batch"
+            )
             raise TrainingError(
                 f"rank {self._backend.rank}: the loss did not depend on some parameters{named}. Freeze them, use them, or pass "
                 "find_unused_parameters=True (--find-unused-parameters)"

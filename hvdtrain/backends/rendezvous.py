@@ -102,6 +102,8 @@ def _env_store(detection: Detection, timeout: timedelta) -> dist.Store:
 def _endpoint(store: dist.Store) -> tuple[str, int]:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        raise LaunchError(f"the rendezvous gave a {type(store).__name__}; hvdtrain needs torch's TCPStore")
     return str(store.host), int(store.port)
 
 
@@ -178,7 +180,9 @@ def _own_addresses() -> list[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():
             try:
-                packed = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
+                packed = fcntl.ioctl(
+                    probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15])
+                )  # SIOCGIFADDR
             except OSError:
                 continue  # an interface without an IPv4 address
             address = socket.inet_ntoa(packed[20:24])

@@ -160,7 +160,9 @@ class Replica(ABC):
         if not self._started:  # a rank without samples: only a deferred exchange can include it
             self._deferred = True
         elif not self._complete:
-            raise TrainingError("reduce_gradients() before the step's last micro-batch: none was marked accumulate(last=True)")
+            raise TrainingError(
+                "reduce_gradients() before the step's last micro-batch: none was marked accumulate(last=True)"
+            )
         if self._deferred:
             self._exchange_deferred()
         else:
@@ -222,14 +224,15 @@ class Replica(ABC):
         values = [_values(g) for g in grads]
         if not values:
             return torch.zeros((), device=self._backend.device)
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+        return norm
 
     @property
     def inference_model(self) -> nn.Module:
         """What to call in evaluation, where ranks may make different numbers of calls."""
         return self.module
 
-    def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
+    def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:  # noqa: B027 - most engines have nothing to settle
         """Settle whatever the engine decides in its first step, without a step, so that a resumed run continues exactly.
 
         Args:

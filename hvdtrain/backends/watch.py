@@ -243,7 +243,9 @@ class Watch(NullWatch):
             except Exception as error:
                 if self._closing.is_set():
                     return
-                self._end_soon(f"lost the connection to rank 0's store ({error}); rank 0 has most likely died", tell=True)
+                self._end_soon(
+                    f"lost the connection to rank 0's store ({error}); rank 0 has most likely died", tell=True
+                )
                 return
             if self.failure is not None and self.failure.rank != self._rank:
                 self.acknowledge()
@@ -307,7 +309,9 @@ class Watch(NullWatch):
             self.raise_if_failed()
             if time.monotonic() > end:
                 absent = [rank for rank in range(self._world_size) if not self._store.check([f"{stage}/{rank}"])]
-                raise RankFailure(f"rank {self._rank} waited {timeout_s:g} s at the end of the program for ranks {absent}")
+                raise RankFailure(
+                    f"rank {self._rank} waited {timeout_s:g} s at the end of the program for ranks {absent}"
+                )
             time.sleep(pause)
             pause = min(0.1, pause * 1.5)
 

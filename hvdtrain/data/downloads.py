@@ -69,7 +69,7 @@ def once_per_node(
     """
     failure = folder / f".hvdtrain-{name}.failed"
     before = _read_text(failure)
-    with _lock(name, folder, timeout_s) as writable:
+    with one_at_a_time(name, folder, timeout_s) as writable:
         if is_there():
             return
         told = _read_text(failure)
@@ -90,8 +90,17 @@ def once_per_node(
 
 
 @contextlib.contextmanager
-def _lock(name: str, folder: Path, timeout_s: float) -> Iterator[bool]:
-    """Hold the data set's lock; gives whether the folder can be written to (if not, nothing is locked)."""
+def one_at_a_time(name: str, folder: Path, timeout_s: float) -> Iterator[bool]:
+    """Hold the data set's lock; gives whether the folder can be written to (if not, nothing is locked).
+
+    Args:
+        name: Of the data set; one lock each.
+        folder: Where the data sets are; made if it is missing.
+        timeout_s: Longest wait for another process, in seconds.
+
+    Raises:
+        DataError: The wait was too long, or the folder cannot be used.
+    """
     path = folder / f".hvdtrain-{name}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,16 +5,16 @@ torchvision is imported only when one of its data sets is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from hvdtrain.components import Resolved, resolve
@@ -34,8 +34,8 @@ class NamedData:
     Attributes:
         train: Of (image, class index).
         evaluation: Likewise, or None.
-        shape: Of one image: channels, height, width.
-        classes: How many.
+        shape: Of one image: channels, height, width; () where it could not be found out.
+        classes: How many; 0 where it could not be found out.
     """
 
     train: Dataset[Any]
@@ -123,6 +123,7 @@ def imagefolder(
 
 def synthetic(
     place: Place,
+    *,
     samples: int = 1280,
     eval_samples: int = 256,
     shape: Sequence[int] | str = (3, 224, 224),
@@ -136,7 +137,7 @@ def synthetic(
     return NamedData(train=train, evaluation=evaluation, shape=sizes, classes=int(classes))
 
 
-_NAMES = {
+_NAMES: dict[str, Callable[..., NamedData]] = {
     "digits": digits,
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
@@ -185,8 +186,14 @@ def _sizes(shape: Sequence[int] | str) -> tuple[int, ...]:
 
 
 def _load_imported(found: Resolved, place: Place) -> NamedData:
-    with one_at_a_time(found.path, place.folder, place.timeout_s) if found.kwargs.get("download") else _nothing():
-        made = _both_parts(found)
+    """Data from an import path; where it may download, the ranks of a node take turns."""
+    taking_turns = (
+        one_at_a_time(found.path, place.folder, place.timeout_s)
+        if found.kwargs.get("download")
+        else contextlib.nullcontext()
+    )
+    with taking_turns:
+        made = _make(found)
     if isinstance(made, NamedData):
         return made
     train, evaluation = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -194,6 +201,48 @@ def _load_imported(found: Resolved, place: Place) -> NamedData:
         if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ConfigError(
                 f"--data {found.path} made a {type(dataset).__name__}, which is no data set; it must return one data "
-                "set with __len__ and __getitem__, a pair of them (training, evaluation), or hvdtrain's NamedData"
+                "set with __len__ and __getitem__, a pair of them (training, evaluation), or a NamedData"
             )
-    return NamedData(train=train, evaluation=evaluation, shape=_shape_of(train, found.path), classes=_classes_of(train))
+    if len(train) == 0:
+        raise DataError(f"--data {found.path} made a data set without samples")
+    return NamedData(train=train, evaluation=evaluation, shape=_shape_of(train), classes=_classes_of(train))
+
+
+def _make(found: Resolved) -> Any:
+    parameters = _parameters(found)
+    arguments: dict[str, Any] = {}
+    if (found.target.__module__ or "").startswith("torchvision.") and "transform" in parameters - set(found.kwargs):
+        arguments["transform"] = importlib.import_module("torchvision.transforms").ToTensor()
+    try:
+        if "train" in parameters - set(found.kwargs):
+            return found(train=True, **arguments), found(train=False, **arguments)
+        return found(**arguments)
+    except (RuntimeError, OSError) as error:  # torchvision's RuntimeError: Dataset not found
+        raise DataError(f"--data {found.path} failed: {type(error).__name__}: {error}") from error
+
+
+def _parameters(found: Resolved) -> set[str]:
+    try:
+        return set(inspect.signature(found.target).parameters)
+    except (TypeError, ValueError):  # a builtin that does not tell
+        return set()
+
+
+def _shape_of(dataset: Any) -> tuple[int, ...]:
+    sample = dataset[0]
+    first = sample[0] if isinstance(sample, tuple | list) and sample else sample
+    return tuple(getattr(first, "shape", ()))
+
+
+def _classes_of(dataset: Any) -> int:
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, int):
+        return names
+    if isinstance(names, Sequence):
+        return len(names)
+    tensors: Sequence[Any] = getattr(dataset, "tensors", ())
+    labels = getattr(dataset, "targets", tensors[1] if len(tensors) > 1 else None)
+    if labels is None:
+        return 0
+    labels = torch.as_tensor(labels)
+    return int(labels.max()) + 1 if labels.dim() == 1 and not labels.is_floating_point() else 0

@@ -132,8 +132,8 @@ def load_published(
         )
     except Exception as error:  # whatever torchvision raises for damaged files: AssertionError, UnpicklingError, ...
         raise DataError(
-            f"{published.name} in {files[0].parent.absolute()} cannot be read ({type(error).__name__}: {error}); delete "
-            "that folder, and it will be downloaded again"
+            f"{published.name} in {files[0].parent.absolute()} cannot be read ({type(error).__name__}: {error}); "
+            "delete that folder, and it will be downloaded again"
         ) from error
 
 
@@ -142,8 +142,8 @@ def _missing(published: Published, archives: list[Archive], folder: Path, why: s
     place = (folder / archives[0].name).parent.absolute()
     source = archives[0].urls[0].rpartition("/")[0]
     return (
-        f"{published.name} is not in {folder.absolute()} {why}. Place {names} in {place} by hand (they are at {source}/), "
-        f"or name a mirror that has them with --data.mirror URL"
+        f"{published.name} is not in {folder.absolute()} {why}. Place {names} in {place} by hand (they are at "
+        f"{source}/), or name a mirror that has them with --data.mirror URL"
     )
 
 
@@ -205,8 +205,8 @@ def _image_folder(directory: Path, transform: Callable[[Any], Any]) -> Any:
         return datasets.ImageFolder(str(directory), transform)
     except OSError as error:  # FileNotFoundError also for a folder without classes, or a class without images
         raise DataError(
-            f"imagefolder cannot use {directory.absolute()}: {error}. It must hold one folder of images for each class, "
-            "as in DIR/train/cat/1.png and DIR/val/cat/2.png"
+            f"imagefolder cannot use {directory.absolute()}: {error}. It must hold one folder of images for each "
+            "class, as in DIR/train/cat/1.png and DIR/val/cat/2.png"
         ) from error
 
 

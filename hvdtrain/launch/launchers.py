@@ -120,7 +120,10 @@ def _open_mpi(env: Environment) -> Found:
     )
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("OMPI_MCA_orte_hnp_uri", "")
     return Found(
-        topology=topology, reason=f"{launcher}: OMPI_COMM_WORLD_RANK={rank}", job_id=f"mpirun-{job}", address=address(env)
+        topology=topology,
+        reason=f"{launcher}: OMPI_COMM_WORLD_RANK={rank}",
+        job_id=f"mpirun-{job}",
+        address=address(env),
     )
 
 
@@ -187,7 +190,10 @@ def _horovod_gloo(env: Environment) -> Found:
     )
     meeting = f"{env.get('HOROVOD_GLOO_RENDEZVOUS_ADDR', '')}-{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT', '')}"
     return Found(
-        topology=topology, reason=f"horovodrun: HOROVOD_RANK={topology.rank}", job_id=f"horovodrun-{meeting}", address=address(env)
+        topology=topology,
+        reason=f"horovodrun: HOROVOD_RANK={topology.rank}",
+        job_id=f"horovodrun-{meeting}",
+        address=address(env),
     )
 
 
@@ -250,8 +256,6 @@ LAUNCHERS: tuple[Launcher, ...] = (
         # srun sets PMI_RANK as well when its MPI plugin is PMI: then Slurm's own variables say more.
         applies=lambda env: not _is_srun_step(env) or "MPI_LOCALNRANKS" in env,
     ),
-    Launcher(
-        name="srun", marks=("SLURM_PROCID",), needs=("SLURM_LOCALID",), read=_slurm, applies=_is_srun_step
-    ),
+    Launcher(name="srun", marks=("SLURM_PROCID",), needs=("SLURM_LOCALID",), read=_slurm, applies=_is_srun_step),
     Launcher(name="environment", marks=("RANK",), needs=("WORLD_SIZE",), read=_plain),
 )

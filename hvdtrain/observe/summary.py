@@ -86,7 +86,10 @@ def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [
         ("backend", f"{summary.backend} ({summary.engine}), world size {summary.world_size}, {summary.device}"),
-        ("trained", f"{summary.epochs} epochs, {summary.steps} steps of {summary.global_batch_size} samples, {summary.precision}"),
+        (
+            "trained",
+            f"{summary.epochs} epochs, {summary.steps} steps of {summary.global_batch_size} samples, {summary.precision}",
+        ),
         ("train loss", f"{summary.train_loss:.4f}"),
     ]
     rows += [(f"eval {name}", f"{value:.4f}") for name, value in summary.eval_metrics.items()]

@@ -54,7 +54,9 @@ def make_schedule(
         "step": _step_decay,
     }
     if name not in makers:
-        raise ConfigError(f"unknown schedule {name!r}; use one of {', '.join(makers)}, or the import path of a torch scheduler")
+        raise ConfigError(
+            f"unknown schedule {name!r}; use one of {', '.join(makers)}, or the import path of a torch scheduler"
+        )
     try:
         shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
     except TypeError as error:

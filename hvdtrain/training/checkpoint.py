@@ -177,7 +177,9 @@ class Checkpoints:
             for file in partial.iterdir():
                 _flush(file)
             _flush(partial)
-            if path.exists():  # written again after a resume: if we are killed here, `_sweep` or `latest` brings it back
+            if (
+                path.exists()
+            ):  # written again after a resume: if we are killed here, `_sweep` or `latest` brings it back
                 path.rename(old)
             partial.rename(path)
             _flush(self.folder)
@@ -215,7 +217,9 @@ def check(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
         version, files = manifest["format"], manifest["files"]
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no checkpoint: it has no manifest.json; name a folder like step-00000120") from None
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has no manifest.json; name a folder like step-00000120"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'manifest.json'} cannot be read: {error}") from error
     if version != FORMAT:
@@ -268,7 +272,9 @@ def _read(path: Path, model: nn.Module) -> Loaded:
         training = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
         everyone = torch.load(path / _FILES[2], map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the training state cannot be read without unpickling, which is not done: {error}") from error
+        raise CheckpointError(
+            f"{path}: the training state cannot be read without unpickling, which is not done: {error}"
+        ) from error
     return Loaded(path=str(path), step=manifest["step"], training=training, rank_states=everyone)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 
 
@@ -37,8 +37,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     mixed = hashlib.sha256(f"{seed}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(mixed[:8], "little") >> 1)
     random.seed(mixed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(int.from_bytes(mixed[8:12], "little"))
+    np.random.seed(int.from_bytes(mixed[8:12], "little"))
 
 
 def random_state() -> dict[str, Any]:
@@ -49,9 +48,8 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
     }
-    if "numpy" in sys.modules:
-        name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
+    name, keys, position, has_gauss, cached = cast("tuple[str, Any, int, int, float]", np.random.get_state(legacy=True))
+    state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(cached)]
     return state
 
 
@@ -62,11 +60,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    if "numpy" in state:
-        import numpy as np
-
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
 
 
 @contextmanager

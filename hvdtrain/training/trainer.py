@@ -30,8 +30,8 @@ from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempt
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.training.checkpoint import Checkpoints, load
 from hvdtrain.training.checkup import Checkup, Tally
-from hvdtrain.training.precision import Precision
 from hvdtrain.training.position import Position
+from hvdtrain.training.precision import Precision
 from hvdtrain.training.state import random_state, same_random_numbers, set_random_state
 from hvdtrain.training.task import Learning, Supervised
 
@@ -260,9 +260,7 @@ class Trainer:
                     loss = self.task.loss(replica.model, batch)
                 self._note_loss(loss, len(positions))
                 replica.backward(precision.scale(loss), samples=len(positions), total=step.samples)
-        result = replica.step(
-            clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite
-        )
+        result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
         if result.skipped:
             self.position.skipped_steps += 1
             _log.info("step %d: the gradient is not finite; no update on any rank", self.position.steps)
@@ -313,9 +311,7 @@ class Trainer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _partition(
-        self, data: Dataset[Any], batch_size: int | None, global_batch_size: int | None
-    ) -> BatchPartition:
+    def _partition(self, data: Dataset[Any], batch_size: int | None, global_batch_size: int | None) -> BatchPartition:
         if (batch_size is None) == (global_batch_size is None):
             raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
         backend = self.backend
@@ -433,7 +429,9 @@ class Trainer:
         try:
             replica.optimizer.load_state_dict(training["optimizer"])
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} was written with another optimizer: {error}; use the same, or --resume never") from error
+            raise CheckpointError(
+                f"{path} was written with another optimizer: {error}; use the same, or --resume never"
+            ) from error
         if self._schedule is not None and training["schedule"] is not None:
             self._schedule.load_state_dict(training["schedule"])
         self.precision.load_state_dict(training["precision"])
@@ -443,7 +441,11 @@ class Trainer:
             set_random_state(states[backend.rank]["random"])
             tally = Tally(*states[backend.rank]["tally"])
         else:
-            _log.info("the checkpoint is of %d ranks, this run has %d: random numbers begin anew", len(states), backend.world_size)
+            _log.info(
+                "the checkpoint is of %d ranks, this run has %d: random numbers begin anew",
+                len(states),
+                backend.world_size,
+            )
             sums = [state["tally"] for state in states] if backend.rank == 0 else []
             tally = Tally(sum(s[0] for s in sums), sum(s[1] for s in sums))
         self.position.load_state_dict(training["position"], tally)

@@ -22,7 +22,9 @@ def test_a_job_without_a_fault_ends_well_and_says_nothing():
     assert "hvdtrain" not in ended.output
 
 
-@pytest.mark.parametrize(("mode", "text"), [("raise", "planted in the model"), ("collective", "planted between collectives")])
+@pytest.mark.parametrize(
+    ("mode", "text"), [("raise", "planted in the model"), ("collective", "planted between collectives")]
+)
 def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(mode, text):
     ended = run(job(mode, 120))
     assert ended.code != 0

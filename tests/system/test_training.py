@@ -48,7 +48,18 @@ def test_any_number_of_ranks_gives_the_result_of_one_process(reference, tmp_path
 
 def test_a_world_larger_than_the_last_global_batch_gives_the_result_of_one_process(tmp_path):
     # 1,437 training images: the last global batch of 359 has one sample, so that three of four ranks have none.
-    flags = ["--precision", "fp64", "--epochs", "2", "--global-batch-size", "359", "--accumulate", "3", "--clip-norm", "1"]
+    flags = [
+        "--precision",
+        "fp64",
+        "--epochs",
+        "2",
+        "--global-batch-size",
+        "359",
+        "--accumulate",
+        "3",
+        "--clip-norm",
+        "1",
+    ]
     for ranks in (1, 4):
         ended = run(hvdtrain(ranks, *flags, "--run-dir", str(tmp_path / str(ranks))))
         assert ended.code == 0, ended.output
@@ -59,7 +70,18 @@ def test_a_world_larger_than_the_last_global_batch_gives_the_result_of_one_proce
 
 @pytest.mark.parametrize(("first", "then"), [(1, 1), (2, 2), (3, 3)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, first, then):
-    flags = ["--epochs", "2", "--batch-size", "16", "--checkpoint-every", "7", "--optimizer", "SGD", "--optimizer.momentum", "0.9"]
+    flags = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--checkpoint-every",
+        "7",
+        "--optimizer",
+        "SGD",
+        "--optimizer.momentum",
+        "0.9",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(hvdtrain(first, *flags, "--run-dir", str(whole))).code == 0
     # Ends in the middle of the first epoch, after the checkpoint of step 14; `--max-steps` shapes no schedule here.
@@ -71,7 +93,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, first,
     assert ended.code == 0, ended.output
     assert summary(parts)["resumed_from"].endswith("step-00000014")
     assert parameters(parts) == parameters(whole_constant) != parameters(whole)
-    steps = [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines() if '"kind": "step"' in line]
+    steps = [
+        json.loads(line)["step"]
+        for line in (parts / "metrics.jsonl").read_text().splitlines()
+        if '"kind": "step"' in line
+    ]
     assert steps == sorted(set(steps))
 
 
@@ -86,7 +112,9 @@ def test_a_run_resumes_on_another_number_of_ranks_with_the_same_global_batches(t
 
 def test_sigterm_saves_and_ends_with_a_code_of_its_own_and_the_run_goes_on_from_there(tmp_path):
     flags = ["--epochs", "400", "--batch-size", "8", "--run-dir", str(tmp_path)]
-    process = subprocess.Popen(hvdtrain(1, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        hvdtrain(1, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 60
     while not (tmp_path / "checkpoints").exists():
         assert time.monotonic() < end
@@ -105,7 +133,12 @@ def test_sigterm_saves_and_ends_with_a_code_of_its_own_and_the_run_goes_on_from_
 def test_sigterm_to_one_rank_stops_all_ranks_at_the_same_step(tmp_path):
     flags = ["--epochs", "400", "--batch-size", "8", "--run-dir", str(tmp_path)]
     process = subprocess.Popen(
-        hvdtrain(2, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        hvdtrain(2, *flags),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         end = time.monotonic() + 60
@@ -167,7 +200,9 @@ def test_a_nan_loss_stops_all_ranks_and_names_step_and_rank(tmp_path):
 
 def test_on_nan_skip_goes_on(tmp_path):
     ended = run(
-        hvdtrain(2, "--lr", "1e30", "--optimizer", "SGD", "--epochs", "1", "--on-nan", "skip", "--run-dir", str(tmp_path))
+        hvdtrain(
+            2, "--lr", "1e30", "--optimizer", "SGD", "--epochs", "1", "--on-nan", "skip", "--run-dir", str(tmp_path)
+        )
     )
     assert ended.code == 0, ended.output
     assert summary(tmp_path)["skipped_steps"] > 0

@@ -30,7 +30,9 @@ KEPT = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_(RANK|WORLD_SIZE)|(GROUP|ROLE)_(RANK|NAME|WORLD_SIZE)|MASTER_(ADDR|PORT)|HVDTRAIN_\w+|TORCHELASTIC_\w+"
     r"|PET_\w+|OMPI_\w+|PMIX_\w+|PMI_\w+|PRTE_\w+|MPI_\w+|MPIR_\w+|HYDRA_\w+|HYDI_\w+|I_MPI_\w+|GFORKER_\w+|SLURM\w*|HOROVOD_\w+)"
 )
-DROPPED = re.compile(r"\w*(SECRET|TOKEN|KEY|PASSWORD|JWT)\w*|SLURM_CONF|\w*(SCRIPT_CONTEXT|CPU_BIND\w*|PRIO_PROCESS|_UMASK)|SLURM_RLIMIT\w*")
+DROPPED = re.compile(
+    r"\w*(SECRET|TOKEN|KEY|PASSWORD|JWT)\w*|SLURM_CONF|\w*(SCRIPT_CONTEXT|CPU_BIND\w*|PRIO_PROCESS|_UMASK)|SLURM_RLIMIT\w*"
+)
 ADDRESS = re.compile(r"\b(?!127\.)(?!0\.)(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})\b")
 
 
@@ -39,7 +41,9 @@ def processes(pid: int) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     while pid > 0:
         environ: dict[str, str] | None
-        arguments = [text for text in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0") if text]
+        arguments = [
+            text for text in Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0") if text
+        ]
         try:
             content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
             environ = dict(entry.partition("=")[::2] for entry in content.split("\0") if "=" in entry)
@@ -98,7 +102,9 @@ def main() -> None:
         done = subprocess.run([p for parts in script for p in parts], timeout=120, check=False)
         found = [json.loads(file.read_text()) for file in sorted(Path(name).glob("*.json"))]
         renames.update({me: "python child.py", name: "/tmp/job", sys.executable: "python"})
-        renames.update({str(Path(__file__).resolve()): "child.py", os.getcwd(): "/home/user1", str(Path.home()): "/home/user1"})
+        renames.update(
+            {str(Path(__file__).resolve()): "child.py", os.getcwd(): "/home/user1", str(Path.home()): "/home/user1"}
+        )
         renames[getpass.getuser()] = "user1"
     addresses: dict[str, str] = {}
 
@@ -114,7 +120,14 @@ def main() -> None:
                 ancestor["environ"] = kept(ancestor["environ"], clean)
 
     def order(process: dict[str, dict[str, str]]) -> list[int]:
-        ranks = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "HOROVOD_RANK", "RANK", "TORCHELASTIC_RESTART_COUNT")
+        ranks = (
+            "OMPI_COMM_WORLD_RANK",
+            "PMI_RANK",
+            "SLURM_PROCID",
+            "HOROVOD_RANK",
+            "RANK",
+            "TORCHELASTIC_RESTART_COUNT",
+        )
         return [int(process["environ"].get(variable, 0)) for variable in ranks]
 
     content = {

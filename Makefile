@@ -1,0 +1,36 @@
+# `make train` and `make test` set up everything they need in .venv; nothing else is touched.
+PYTHON ?= python3
+RANKS ?= 2
+VENV := .venv
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint clean
+
+help:  ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hvdtrain needs Python 3.10 or newer; name one: make PYTHON=python3.11")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpi,vision]'
+	@touch $@
+
+train: $(READY)  ## train on the built-in digits, two ranks
+	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m hvdtrain --backend torch --run-dir runs/digits --resume never
+
+test: $(READY)  ## run the tests (conformance on 1 to 4 ranks included)
+	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(READY)  ## run the slow tests too
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove what the above made
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
