@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +203,6 @@ class TorchReplica(Replica):
         """
         (forward(self._ddp) * 0).backward()
         self.clear()
-
-    def _no_exchange(self) -> AbstractContextManager[Any]:
-        return self._ddp.no_sync()
 
     def _finish_exchange(self) -> None:
         # DDP has waited inside backward. What it notices only at the next forward, a parameter without a gradient,

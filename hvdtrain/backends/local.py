@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,9 +81,6 @@ class LocalReplica(Replica):
     def inference_model(self) -> nn.Module:
         """The model, over all GPUs where it is split over them."""
         return self._model
-
-    def _no_exchange(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def _finish_exchange(self) -> None:
         pass

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class Replica(ABC):
     @property
     def model(self) -> nn.Module:
         """What to call for the forward pass; inside `accumulate` where there is one."""
-        return self._wrapped() if self._overlap else self.module
+        return self._wrapped() if self._last and self._overlap else self.module
 
     @contextmanager
     def accumulate(self, *, last: bool = True, overlap: bool = True) -> Iterator[None]:
@@ -107,8 +107,7 @@ class Replica(ABC):
         """
         self._last, self._overlap = last, overlap
         try:
-            with nullcontext() if last and overlap else self._no_exchange():
-                yield
+            yield
         finally:
             self._last = self._overlap = True
 
@@ -253,11 +252,7 @@ class Replica(ABC):
 
     @abstractmethod
     def _wrapped(self) -> nn.Module:
-        """The module whose forward and backward exchange gradients."""
-
-    @abstractmethod
-    def _no_exchange(self) -> AbstractContextManager[Any]:
-        """Context in which forward and backward leave gradients local."""
+        """The module whose forward and backward exchange gradients; those of `module` must leave them local."""
 
     @abstractmethod
     def _finish_exchange(self) -> None:

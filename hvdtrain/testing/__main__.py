@@ -1,0 +1,35 @@
+"""One rank of the conformance suite; see `hvdtrain.testing`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.launch.detect import detect
+
+
+def main() -> int:
+    """Run the suite on this rank; other arguments are pytest's."""
+    parser = argparse.ArgumentParser(prog="hvdtrain.testing")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--log-dir", type=Path, help="folder for each rank's output; the terminal otherwise")
+    known, others = parser.parse_known_args()
+    if known.log_dir is not None:
+        known.log_dir.mkdir(parents=True, exist_ok=True)
+        log = os.open(known.log_dir / f"rank{detect().topology.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    suite = Path(__file__).with_name("conformance")
+    # -x: a rank whose test failed ends, and its end ends the others, who may be waiting for it.
+    options = ["-x", "-p", "hvdtrain.testing.plugin", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(suite)]
+    chosen = [f"--hvdtrain-backend={known.backend}", f"--hvdtrain-device={known.device}"]
+    return int(pytest.main([str(suite), *options, *chosen, *others]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

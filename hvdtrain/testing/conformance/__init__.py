@@ -1,0 +1,1 @@
+"""Tests that run whole on every rank."""

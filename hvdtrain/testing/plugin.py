@@ -1,0 +1,50 @@
+"""pytest fixtures for tests whose one body runs whole on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import hvdtrain
+from hvdtrain.backends.base import Backend
+from hvdtrain.backends.local import LocalBackend
+from hvdtrain.launch.detect import Detection
+from hvdtrain.topology import Topology
+
+_TIMEOUT_S = 60.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say which backend is tested."""
+    parser.addoption("--hvdtrain-backend", default="auto")
+    parser.addoption("--hvdtrain-device", default="cpu")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The running backend."""
+    config = request.config
+    made = hvdtrain.init(
+        config.getoption("--hvdtrain-backend"), device=config.getoption("--hvdtrain-device"), timeout_s=_TIMEOUT_S
+    )
+    with made as running:
+        yield running
+        if request.session.testsfailed:  # the others may wait in a test that this rank has left
+            raise RuntimeError(f"a test failed on rank {running.rank}")
+
+
+@pytest.fixture
+def reference(backend: Backend) -> Iterator[Backend]:
+    """One process on its own, to compare with."""
+    alone = Detection(topology=Topology.single(), reason="reference", job_id="reference")
+    with LocalBackend(alone, device=str(backend.device)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _lock_step(backend: Backend) -> None:
+    """Begin every test on all ranks together, with the same random numbers."""
+    torch.manual_seed(0)
+    backend.barrier()
