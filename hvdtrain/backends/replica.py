@@ -105,6 +105,9 @@ class Replica(ABC):
             overlap: Exchange while backward runs, which needs a backward pass on every rank. False, on every rank, for
                 a step in which some ranks have no sample: then the exchange happens in `reduce_gradients`.
         """
+        if not last and self.options.static_graph:
+            # DDP counts how often each gradient comes in its first step, and takes earlier micro-batches for another graph.
+            raise ConfigError("static_graph=True (--static-graph) and several micro-batches a step exclude each other")
         self._last, self._overlap = last, overlap
         try:
             yield

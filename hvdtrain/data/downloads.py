@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.errors import DataError
 
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _SILENCE_S = 30.0  # of a server, before a download is given up
 _CHUNK_BYTES = 1 << 18
+_TAR_FILTER: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.10.12
 _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -40,10 +42,10 @@ class Archive:
     """A file to download and unpack.
 
     Args:
-        name: File name; ``.gz`` holds the file of the name without it, ``.tar.gz`` any number of files.
+        name: Path below the data folder; ``.gz`` holds the file of the name without it, ``.tar.gz`` any number of files.
         md5: Of the file as downloaded.
         urls: Where it can be had, the first that works is taken.
-        contents: What it holds: paths below the folder that it is unpacked in.
+        contents: What it holds, unpacked beside it: paths below the data folder.
     """
 
     name: str
@@ -159,7 +161,7 @@ def fetch_and_unpack(archives: Sequence[Archive], folder: Path) -> None:
                 file = folder / archive.name
                 if not is_intact(file, archive.md5):
                     file = _download(archive, staging)
-                _unpack(file, staging, folder)
+                _unpack(file, staging, (folder / archive.name).parent)
     except OSError as error:
         raise DataError(f"cannot write to {folder.absolute()}: {error}") from error
     finally:
@@ -178,7 +180,7 @@ def is_intact(file: Path, md5: str) -> bool:
 
 
 def _download(archive: Archive, staging: Path) -> Path:
-    file = staging / archive.name
+    file = staging / Path(archive.name).name
     failures = []
     for url in archive.urls:
         _log.info("downloading %s", url)
@@ -195,21 +197,21 @@ def _download(archive: Archive, staging: Path) -> Path:
     raise DataError("; ".join(failures))
 
 
-def _unpack(file: Path, staging: Path, folder: Path) -> None:
+def _unpack(file: Path, staging: Path, target: Path) -> None:
     unpacked = staging / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
     unpacked.mkdir()
     try:
         if file.name.endswith(".tar.gz"):
             with tarfile.open(file) as tar:
-                tar.extractall(unpacked, filter="data")
+                tar.extractall(unpacked, **_TAR_FILTER)
         else:
-            with gzip.open(file) as source, (unpacked / file.name.removesuffix(".gz")).open("wb") as target:
-                shutil.copyfileobj(source, target, _CHUNK_BYTES)
+            with gzip.open(file) as packed, (unpacked / file.name.removesuffix(".gz")).open("wb") as stream:
+                shutil.copyfileobj(packed, stream, _CHUNK_BYTES)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be unpacked: {error}; delete it") from error
     for content in [path for path in unpacked.rglob("*") if path.is_file()]:
-        place = folder / content.relative_to(unpacked)
+        place = target / content.relative_to(unpacked)
         place.parent.mkdir(parents=True, exist_ok=True)
         content.replace(place)
 

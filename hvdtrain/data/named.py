@@ -80,7 +80,8 @@ def load_data(component: Component, *, folder: Path, download: bool, timeout_s: 
         directory = component.name.removeprefix(_IMAGE_FOLDER)
         component = Component("imagefolder", {**component.args, "directory": directory})
     elif component.is_path:
-        return _load_imported(resolve(component, flag="--data", provided=()), place)
+        provided = () if "train" in component.args else ("train",)
+        return _load_imported(resolve(component, flag="--data", provided=provided), place)
     found: NamedData = resolve(component, where=(_NAMES,), flag="--data", provided=("place",))(place=place)
     return found
 

@@ -140,7 +140,7 @@ def load_published(
 def _missing(published: Published, archives: list[Archive], folder: Path, why: str) -> str:
     names = ", ".join(Path(archive.name).name for archive in archives)
     place = (folder / archives[0].name).parent.absolute()
-    source = archives[0].urls[0].rpartition("/")[0]
+    source = published.archives(None)[0].urls[0].rpartition("/")[0]
     return (
         f"{published.name} is not in {folder.absolute()} {why}. Place {names} in {place} by hand (they are at "
         f"{source}/), or name a mirror that has them with --data.mirror URL"

@@ -80,11 +80,10 @@ def test_an_empty_batch_counts_nothing(backend):
         torch.testing.assert_close(parameter.grad, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("static_graph", [False, True])
-def test_micro_batches_give_the_gradient_of_the_whole_and_are_exchanged_once(backend, static_graph):
+def test_micro_batches_give_the_gradient_of_the_whole_and_are_exchanged_once(backend):
     rank, n = backend.rank, backend.world_size
     counts = [4] * n
-    replica = replicate(backend, small(), static_graph=static_graph)
+    replica = replicate(backend, small())
     for _ in range(3):
         x, y = shares(backend, counts)
         pieces = [slice(0, 1), slice(1, 3), slice(3, 4)] if rank % 2 else [slice(0, 2), slice(2, 3), slice(3, 4)]
@@ -100,6 +99,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_and_are_exchanged_once(bac
         for parameter, expected in zip(replica.module.parameters(), expected_gradients(4 * n), strict=True):
             torch.testing.assert_close(parameter.grad, expected, **CLOSE)
         replica.clear()
+
+
+def test_a_static_graph_gives_the_same_gradients_and_refuses_micro_batches(backend):
+    n = backend.world_size
+    replica = replicate(backend, small(), static_graph=True)
+    for _ in range(3):
+        x, y = shares(backend, [4] * n)
+        replica.backward(loss_of(replica.model, x, y), samples=4, total=4 * n)
+        replica.reduce_gradients()
+        for parameter, expected in zip(replica.module.parameters(), expected_gradients(4 * n), strict=True):
+            torch.testing.assert_close(parameter.grad, expected, **CLOSE)
+        replica.clear()
+    with pytest.raises(ConfigError, match="static_graph"), replica.accumulate(last=False):
+        pass
 
 
 def test_clipping_sees_averaged_gradients(backend):
