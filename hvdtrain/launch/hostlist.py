@@ -45,12 +45,11 @@ def _expand(item: str) -> list[str]:
     match = re.search(r"\[([^\]]*)\]", item)
     if match is None:
         return [item]
-    names = []
+    numbers: list[str] = []
     for part in match[1].split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise LaunchError(f"cannot read the node list {item!r}")
-        numbers = range(int(first), int(last if dash else first) + 1)
-        for tail in _expand(item[match.end() :]) if "[" in item[match.end() :] else [item[match.end() :]]:
-            names += [f"{item[: match.start()]}{number:0{len(first)}d}{tail}" for number in numbers]
-    return names
+        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last if dash else first) + 1)]
+    tails = _expand(item[match.end() :])
+    return [f"{item[: match.start()]}{number}{tail}" for number in numbers for tail in tails]

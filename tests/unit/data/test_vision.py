@@ -272,11 +272,13 @@ def test_a_folder_of_classes_is_split_evenly_and_always_in_the_same_way(tmp_path
         return [(round(float(image[0].mean()), 4), label) for image, label in part]
 
     assert samples(data.evaluation) == samples(again.evaluation)
-    assert [label for _, label in samples(data.evaluation)] == [0] * 4 + [1] * 2  # no class loses its only image
+    assert [label for _, label in samples(data.evaluation)] == [0] * 4 + [1] * 2
     assert not set(samples(data.train)) & set(samples(data.evaluation))
     assert len(samples(data.train)) == 31 - 6
     assert data.classes == 3
     assert load(f"imagefolder:{tmp_path / 'data'}", tmp_path, eval_fraction=0).evaluation is None
+    most = load(f"imagefolder:{tmp_path / 'data'}", tmp_path, size=8, eval_fraction=0.99)
+    assert [label for _, label in samples(most.train)] == [0, 1, 2]
 
 
 def test_images_load_in_loader_processes(tmp_path: Path) -> None:
