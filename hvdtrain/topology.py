@@ -1,4 +1,7 @@
-"""Where this process stands among the ranks: facts that do not change while it runs."""
+"""Where this process stands among the ranks: facts that do not change while it runs.
+
+Pure values: nothing is read from the environment here (that is `hvdtrain.launch.detect`).
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,20 @@ class Topology:
     def __post_init__(self) -> None:
         for index, count in (("rank", "world_size"), ("local_rank", "local_world_size"), ("node_rank", "num_nodes")):
             i, n = getattr(self, index), getattr(self, count)
+            if n < 1:
+                raise LaunchError(f"{self.launcher}: {count}={n}; it must be at least 1")
             if not 0 <= i < n:
-                raise LaunchError(
-                    f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}"
-                )
-        if self.local_world_size > self.world_size or self.num_nodes > self.world_size:
+                raise LaunchError(f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}")
+        if self.local_world_size > self.world_size:
             raise LaunchError(
-                f"{self.launcher}: world_size={self.world_size} is smaller than local_world_size={self.local_world_size} "
-                f"or num_nodes={self.num_nodes}"
+                f"{self.launcher}: local_world_size={self.local_world_size} is larger than world_size={self.world_size}"
+            )
+        # Every other node holds at least one rank, and one node holds them all exactly when it is the only one.
+        others = self.world_size - self.local_world_size
+        if self.num_nodes - 1 > others or (self.num_nodes == 1 and others):
+            raise LaunchError(
+                f"{self.launcher}: num_nodes={self.num_nodes} does not fit local_world_size={self.local_world_size} of "
+                f"world_size={self.world_size}"
             )
 
     @classmethod

@@ -1,1 +1,1 @@
-""""""
+"""How processes were started: from the environment to a `Topology`. Standard library only; starts nothing itself."""

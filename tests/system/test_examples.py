@@ -1,0 +1,53 @@
+"""Every example runs as it stands and does what it says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run, torchrun
+
+EXAMPLES = ROOT / "examples"
+
+
+def accuracy(output: str) -> float:
+    return float(re.search(r"accuracy (\d\.\d+)", output)[1])
+
+
+@pytest.mark.parametrize("name", ["own_loop", "one_process", "data_parallel", "mnist_files"])
+def test_an_example_learns(name):
+    if name == "mnist_files":
+        pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
+    ended = run([sys.executable, str(EXAMPLES / f"{name}.py")])
+    assert ended.code == 0, ended.output
+    assert accuracy(ended.output) > 0.9
+
+
+def test_own_loop_learns_on_two_ranks():
+    ended = run(torchrun(2, str(EXAMPLES / "own_loop.py")))
+    assert ended.code == 0, ended.output
+    assert "2 rank(s)" in ended.output
+    assert accuracy(ended.output) > 0.9
+
+
+def test_spawn_from_script():
+    ended = run([sys.executable, str(EXAMPLES / "spawn_from_script.py")])
+    assert ended.code == 0, ended.output
+    assert ended.output.strip() == "[30.0, 30.0, 30.0]"
+
+
+def test_a_custom_task_runs_as_a_script_and_by_name(tmp_path: Path):
+    ended = run([sys.executable, str(EXAMPLES / "custom_task.py")])
+    assert ended.code == 0, ended.output
+    assert "within_0.1" in ended.output
+    flags = ["--task", "custom_task:Circle", "--task.samples", "500", "--epochs", "2", "--run-dir", str(tmp_path)]
+    ended = run(torchrun(2, "-m", "hvdtrain", *flags), cwd=EXAMPLES)
+    assert ended.code == 0, ended.output
+    assert "eval distance" in ended.output
+
+
+def test_every_example_is_run_here():
+    tried = {"own_loop", "one_process", "data_parallel", "mnist_files", "spawn_from_script", "custom_task"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

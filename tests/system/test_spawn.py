@@ -1,0 +1,55 @@
+"""hvdtrain.spawn: results in rank order, or the failing rank's traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+import hvdtrain
+from hvdtrain.errors import ConfigError, RankFailure
+
+
+def test_results_come_back_in_rank_order():
+    def work(backend, base):
+        return (backend.rank, backend.all_gather_object(base + backend.rank))
+
+    assert hvdtrain.spawn(work, 3, "torch", (10,), device="cpu") == [(rank, [10, 11, 12]) for rank in range(3)]
+
+
+def test_the_failing_ranks_traceback_is_in_the_error():
+    def work(backend):
+        if backend.rank == 1:
+            raise KeyError("planted here")
+        backend.barrier()
+
+    with pytest.raises(RankFailure, match=r"rank 1 of 2 failed(.|\n)*KeyError: 'planted here'") as caught:
+        hvdtrain.spawn(work, 2, "torch", device="cpu")
+    assert caught.value.rank == 1
+
+
+def test_a_killed_rank_is_named_by_its_signal():
+    def work(backend):
+        if backend.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        backend.barrier()
+
+    with pytest.raises(RankFailure):
+        hvdtrain.spawn(work, 2, "torch", device="cpu", timeout_s=60)
+
+
+def test_ranks_that_take_too_long_are_ended():
+    def work(backend):
+        time.sleep(300)
+
+    began = time.monotonic()
+    with pytest.raises(RankFailure, match="still running after 6 s"):
+        hvdtrain.spawn(work, 2, "torch", device="cpu", timeout_s=6)
+    assert time.monotonic() - began < 30
+
+
+def test_an_impossible_number_of_ranks_is_refused():
+    with pytest.raises(ConfigError, match="at least one rank"):
+        hvdtrain.spawn(print, 0)
