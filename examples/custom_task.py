@@ -30,7 +30,11 @@ class Circle:
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         angle, point = batch
         distance = (model(angle) - point).norm(dim=1)
-        return {"loss": self.loss(model, batch), "distance": distance.mean(), "within_0.1": (distance < 0.1).double().mean()}
+        return {
+            "loss": self.loss(model, batch),
+            "distance": distance.mean(),
+            "within_0.1": (distance < 0.1).double().mean(),
+        }
 
     def train_data(self) -> Dataset:
         angle = torch.linspace(-math.pi, math.pi, self.samples).unsqueeze(1)

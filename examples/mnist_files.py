@@ -1,11 +1,10 @@
-"""An MNIST-style CNN on image files in MNIST's own format (IDX, gzip).
+"""An MNIST-style CNN on image files in MNIST's own format (IDX).
 
 python examples/mnist_files.py                     # writes the built-in digits as 28x28 MNIST files first
-python examples/mnist_files.py FOLDER              # FOLDER/MNIST/raw/train-images-idx3-ubyte.gz and the other three
+python examples/mnist_files.py FOLDER              # FOLDER/MNIST/raw/train-images-idx3-ubyte and the other three
 torchrun --nproc-per-node 2 examples/mnist_files.py FOLDER
 """
 
-import gzip
 import struct
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from hvdtrain.training.models import cnn
 
 def write_idx(file: Path, values: Tensor) -> None:
     header = struct.pack(f">HBB{values.dim()}I", 0, 8, values.dim(), *values.shape)  # 8: unsigned bytes
-    file.write_bytes(gzip.compress(header + values.to(torch.uint8).numpy().tobytes()))
+    file.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
 
 
 def write_digits(folder: Path) -> None:
@@ -32,8 +31,10 @@ def write_digits(folder: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     for part, train in (("train", True), ("t10k", False)):
         images, labels = digits(train).tensors
-        write_idx(raw / f"{part}-images-idx3-ubyte.gz", (interpolate(images, size=28, mode="bilinear")[:, 0] * 255).round())
-        write_idx(raw / f"{part}-labels-idx1-ubyte.gz", labels)
+        write_idx(
+            raw / f"{part}-images-idx3-ubyte", (interpolate(images, size=28, mode="bilinear")[:, 0] * 255).round()
+        )
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
 
 
 def main(folder: Path) -> None:

@@ -41,7 +41,9 @@ class Topology:
             if n < 1:
                 raise LaunchError(f"{self.launcher}: {count}={n}; it must be at least 1")
             if not 0 <= i < n:
-                raise LaunchError(f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}")
+                raise LaunchError(
+                    f"{self.launcher}: {index}={i} does not fit {count}={n}; it must be from 0 to {n - 1}"
+                )
         if self.local_world_size > self.world_size:
             raise LaunchError(
                 f"{self.launcher}: local_world_size={self.local_world_size} is larger than world_size={self.world_size}"

@@ -6,6 +6,9 @@ go on for as long as their rank needs them.
 
 A loader process still ends with its rank: when the loader is closed (torch's own way), when the rank exits (Python then
 terminates its child processes and waits for them, so that SIGTERM must work again), and when the rank is gone.
+
+Not so with the start method "forkserver", Python 3.14's default: SIGTERM ends the fork server, and with it the loader
+processes. ``multiprocessing.set_start_method("fork")`` or "spawn" in the training script keeps them.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ class OutliveSigterm:
 
     def __init__(self) -> None:
         self._rank_is_ending = _ending_flag()
-        self._rank_pid = os.getpid()
+        self._parent_pid = 0
         self._asked = False
 
     def __call__(self, worker: int) -> None:
         """Run in loader process ``worker`` before it loads anything."""
+        self._parent_pid = os.getppid()
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: object) -> None:
@@ -49,7 +53,7 @@ class OutliveSigterm:
         os._exit(0)
 
     def _rank_has_ended(self) -> bool:
-        return self._rank_is_ending.value or os.getppid() != self._rank_pid
+        return self._rank_is_ending.value or os.getppid() != self._parent_pid
 
 
 def _ending_flag() -> Any:

@@ -1,24 +1,27 @@
 """From the environment to the topology, and why. The only place that reads launchers' variables.
 
-Where the variables of several launchers are there (mpirun inside an sbatch allocation, torchrun inside srun), the
-innermost launcher counts: the one that started this process. A launcher sets its variables for its children only, so
-the innermost is the one whose variables are missing, or different, in the nearest ancestor process.
+Where the variables of several launchers are there (mpirun inside an sbatch allocation, torchrun inside srun, a script
+under torchrun that calls mpirun), the innermost launcher counts: the one that started this process. A launcher gives its
+variables to its children only, so it is the one whose variables are missing, or different, in the nearest ancestor.
+Where the process tree does not tell (no readable ``/proc``), the order of `hvdtrain.launch.launchers.LAUNCHERS` decides.
+
+Nothing here imports an engine, opens a connection or waits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hvdtrain.errors import LaunchError
-from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher
+from hvdtrain.launch.ancestry import Ancestor, read_ancestors
+from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher, address
 from hvdtrain.topology import Topology
 
-_MAX_ANCESTORS = 32
+_OWN_MASTER = ("torchrun", "environment")  # launchers to which MASTER_ADDR and MASTER_PORT belong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +30,10 @@ class Detection:
 
     Attributes:
         topology: Its place among the ranks.
-        reason: The variable that told, for people.
-        job_id: Equal on all ranks of one job, different for two jobs at the same time; a file name.
-        address: "host:port" where MASTER_ADDR and MASTER_PORT name a meeting point.
+        reason: The variable that told, for people: "mpirun: OMPI_COMM_WORLD_RANK=1 (started inside srun)".
+        job_id: Equal on all ranks of one job, different for two jobs at the same time and for two attempts of one job;
+            a file name of at most 100 characters.
+        address: "host:port" where MASTER_ADDR and MASTER_PORT name a meeting point of exactly these ranks.
         first_host: Rank 0's host, where the environment tells.
     """
 
@@ -40,94 +44,117 @@ class Detection:
     first_host: str | None = None
 
 
-def detect(
-    environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Mapping[str, str]] | None = None
-) -> Detection:
+def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ancestor] | None = None) -> Detection:
     """Find out how this process was started.
 
     Args:
-        environ: Read instead of this process's environment; then the process tree is not looked at.
-        ancestors: Environments of parent, grandparent, ..., to go with ``environ``.
+        environ: Read instead of this process's environment; the process tree is then not looked at.
+        ancestors: Parent, grandparent, ..., to be read instead of the process tree.
+
+    Returns:
+        The topology with its reason; a world of one when no launcher started several processes.
 
     Raises:
         LaunchError: Variables are missing or contradict each other; says what was found and what is missing.
     """
-    env: Environment = os.environ if environ is None else environ
-    present = [launcher for launcher in LAUNCHERS if any(m in env for m in launcher.marks) and launcher.applies(env)]
-    # RANK is torchrun's, too; on its own it is a launcher only if no other speaks.
-    others = [launcher for launcher in present if launcher.name != "environment"]
-    present = others or present
-    if not present:
-        if "WORLD_SIZE" in env and env["WORLD_SIZE"] not in ("", "1"):
-            raise LaunchError(
-                f"found WORLD_SIZE={env['WORLD_SIZE']}, missing RANK; set RANK too, or unset WORLD_SIZE to run one process"
-            )
-        single = Topology.single()
-        return Detection(topology=single, reason="no launcher's variables found", job_id=f"single-{os.getpid()}")
-    if len(present) > 1:
-        tree = ancestors if ancestors is not None else _ancestors() if environ is None else []
-        present = _innermost(present, env, tree)
-    launcher = present[0]
-    missing = [name for name in launcher.needs if name not in env]
-    if missing:
-        found = [f"{name}={env[name]}" for name in (*launcher.marks, *launcher.needs) if name in env]
-        raise LaunchError(
-            f"{launcher.name} is half set: found {', '.join(found)}, missing {', '.join(missing)}. Start through the launcher, or "
-            f"unset {', '.join(m for m in launcher.marks if m in env)} to run one process"
-        )
-    return _finished(launcher.read(env), launcher)
-
-
-def _innermost(present: list[Launcher], env: Environment, tree: Sequence[Environment]) -> list[Launcher]:
-    """Order launchers by how near the process is to which they first gave their variables."""
-
-    def depth(launcher: Launcher) -> int:
-        for generation, ancestor in enumerate(tree):
-            if any(ancestor.get(mark) != env.get(mark) for mark in launcher.marks if mark in env):
-                return generation
-        return len(tree)
-
-    return sorted(present, key=depth)  # stable: the table's order decides what the tree does not
-
-
-def _ancestors() -> list[Environment]:
-    """Environments of parent, grandparent, ..., as far as they can be read."""
-    found: list[Environment] = []
-    pid = os.getppid()
-    while pid > 1 and len(found) < _MAX_ANCESTORS:
-        try:
-            content = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-            status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-        except OSError:
-            break
-        found.append(dict(entry.partition("=")[::2] for entry in content.split("\0") if entry))
-        parent = re.search(r"^PPid:\s*(\d+)", status, re.MULTILINE)
-        pid = int(parent[1]) if parent else 0
-    return found
-
-
-def _finished(found: Found, launcher: Launcher) -> Detection:
-    job_id = found.job_id
-    if launcher.name == "mpirun (Hydra)" and found.topology.num_nodes == 1:
-        job_id = f"{job_id}-{_process_named('hydra_pmi_proxy') or os.getppid()}"
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", job_id)
-    if safe != job_id:
-        safe = f"{safe[:80]}-{zlib.crc32(job_id.encode()):08x}"
+    env = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+    marked = [launcher for launcher in LAUNCHERS if any(name in env for name in launcher.marks)]
+    if not marked:
+        return _alone(env)
+    if ancestors is None:
+        ancestors = read_ancestors() if environ is None else ()
+    present = [launcher for launcher in marked if launcher.started(env, ancestors)]
+    complete = [launcher for launcher in present if all(name in env for name in launcher.needs)]
+    if not complete:
+        return _half_set(present[0], env) if present else _alone(env)
+    ordered = _innermost_first(complete, env, ancestors)
+    launcher, outer = ordered[0], ordered[1:]
+    try:
+        found = launcher.read(env, ancestors)
+        meeting = _meeting(launcher, outer, env)
+    except LaunchError as error:
+        raise LaunchError(f"{launcher.name}: {error}. {_found(launcher, env)}{_remedy(launcher, env)}") from None
+    inside = f" (started inside {', '.join(each.name for each in outer)})" if outer else ""
     return Detection(
-        topology=found.topology, reason=found.reason, job_id=safe, address=found.address, first_host=found.first_host
+        topology=found.topology,
+        reason=found.reason + inside,
+        job_id=_file_name(found.job),
+        address=meeting,
+        first_host=found.first_host,
     )
 
 
-def _process_named(name: str) -> int | None:
-    """The nearest ancestor with that command, which all ranks on a node share."""
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return None
-        command, _, rest = stat.partition("(")[2].rpartition(")")
-        if name.startswith(command) and command:
-            return pid
-        pid = int(rest.split()[1])
-    return None
+def _alone(env: Environment) -> Detection:
+    reason = "no launcher's variables found"
+    if "SLURM_JOB_ID" in env:
+        reason = f"in Slurm job {env['SLURM_JOB_ID']}, not started by srun as one of several tasks"
+    return Detection(topology=Topology.single(), reason=reason, job_id=f"single-{os.getpid()}")
+
+
+def _half_set(launcher: Launcher, env: Environment) -> Detection:
+    if launcher.name == "environment" and env.get("WORLD_SIZE") == "1":
+        return _alone(env)
+    missing = [name for name in launcher.needs if name not in env]
+    raise LaunchError(
+        f"{launcher.name}: half of its variables are missing. {_found(launcher, env)}Missing: {', '.join(missing)}. "
+        f"{_remedy(launcher, env)}"
+    )
+
+
+def _found(launcher: Launcher, env: Environment) -> str:
+    names = (*launcher.needs, "MASTER_ADDR", "MASTER_PORT") if launcher.name in _OWN_MASTER else launcher.needs
+    return f"Found: {', '.join(f'{name}={env[name]}' for name in dict.fromkeys(names) if name in env)}. "
+
+
+def _remedy(launcher: Launcher, env: Environment) -> str:
+    start = "Set all of them" if launcher.name == "environment" else f"Start through {launcher.name.split()[0]}"
+    return f"{start}, or unset {', '.join(name for name in launcher.marks if name in env)} to run one process"
+
+
+def _innermost_first(complete: list[Launcher], env: Environment, ancestors: Sequence[Ancestor]) -> list[Launcher]:
+    """The launcher that started this process first, then the one that started that one, ...
+
+    RANK and WORLD_SIZE that say the same as a nearer or equally near launcher are no launcher of their own: scripts set
+    them from Slurm's or MPI's variables.
+    """
+    depth = {launcher.name: _generation(launcher, env, ancestors) for launcher in complete}
+    ordered = sorted(complete, key=lambda launcher: depth[launcher.name])  # stable: else the table's order
+    plain = next((launcher for launcher in ordered if launcher.name == "environment"), None)
+    for other in ordered:
+        if plain is None or other is plain:
+            continue
+        same = env[other.rank] == env[plain.rank] and env[other.size] == env[plain.size]
+        if same and depth[plain.name] <= depth[other.name]:
+            return [launcher for launcher in ordered if launcher is not plain]
+    return ordered
+
+
+def _generation(launcher: Launcher, env: Environment, ancestors: Sequence[Ancestor]) -> tuple[int, bool]:
+    """How far up the process tree this launcher's variables reach unchanged; the innermost reach least far."""
+    for generation, ancestor in enumerate(ancestors):
+        if ancestor.slurm_step is not None:
+            # srun carried everything else from where it was called, so that of equals srun is the nearer.
+            return generation, launcher.name != "srun"
+        if ancestor.environ is not None and any(ancestor.environ.get(n) != env[n] for n in launcher.needs):
+            return generation, True
+    return len(ancestors), True
+
+
+def _meeting(launcher: Launcher, outer: Sequence[Launcher], env: Environment) -> str | None:
+    """The address that MASTER_ADDR and MASTER_PORT name, unless they are another job's, in which this one runs."""
+    if launcher.name in _OWN_MASTER:
+        return address(env)
+    if launcher.name == "spawn" or any(each.name in _OWN_MASTER for each in outer):
+        return None
+    return address(env)
+
+
+def _file_name(job: str) -> str:
+    """The job's name as a file name; what had to be changed is kept apart by a checksum."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", job)
+    if safe == job and len(job) <= 100 and not job.startswith("."):
+        return job
+    return f"{safe.lstrip('.')[:80]}-{hashlib.sha256(job.encode()).hexdigest()[:16]}"
+
+
+__all__ = ["Ancestor", "Detection", "Found", "detect"]

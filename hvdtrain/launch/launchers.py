@@ -1,15 +1,18 @@
-"""One reader a launcher: which variables it sets for each process, and what they say.
+"""One reader for each launcher: which variables it gives to each process that it starts, and what they say.
 
-A reader matches whole or not at all. ``marks`` are the variables that only this launcher gives to a process it starts,
-so they tell whether it started this one.
+A row matches whole or not at all: variables of two launchers are never mixed. Each comment says what a launcher states
+and what is derived. What was seen of the real launchers is in ``tests/unit/launch/recorded``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.launch.ancestry import Ancestor
 from hvdtrain.launch.hostlist import hosts, tasks_per_node
 from hvdtrain.topology import Topology
 
@@ -18,12 +21,11 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a launcher's variables say; see `hvdtrain.launch.detect.Detection`."""
+    """What a launcher's variables say; see `hvdtrain.launch.detect.Detection`. ``job`` need not be a file name yet."""
 
     topology: Topology
     reason: str
-    job_id: str
-    address: str | None = None
+    job: str
     first_host: str | None = None
 
 
@@ -32,18 +34,22 @@ class Launcher:
     """A launcher and its reader.
 
     Attributes:
-        name: As users call it.
-        marks: Variables of which at least one names this process's rank.
-        needs: Variables without which the rest means nothing.
+        name: The variables' owner, in words.
+        rank: The variable that holds the rank.
+        size: The variable that holds the world size.
+        needs: All variables without which the rest means nothing; rank and size are among them.
+        marks: Those of them that only this launcher sets: one alone means that the launcher is at work, or half set.
         read: Reads them.
-        applies: Whether the marks really mean that this launcher started a job of ranks.
+        started: Whether these variables mean that ranks were started.
     """
 
     name: str
-    marks: tuple[str, ...]
+    rank: str
+    size: str
     needs: tuple[str, ...]
-    read: Callable[[Environment], Found]
-    applies: Callable[[Environment], bool] = lambda env: True
+    marks: tuple[str, ...]
+    read: Callable[[Environment, Sequence[Ancestor]], Found]
+    started: Callable[[Environment, Sequence[Ancestor]], bool] = lambda env, ancestors: True
 
 
 def number(env: Environment, name: str, default: int | None = None) -> int:
@@ -51,106 +57,182 @@ def number(env: Environment, name: str, default: int | None = None) -> int:
     text = env.get(name)
     if text is None and default is not None:
         return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"{name}={text!r} is not a whole number; unset it, or start through a launcher") from None
+    if text is None or not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip()):
+        raise LaunchError(f"{name}={text!r} is not a whole number")
+    return int(text)
 
 
 def address(env: Environment) -> str | None:
-    """MASTER_ADDR:MASTER_PORT, if both are there."""
+    """MASTER_ADDR:MASTER_PORT, if both are there; a LaunchError when the port is none."""
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
     if not host or not port:
         return None
     if not 0 < number(env, "MASTER_PORT") < 65536:
-        raise LaunchError(f"MASTER_PORT={port!r} is not a port; use one from 1 to 65535")
-    return f"{host}:{port}"
+        raise LaunchError(f"MASTER_PORT={port} is not a port; use one from 1 to 65535")
+    return f"{host}:{int(port)}"
 
 
-def _spawn(env: Environment) -> Found:
-    size = number(env, "HVDTRAIN_LOCAL_WORLD_SIZE")
-    topology = Topology(
-        rank=number(env, "HVDTRAIN_RANK"),
-        world_size=number(env, "HVDTRAIN_WORLD_SIZE"),
-        local_rank=number(env, "HVDTRAIN_LOCAL_RANK"),
-        local_world_size=size,
-        node_rank=number(env, "HVDTRAIN_RANK") // size,
-        num_nodes=max(1, number(env, "HVDTRAIN_WORLD_SIZE") // size),
-        launcher="spawn",
+def _place(
+    launcher: str, *, rank: int, size: int, local_rank: int, local_size: int, node: int | None, nodes: int | None
+) -> Topology:
+    """A topology where the nodes may be unknown (None), then derived from an even spread, ranks filling node by node.
+
+    One thing is certain without being told: there is one node exactly when all ranks are on this one.
+    """
+    if not 0 < local_size < size:
+        node, nodes = 0, 1  # all on one node; or contradictory, which Topology refuses
+    else:
+        nodes = max(2, -(-size // local_size) if nodes is None else nodes, 1 + (node or 0))
+        nodes = min(nodes, 1 + size - local_size)
+        node = min(rank // local_size if node is None else node, nodes - 1)
+    return Topology(
+        rank=rank,
+        world_size=size,
+        local_rank=local_rank,
+        local_world_size=local_size,
+        node_rank=node,
+        num_nodes=nodes,
+        launcher=launcher,
     )
-    return Found(topology=topology, reason=f"spawn: HVDTRAIN_RANK={topology.rank}", job_id=env["HVDTRAIN_JOB_ID"])
 
 
-def _torchrun(env: Environment) -> Found:
-    local = number(env, "LOCAL_WORLD_SIZE")
+def _spawn(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    topology = _place(
+        "spawn",
+        rank=number(env, "HVDTRAIN_RANK"),
+        size=number(env, "HVDTRAIN_WORLD_SIZE"),
+        local_rank=number(env, "HVDTRAIN_LOCAL_RANK"),
+        local_size=number(env, "HVDTRAIN_LOCAL_WORLD_SIZE"),
+        node=None,
+        nodes=None,
+    )
+    return Found(topology=topology, reason=f"spawn: HVDTRAIN_RANK={topology.rank}", job=env["HVDTRAIN_JOB_ID"])
+
+
+def _torchrun(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    # Everything is stated. "Nodes" are torchrun's agents, of which there may be two on one machine. The run id alone
+    # is no job id: without --rdzv-id or --standalone it is "none" for everybody.
     topology = Topology(
         rank=number(env, "RANK"),
         world_size=number(env, "WORLD_SIZE"),
         local_rank=number(env, "LOCAL_RANK"),
-        local_world_size=local,
+        local_world_size=number(env, "LOCAL_WORLD_SIZE"),
         node_rank=number(env, "GROUP_RANK"),
-        num_nodes=number(env, "GROUP_WORLD_SIZE", max(1, number(env, "WORLD_SIZE") // local)),
+        num_nodes=number(env, "GROUP_WORLD_SIZE"),
         launcher="torchrun",
     )
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Found(
         topology=topology,
         reason=f"torchrun: RANK={topology.rank}" + (f", restart {restart}" if restart != "0" else ""),
-        job_id=f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env.get('MASTER_PORT', '')}-{restart}",
-        address=address(env),
+        job=f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env['MASTER_ADDR']}-{env['MASTER_PORT']}-{restart}",
     )
 
 
-def _open_mpi(env: Environment) -> Found:
+# What `horovodrun --mpi` (Horovod 0.28) gives to mpirun, which sets no HOROVOD_ variable. mpirun hands these to every
+# rank on every node, so that all ranks agree; a HOROVOD_ variable from somebody's shell is on the first node only.
+_HOROVODRUN_MPI = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "^openib",
+    "OMPI_MCA_orte_tag_output": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_rmaps_base_mapping_policy": "slot",
+}
+
+
+def _open_mpi(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     rank, size = number(env, "OMPI_COMM_WORLD_RANK"), number(env, "OMPI_COMM_WORLD_SIZE")
     local = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    # Open MPI 4 says how many nodes there are; 5 does not, and then an even spread is assumed.
-    nodes = number(env, "OMPI_MCA_orte_num_nodes", -(-size // local))
-    nodes = min(max(1, nodes), size)
-    by_horovod = "HOROVOD_RANK" not in env and any(name.startswith("HOROVOD_") for name in env)
-    launcher = "horovodrun" if by_horovod else "mpirun"
-    topology = Topology(
+    launcher = "horovodrun" if all(env.get(name) == value for name, value in _HOROVODRUN_MPI.items()) else "mpirun"
+    # OMPI_COMM_WORLD_NODE_RANK is no node's number but the local rank once more. Open MPI 4 states how many nodes
+    # hold ranks; Open MPI 5 does not.
+    nodes = number(env, "OMPI_MCA_orte_num_nodes") if "OMPI_MCA_orte_num_nodes" in env else None
+    topology = _place(
+        launcher,
         rank=rank,
-        world_size=size,
+        size=size,
         local_rank=number(env, "OMPI_COMM_WORLD_LOCAL_RANK"),
-        local_world_size=local,
-        node_rank=min(rank // local, nodes - 1),
-        num_nodes=nodes,
-        launcher=launcher,
+        local_size=local,
+        node=_open_mpi_node(env, ancestors, nodes or (-(-size // local) if local > 0 else 1)),
+        nodes=nodes,
     )
-    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or env.get("OMPI_MCA_orte_hnp_uri", "")
+    # The name space holds mpirun's host and process in Open MPI 5; in 4 it is a 16-bit hash of them, and the random
+    # "transports" key, equal on all ranks, keeps two jobs apart.
+    names = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_precondition_transports")
+    job = "-".join(env[name] for name in names if name in env)
     return Found(
         topology=topology,
         reason=f"{launcher}: OMPI_COMM_WORLD_RANK={rank}",
-        job_id=f"mpirun-{job}",
-        address=address(env),
+        job=f"mpirun-{job or _parent(env, size, local)}",
     )
 
 
-def _hydra(env: Environment) -> Found:
+def _open_mpi_node(env: Environment, ancestors: Sequence[Ancestor], nodes: int) -> int | None:
+    """Number of this node, derived: the address of its daemon ends in ".N;", mpirun being daemon 0.
+
+    mpirun's own node holds ranks or not; where it does not, there is one daemon more than nodes. None: cannot be told.
+    """
+    contact = (
+        env.get("OMPI_MCA_orte_local_daemon_uri") or env.get("PMIX_SERVER_URI41") or env.get("PMIX_SERVER_URI2", "")
+    )
+    match = re.search(r"\.(\d+);", contact)
+    if match is None:
+        return None
+    daemon = int(match[1])
+    if daemon == 0:
+        return 0
+    count = env.get("OMPI_MCA_ess_base_num_procs") or next(
+        (found for a in ancestors if (found := a.option("ess_base_num_procs"))), ""
+    )
+    if not count.isdigit() or int(count) - nodes not in (0, 1):
+        return None
+    node = daemon - (int(count) - nodes)
+    return node if 0 <= node < nodes else None
+
+
+def _hydra(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    # MPICH, Intel MPI, MVAPICH: how many nodes there are is derived from an even spread. Other process managers set
+    # PMI_RANK without MPI_LOCALNRANKS (Cray's sets PMI_LOCAL_SIZE).
     rank, size = number(env, "PMI_RANK"), number(env, "PMI_SIZE")
-    local = number(env, "MPI_LOCALNRANKS", size)
-    topology = Topology(
+    known = next((p for p in _LOCAL_PMI if p[0] in env and p[1] in env), None)
+    local = number(env, known[1]) if known else 1
+    proxy = next((a for a in ancestors if a.program == "hydra_pmi_proxy"), None)
+    node = env.get("HYDRA_BSTRAP_PROXY_ID") or (proxy.option("--proxy-id") if proxy else None) or ""
+    topology = _place(
+        "mpirun",
         rank=rank,
-        world_size=size,
-        local_rank=number(env, "MPI_LOCALRANKID", rank),
-        local_world_size=local,
-        node_rank=rank // local,
-        num_nodes=max(1, -(-size // local)),
-        launcher="mpirun",
+        size=size,
+        local_rank=number(env, known[0]) if known else 0,
+        local_size=local,
+        node=int(node) if node.isdigit() else None,
+        nodes=None,
     )
-    # Hydra names no job: its processes share a parent, the proxy, which `detect` adds on one node.
-    return Found(topology=topology, reason=f"mpirun (Hydra): PMI_RANK={rank}", job_id="hydra", address=address(env))
+    # Only Intel MPI names the job to its ranks. MPICH's proxies are told mpiexec's address, the same on every node.
+    job = (proxy.option("--control-port") if proxy else None) or env.get("I_MPI_HYDRA_UUID")
+    return Found(
+        topology=topology,
+        reason=f"mpirun (Hydra): PMI_RANK={rank}"
+        + ("" if known else "; no MPI_LOCALRANKID, so one rank a node is assumed"),
+        job=f"hydra-{job or _parent(env, size, local)}",
+    )
 
 
-def _slurm(env: Environment) -> Found:
-    rank, node = number(env, "SLURM_PROCID"), number(env, "SLURM_NODEID", 0)
-    size = number(env, "SLURM_STEP_NUM_TASKS", number(env, "SLURM_NTASKS", 1))
-    per_node = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(size))
-    nodes = hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "")
-    if node >= len(per_node):
+_LOCAL_PMI = (("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), ("PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"))
+
+
+def _is_not_srun(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
+    # srun sets PMI_RANK itself when its MPI plugin is PMI (the classic trap): then Slurm's own variables say more.
+    return not _is_srun_step(env, ancestors) or any(p[0] in env for p in _LOCAL_PMI)
+
+
+def _slurm(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    # Everything is stated. The step's variables, not the job's: srun may have started fewer tasks than were allocated.
+    rank, node, size = number(env, "SLURM_PROCID"), number(env, "SLURM_NODEID"), number(env, "SLURM_STEP_NUM_TASKS")
+    counts = env["SLURM_STEP_TASKS_PER_NODE"]
+    per_node = tasks_per_node(counts)
+    if sum(per_node) != size or not 0 <= node < len(per_node):
         raise LaunchError(
-            f"srun: SLURM_NODEID={node}, but the task counts {per_node} name {len(per_node)} nodes; the Slurm variables contradict each other"
+            f"SLURM_STEP_TASKS_PER_NODE={counts} fits neither SLURM_STEP_NUM_TASKS={size} nor SLURM_NODEID={node}"
         )
     topology = Topology(
         rank=rank,
@@ -161,101 +243,151 @@ def _slurm(env: Environment) -> Found:
         num_nodes=len(per_node),
         launcher="srun",
     )
-    job = "-".join(env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    step = f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}"
     return Found(
         topology=topology,
         reason=f"srun: SLURM_PROCID={rank}",
-        job_id=f"slurm-{job}",
-        address=address(env),
-        first_host=nodes[0] if nodes else None,
+        job=f"srun-{step}",
+        first_host=hosts(env["SLURM_STEP_NODELIST"])[0],  # every distribution puts task 0 on the step's first node
     )
 
 
-def _is_srun_step(env: Environment) -> bool:
-    """A batch script and an salloc shell have Slurm's variables too, but no numbered step started them."""
-    step = env.get("SLURM_STEP_ID", "")
-    tasks = env.get("SLURM_STEP_NUM_TASKS", "")
-    return step.isdigit() and int(step) < 0xFFFFFFF0 and tasks not in ("", "1")
+def _is_srun_step(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
+    """Whether srun started this process as one of several tasks.
+
+    A batch script has SLURM_PROCID=0, SLURM_NTASKS=N and no step; an salloc shell has SLURM_NTASKS only, or a step
+    with a number near 2**32 and one task. A job submitted from inside a step inherits that step's variables: then the
+    title of Slurm's own process, where it can be seen, tells that this is a batch script.
+    """
+    started_by = next((a.slurm_step for a in ancestors if a.slurm_step is not None), None)
+    if started_by is not None and not started_by.isdigit():
+        return False
+    step, tasks = env.get("SLURM_STEP_ID", ""), env.get("SLURM_STEP_NUM_TASKS", "")
+    return step.isdigit() and int(step) < 0xFFFF0000 and tasks != "1"
 
 
-def _horovod_gloo(env: Environment) -> Found:
-    topology = Topology(
+def _horovod_gloo(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    # "Cross" counts the nodes that have a rank with this local rank: with 1 and 2 ranks on two nodes, rank 2 is told
+    # that it is 0 of 1. Only local rank 0, or an even spread, knows all nodes.
+    size, local = number(env, "HOROVOD_SIZE"), number(env, "HOROVOD_LOCAL_SIZE")
+    local_rank, nodes = number(env, "HOROVOD_LOCAL_RANK"), number(env, "HOROVOD_CROSS_SIZE")
+    certain = local_rank == 0 or nodes * local == size
+    topology = _place(
+        "horovodrun",
         rank=number(env, "HOROVOD_RANK"),
-        world_size=number(env, "HOROVOD_SIZE"),
-        local_rank=number(env, "HOROVOD_LOCAL_RANK"),
-        local_world_size=number(env, "HOROVOD_LOCAL_SIZE"),
-        node_rank=number(env, "HOROVOD_CROSS_RANK"),
-        num_nodes=number(env, "HOROVOD_CROSS_SIZE"),
-        launcher="horovodrun",
+        size=size,
+        local_rank=local_rank,
+        local_size=local,
+        node=number(env, "HOROVOD_CROSS_RANK") if certain else None,
+        nodes=nodes if certain else None,
     )
-    meeting = f"{env.get('HOROVOD_GLOO_RENDEZVOUS_ADDR', '')}-{env.get('HOROVOD_GLOO_RENDEZVOUS_PORT', '')}"
-    return Found(
-        topology=topology,
-        reason=f"horovodrun: HOROVOD_RANK={topology.rank}",
-        job_id=f"horovodrun-{meeting}",
-        address=address(env),
-    )
+    meeting = [env.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}", "") for part in ("ADDR", "PORT")]
+    job = "-".join(meeting) if all(meeting) else _parent(env, size, local)
+    return Found(topology=topology, reason=f"horovodrun: HOROVOD_RANK={topology.rank}", job=f"horovodrun-{job}")
 
 
-def _plain(env: Environment) -> Found:
+def _plain(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
+    # Also a Kubernetes PyTorchJob: its pods have RANK, WORLD_SIZE and MASTER_*, no LOCAL_*, mostly one rank a pod.
     rank, size = number(env, "RANK"), number(env, "WORLD_SIZE")
-    known = "LOCAL_RANK" in env
-    local = number(env, "LOCAL_WORLD_SIZE", size if known else 1)
+    name = "pytorchjob" if "KUBERNETES_SERVICE_HOST" in env else "environment"
+    local_rank, local, assumed = _plain_local(env, rank, size)
     meeting = address(env)
-    if meeting is None and size > 1:
+    missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in env]
+    if size > 1 and (len(missing) == 1 or (missing and local != size)):
+        raise LaunchError(f"{' and '.join(missing)} must name rank 0's host and a free port there, and are missing")
+    topology = _place(name, rank=rank, size=size, local_rank=local_rank, local_size=local, node=None, nodes=None)
+    job = meeting or _parent(env, size, local)
+    return Found(topology=topology, reason=f"{name}: RANK={rank}{assumed}", job=f"{name}-{job}")
+
+
+def _plain_local(env: Environment, rank: int, size: int) -> tuple[int, int, str]:
+    """Local rank, local world size, and in words what had to be assumed."""
+    name = next((each for each in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if each in env), None)  # DeepSpeed's is the second
+    if "LOCAL_RANK" in env:
+        local_rank = number(env, "LOCAL_RANK")
+        if name is not None:
+            return local_rank, number(env, name), ""
+        if rank != local_rank:  # more than one node, and nothing tells how many ranks are on this one
+            raise LaunchError(f"LOCAL_WORLD_SIZE is missing, which RANK={rank} with LOCAL_RANK={local_rank} needs")
+        return local_rank, size, "; no LOCAL_WORLD_SIZE, so one node is assumed"
+    if name is not None and number(env, name) != 1:
+        raise LaunchError(f"LOCAL_RANK is missing, which {name}={env[name]} needs")
+    per_pod = env.get("PET_NPROC_PER_NODE", "")
+    if per_pod.isdigit() and int(per_pod) > 1:
         raise LaunchError(
-            f"found RANK={rank} and WORLD_SIZE={size}, missing MASTER_ADDR and MASTER_PORT (rank 0's host and a free port there); "
-            "set them, or start through torchrun"
+            f"PET_NPROC_PER_NODE={per_pod} asks for {per_pod} processes in this pod, and python is one; let the pod's "
+            "command be 'torchrun -m hvdtrain', which reads the PET_ variables"
         )
-    kubernetes = "KUBERNETES_SERVICE_HOST" in env
-    name = "pytorchjob" if kubernetes else "environment"
-    topology = Topology(
-        rank=rank,
-        world_size=size,
-        local_rank=number(env, "LOCAL_RANK", 0),
-        local_world_size=local,
-        node_rank=rank // local,
-        num_nodes=max(1, size // local),
-        launcher=name,
-    )
-    assumed = "" if known else "; no LOCAL_RANK, so one process a node is assumed"
-    return Found(topology=topology, reason=f"{name}: RANK={rank}{assumed}", job_id=f"plain-{meeting}", address=meeting)
+    return 0, 1, "" if name is not None or size == 1 else "; no LOCAL_RANK, so one rank a node is assumed"
 
 
-# Where two launchers' variables are both there and the process tree does not tell, the earlier row wins.
+def _parent(env: Environment, size: int, local: int) -> str:
+    """Something that the ranks of one job share where nothing names the job: their parent, if all are on this node."""
+    chosen = env.get("HVDTRAIN_JOB_ID")
+    return chosen or (f"parent{os.getppid()}" if size == local else f"user{os.getuid()}-{size}")
+
+
+_SLURM = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+)
+_SPAWN = ("HVDTRAIN_RANK", "HVDTRAIN_WORLD_SIZE", "HVDTRAIN_LOCAL_RANK", "HVDTRAIN_LOCAL_WORLD_SIZE")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+_HOROVOD = tuple(f"HOROVOD_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"))
+
+# Where two launchers' variables are there and the process tree does not tell which is nearer, the earlier row wins:
+# what is more often started inside the other comes first.
 LAUNCHERS: tuple[Launcher, ...] = (
     Launcher(
         name="spawn",
-        marks=("HVDTRAIN_RANK",),
-        needs=("HVDTRAIN_WORLD_SIZE", "HVDTRAIN_LOCAL_RANK", "HVDTRAIN_LOCAL_WORLD_SIZE", "HVDTRAIN_JOB_ID"),
+        rank="HVDTRAIN_RANK",
+        size="HVDTRAIN_WORLD_SIZE",
+        needs=(*_SPAWN, "HVDTRAIN_JOB_ID"),
+        marks=_SPAWN,
         read=_spawn,
     ),
     Launcher(
         name="torchrun",
+        rank="RANK",
+        size="WORLD_SIZE",
+        needs=("TORCHELASTIC_RUN_ID", *_TORCHRUN, "MASTER_ADDR", "MASTER_PORT"),
         marks=("TORCHELASTIC_RUN_ID",),
-        needs=("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
         read=_torchrun,
     ),
-    Launcher(
-        name="mpirun",
-        marks=("OMPI_COMM_WORLD_RANK",),
-        needs=("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        read=_open_mpi,
-    ),
-    Launcher(
-        name="horovodrun",
-        marks=("HOROVOD_RANK",),
-        needs=("HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_RANK", "HOROVOD_CROSS_SIZE"),
-        read=_horovod_gloo,
-    ),
+    Launcher(name="mpirun", rank=_OPEN_MPI[0], size=_OPEN_MPI[1], needs=_OPEN_MPI, marks=_OPEN_MPI, read=_open_mpi),
+    Launcher(name="horovodrun", rank=_HOROVOD[0], size=_HOROVOD[1], needs=_HOROVOD, marks=_HOROVOD, read=_horovod_gloo),
     Launcher(
         name="mpirun (Hydra)",
-        marks=("PMI_RANK",),
-        needs=("PMI_SIZE",),
+        rank="PMI_RANK",
+        size="PMI_SIZE",
+        needs=("PMI_RANK", "PMI_SIZE"),
+        marks=("PMI_RANK", "PMI_SIZE"),
         read=_hydra,
-        # srun sets PMI_RANK as well when its MPI plugin is PMI: then Slurm's own variables say more.
-        applies=lambda env: not _is_srun_step(env) or "MPI_LOCALNRANKS" in env,
+        started=_is_not_srun,
     ),
-    Launcher(name="srun", marks=("SLURM_PROCID",), needs=("SLURM_LOCALID",), read=_slurm, applies=_is_srun_step),
-    Launcher(name="environment", marks=("RANK",), needs=("WORLD_SIZE",), read=_plain),
+    Launcher(
+        name="srun",
+        rank="SLURM_PROCID",
+        size="SLURM_STEP_NUM_TASKS",
+        needs=_SLURM,
+        marks=("SLURM_STEP_NUM_TASKS",),
+        read=_slurm,
+        started=_is_srun_step,
+    ),
+    Launcher(
+        name="environment",
+        rank="RANK",
+        size="WORLD_SIZE",
+        needs=("RANK", "WORLD_SIZE"),
+        marks=("RANK", "WORLD_SIZE"),
+        read=_plain,
+        started=lambda env, ancestors: "TORCHELASTIC_RUN_ID" not in env,  # then RANK is torchrun's
+    ),
 )

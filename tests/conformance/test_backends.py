@@ -36,6 +36,8 @@ def test_the_backend_keeps_every_promise(tmp_path, backend, ranks, launcher):
     shown = "\n\n".join([output, *(f"--- {name}\n{text[-6000:]}" for name, text in logs.items())])
     assert process.returncode == 0, shown
     assert len(logs) == ranks
-    counts = {int(found[1]) for text in logs.values() for found in [re.search(r"^(\d+) passed in", text, re.M)] if found}
+    counts = {
+        int(found[1]) for text in logs.values() for found in [re.search(r"^(\d+) passed in", text, re.M)] if found
+    }
     assert len(counts) == 1, shown
     assert counts.pop() > 250

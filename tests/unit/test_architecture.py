@@ -40,7 +40,16 @@ STAIRS = [
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica"],
 ]  # fmt: skip
-PUBLIC_DOORS = {"", "data", "launch", "training", "observe", "optim", "testing", "testing.conformance"}  # no code of their own
+PUBLIC_DOORS = {
+    "",
+    "data",
+    "launch",
+    "training",
+    "observe",
+    "optim",
+    "testing",
+    "testing.conformance",
+}  # no code of their own
 HOME = {"horovod": {"backends.hvd"}, "mpi4py": {"backends.mpi"}}
 
 
@@ -111,7 +120,9 @@ def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
     assert not [module for module in modules(PACKAGE) if module.split(".")[-1] == name]
 
 
-@pytest.mark.parametrize("module", ["hvdtrain", "hvdtrain.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"])
+@pytest.mark.parametrize(
+    "module", ["hvdtrain", "hvdtrain.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
+)
 def test_importing_does_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -43,18 +43,26 @@ def test_all_reduce(backend, dtype, shape, op):
         expected = reduce(BOOL_FOLD[op], everyone)
     elif dtype in FLOATS:
         expected = reduce(FOLD[op], [t.double() for t in everyone])
-        expected = (expected / backend.world_size if op == "mean" else expected).to(torch.float32 if dtype != torch.float64 else dtype).to(dtype)
+        expected = (
+            (expected / backend.world_size if op == "mean" else expected)
+            .to(torch.float32 if dtype != torch.float64 else dtype)
+            .to(dtype)
+        )
     else:
         expected = reduce(FOLD[op], everyone)
     for result in (backend.all_reduce(mine, op), backend.all_reduce(mine, op, async_op=True).wait()):
         assert result.dtype == dtype
         assert result.shape == mine.shape
         assert result.data_ptr() != mine.data_ptr() or mine.numel() == 0
-        torch.testing.assert_close(result, expected.reshape(mine.shape), rtol=1e-15 if dtype == torch.float64 else 1e-6, atol=0)
+        torch.testing.assert_close(
+            result, expected.reshape(mine.shape), rtol=1e-15 if dtype == torch.float64 else 1e-6, atol=0
+        )
     assert torch.equal(mine, before)
     written = backend.all_reduce_(mine, op)
     assert written is mine
-    torch.testing.assert_close(mine, expected.reshape(mine.shape), rtol=1e-15 if dtype == torch.float64 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        mine, expected.reshape(mine.shape), rtol=1e-15 if dtype == torch.float64 else 1e-6, atol=0
+    )
 
 
 def test_the_mean_of_large_halves_does_not_overflow(backend):

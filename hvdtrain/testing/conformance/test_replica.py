@@ -124,7 +124,9 @@ def test_clipping_sees_averaged_gradients(backend):
     result = replica.step(clip_norm=1e-3)
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected_gradients(sum(counts))))
     assert abs(float(result.gradient_norm) - norm) < 1e-12
-    moved = math.sqrt(sum(float((p.detach() - b).square().sum()) for p, b in zip(replica.module.parameters(), before, strict=True)))
+    moved = math.sqrt(
+        sum(float((p.detach() - b).square().sum()) for p, b in zip(replica.module.parameters(), before, strict=True))
+    )
     assert abs(moved - 1e-3) < 1e-5
 
 

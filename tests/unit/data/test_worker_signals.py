@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 RANK = """
-import signal, sys, time, warnings
+import multiprocessing, signal, sys, time, warnings
 import torch
 from torch.utils.data import Dataset
 from hvdtrain.data.loader import make_loader
@@ -32,30 +32,35 @@ class Data(Dataset):
         time.sleep(30 if sys.argv[1] == "killed" and self.calls > 4 else 0.005)
         return torch.tensor(index)
 
-asked = []
-if sys.argv[1] != "killed":
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-sampler = PartitionSampler(BatchPartition(length=400, global_batch_size=4), shuffle=True, seed=0)
-seen = after = 0
-loader = make_loader(Data(), sampler, workers=2)
-for number, batch in enumerate(loader):
-    if number == 0:
-        print("training", flush=True)
-    seen += len(batch)
-    after += bool(asked)
-    if after == 1 and sys.argv[1] == "raises":
-        kept = iter(loader)
-        raise SystemExit(7)
-print("saved", seen, after > 10, flush=True)
+def main():
+    multiprocessing.set_start_method(sys.argv[2])
+    asked = []
+    if sys.argv[1] != "killed":
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    sampler = PartitionSampler(BatchPartition(length=400, global_batch_size=4), shuffle=True, seed=0)
+    seen = after = 0
+    loader = make_loader(Data(), sampler, workers=2)
+    for number, batch in enumerate(loader):
+        if number == 1:  # each loader process has loaded one
+            print("training", flush=True)
+        seen += len(batch)
+        after += bool(asked)
+        if after == 1 and sys.argv[1] == "raises":
+            kept = iter(loader)
+            raise SystemExit(7)
+    print("saved", seen, after > 10, flush=True)
+
+if __name__ == "__main__":
+    main()
 """
 
 
 @contextlib.contextmanager
-def rank(tmp_path: Path, how: str) -> Iterator[subprocess.Popen[str]]:
+def rank(tmp_path: Path, how: str, start: str = "fork") -> Iterator[subprocess.Popen[str]]:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     process = subprocess.Popen(
-        [sys.executable, str(script), how],
+        [sys.executable, str(script), how, start],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,8 +99,9 @@ def members(group: int) -> list[int]:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups as Linux has them")
 
 
-def test_a_rank_goes_on_loading_after_a_sigterm_to_all_processes(tmp_path: Path) -> None:
-    with rank(tmp_path, "goes on") as process:
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_rank_goes_on_loading_after_a_sigterm_to_all_processes(start: str, tmp_path: Path) -> None:
+    with rank(tmp_path, "goes on", start) as process:
         os.killpg(process.pid, signal.SIGTERM)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "saved 400 True\n", "")

@@ -14,7 +14,6 @@ become neutral ones, secrets are left out.
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
 import re
@@ -33,6 +32,7 @@ KEPT = re.compile(
 DROPPED = re.compile(
     r"\w*(SECRET|TOKEN|KEY|PASSWORD|JWT)\w*|SLURM_CONF|\w*(SCRIPT_CONTEXT|CPU_BIND\w*|PRIO_PROCESS|_UMASK)|SLURM_RLIMIT\w*"
 )
+ADDRESS6 = re.compile(r"\[[0-9a-f:]*::[0-9a-f:]*\]")
 ADDRESS = re.compile(r"\b(?!127\.)(?!0\.)(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})\b")
 
 
@@ -72,6 +72,7 @@ def neutral(text: str, renames: dict[str, str], addresses: dict[str, str]) -> st
     """Names, addresses and folders that say nothing about where this was recorded."""
     for old, new in renames.items():
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(old)}(?![A-Za-z0-9])", new, text)
+    text = ADDRESS6.sub("[2001:db8::1]", text)
     return ADDRESS.sub(lambda match: addresses.setdefault(match[1], f"192.0.2.{len(addresses) + 1}"), text)
 
 
@@ -105,7 +106,6 @@ def main() -> None:
         renames.update(
             {str(Path(__file__).resolve()): "child.py", os.getcwd(): "/home/user1", str(Path.home()): "/home/user1"}
         )
-        renames[getpass.getuser()] = "user1"
     addresses: dict[str, str] = {}
 
     def clean(text: str) -> str:

@@ -77,12 +77,20 @@ def test_horovodrun_over_gloo():
 
 
 def test_a_pytorchjob_pod_is_one_process_a_node():
-    env = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "KUBERNETES_SERVICE_HOST": "x"}
+    env = {
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "job-master-0",
+        "MASTER_PORT": "23456",
+        "KUBERNETES_SERVICE_HOST": "x",
+    }
     assert facts(detect(env)) == ("pytorchjob", 1, 3, 0, 1, 1, 3)
 
 
 def test_plain_variables_with_local_ones():
-    env = {k: TORCHRUN[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    env = {
+        k: TORCHRUN[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     assert facts(detect(env)) == ("environment", 3, 4, 1, 2, 1, 2)
 
 
@@ -131,7 +139,12 @@ CHILD = (
 
 
 def live(argv):
-    env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    env = {
+        **os.environ,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
     ended = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=True)
     return [json.loads(line.split("FOUND ")[1]) for line in ended.stdout.splitlines() if "FOUND " in line]
 

@@ -1,0 +1,133 @@
+"""What the Trainer costs: its steps against those of a hand-written DDP loop, side by side in one run.
+
+torchrun --nproc-per-node 2 benchmarks/overhead.py
+torchrun --nproc-per-node 2 benchmarks/overhead.py --steps 200 --rounds 5
+
+Both sides do the same work on the same model: fetch a batch, forward, cross-entropy, backward, all-reduce, clip, momentum
+SGD, read the loss. They take turns in rounds of steps within one process; the figure is the ratio of the medians over all
+steps. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import hvdtrain
+from hvdtrain.data.arrays import ArrayDataset
+from hvdtrain.data.loader import make_loader
+from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.samplers import PartitionSampler
+
+BATCH = 16  # per rank
+
+
+def mlp(width: int, depth: int) -> nn.Module:
+    return nn.Sequential(
+        *[layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())], nn.Linear(width, 10)
+    )
+
+
+def hand_written(
+    backend: hvdtrain.Backend, model: nn.Module, data: ArrayDataset, times: list[float], steps: int
+) -> None:
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    partition = BatchPartition(
+        length=len(data), global_batch_size=BATCH * backend.world_size, world_size=backend.world_size, rank=backend.rank
+    )
+    loader = make_loader(data, PartitionSampler(partition, shuffle=True, seed=0))
+    model.train()
+    done = 0
+    while done < steps:
+        batches = iter(loader)
+        for _ in range(min(len(loader), steps - done)):
+            began = time.perf_counter()
+            x, y = next(batches)
+            loss = cross_entropy(ddp(x), y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+            times.append(time.perf_counter() - began)
+            done += 1
+
+
+class Clocked(hvdtrain.Trainer):
+    """Notes the time from one step's begin to the next's."""
+
+    times: list[float]
+
+    def _train_step(self, step, batches):  # type: ignore[no-untyped-def]
+        began = time.perf_counter()
+        super()._train_step(step, batches)
+        self.times.append(time.perf_counter() - began)
+
+
+def ours(backend: hvdtrain.Backend, model: nn.Module, data: ArrayDataset, times: list[float], steps: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = Clocked(backend, model, optimizer, loss=cross_entropy, clip_norm=1.0)
+    trainer.times = times
+    trainer.fit(data, epochs=10**6, max_steps=steps, batch_size=BATCH)
+
+
+def measure(backend: hvdtrain.Backend, name: str, width: int, depth: int, steps: int, rounds: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    data = ArrayDataset(torch.randn(BATCH * 64, width), torch.randint(0, 10, (BATCH * 64,)))
+    hand: list[float] = []
+    trainer: list[float] = []
+    for _ in range(rounds):
+        for side, times in ((hand_written, hand), (ours, trainer)):
+            fresh: list[float] = []
+            torch.manual_seed(0)
+            side(backend, mlp(width, depth), data, fresh, steps)
+            times += fresh[max(5, steps // 10) :]  # the first steps warm up
+    medians = statistics.median(hand) * 1e3, statistics.median(trainer) * 1e3
+    result = {
+        "model": name,
+        "hand_written_ms": round(medians[0], 3),
+        "trainer_ms": round(medians[1], 3),
+        "ratio": round(medians[1] / medians[0], 4),
+    }
+    if backend.rank == 0:
+        print(result, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with hvdtrain.init("torch", device="cpu") as backend:
+        results = [
+            measure(backend, "MLP 3 x 384", 384, 3, args.steps, args.rounds),
+            measure(backend, "MLP 8 x 1024", 1024, 8, max(30, args.steps // 4), args.rounds),
+        ]
+        if backend.rank == 0:
+            machine = {
+                "cpus": os.cpu_count(),
+                "arch": platform.machine(),
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+            }
+            print(
+                json.dumps(
+                    {"benchmark": "overhead", "world_size": backend.world_size, "machine": machine, "results": results}
+                )
+            )
+
+
+if __name__ == "__main__":
+    main()
