@@ -20,7 +20,7 @@ from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
     from hvdtrain.backends import available as available
-    from hvdtrain.backends import create as init
+    from hvdtrain.backends import create
     from hvdtrain.backends.base import Backend as Backend
     from hvdtrain.backends.communicator import Communicator as Communicator
     from hvdtrain.backends.replica import Replica as Replica
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hvdtrain.training.task import Task as Task
     from hvdtrain.training.trainer import Trainer as Trainer
     from hvdtrain.workers import spawn as spawn
+
+    init = create
 
 _PUBLIC = {
     "Backend": "hvdtrain.backends.base:Backend",
