@@ -46,7 +46,7 @@ def main():
         seen += len(batch)
         after += bool(asked)
         if after == 1 and sys.argv[1] == "raises":
-            kept = iter(loader)
+            sys.kept = loader  # as a traceback keeps it: not closed before Python ends its child processes
             raise SystemExit(7)
     print("saved", seen, after > 10, flush=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.launch.ancestry import Ancestor
 from hvdtrain.launch.detect import detect
 
 RECORDED = Path(__file__).with_name("recorded")
@@ -34,16 +35,55 @@ HOROVOD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["openmpi4", "openmpi5", "mpich4", "mpich5", "intel_mpi"])
-def test_a_recorded_mpirun_gives_one_consistent_topology(name):
+RECORDINGS = {
+    # name: launcher, world size, nodes
+    "openmpi4": ("mpirun", 3, 1),
+    "openmpi5": ("mpirun", 3, 1),
+    "openmpi4_two_nodes": ("mpirun", None, 2),
+    "openmpi5_two_nodes": ("mpirun", None, 2),
+    "mpich4": ("mpirun", 3, 1),
+    "mpich5": ("mpirun", 3, 1),
+    "intel_mpi": ("mpirun", 3, 1),
+    "torchrun": ("torchrun", None, 1),
+    "srun_pmi2": ("srun", 5, 3),
+    "srun_pmix": ("srun", 3, 2),
+    "srun_cyclic": ("srun", 4, 2),
+    "horovodrun_gloo": ("horovodrun", None, 1),
+    "horovodrun_gloo_two_nodes": ("horovodrun", None, 2),
+    "horovodrun_mpi": ("horovodrun", None, 1),
+}
+
+
+def inherited(*environments):
+    return [Ancestor(arguments=("sh",), environ=environ) for environ in environments]
+
+
+def recorded(name):
     processes = json.loads((RECORDED / f"{name}.json").read_text())["processes"]
-    found = [detect(p["environ"], ancestors=[a["environ"] for a in p.get("ancestors", [])]) for p in processes]
-    assert sorted(d.topology.rank for d in found) == list(range(len(processes)))
-    assert {d.topology.world_size for d in found} == {len(processes)} == {3}
-    assert sorted(d.topology.local_rank for d in found) == [0, 1, 2]
-    assert {(d.topology.local_world_size, d.topology.num_nodes, d.topology.node_rank) for d in found} == {(3, 1, 0)}
-    assert {d.topology.launcher for d in found} == {"mpirun"}
+    return [
+        detect(
+            p["environ"],
+            ancestors=[Ancestor(arguments=tuple(a["arguments"]), environ=a["environ"]) for a in p["ancestors"]],
+        )
+        for p in processes
+    ], [p["host"] for p in processes]
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_recorded_launch_gives_one_consistent_topology(name):
+    launcher, size, nodes = RECORDINGS[name]
+    found, hosts = recorded(name)
+    size = size or len(found)
+    topologies = [d.topology for d in found]
+    assert sorted(t.rank for t in topologies) == list(range(size))
+    assert {(t.launcher, t.world_size, t.num_nodes) for t in topologies} == {(launcher, size, nodes)}
     assert len({d.job_id for d in found}) == 1
+    assert len({(t.node_rank, t.local_rank) for t in topologies}) == size
+    for host in set(hosts):
+        here = [t for t, h in zip(topologies, hosts, strict=True) if h == host]
+        assert len({t.node_rank for t in here}) == 1
+        assert sorted(t.local_rank for t in here) == list(range(len(here)))
+        assert {t.local_world_size for t in here} == {len(here)}
 
 
 def facts(detection):
@@ -101,30 +141,32 @@ def test_no_launcher_is_a_world_of_one():
 
 def test_the_innermost_of_two_launchers_counts():
     both = {**OPEN_MPI, **TORCHRUN}
-    assert detect(both, ancestors=[OPEN_MPI, {}]).topology.launcher == "torchrun"  # mpirun started torchrun
-    assert detect(both, ancestors=[TORCHRUN, {}]).topology.launcher == "mpirun"  # a script under torchrun called mpirun
+    assert detect(both, ancestors=inherited(OPEN_MPI, {})).topology.launcher == "torchrun"  # mpirun started torchrun
+    assert (
+        detect(both, ancestors=inherited(TORCHRUN, {})).topology.launcher == "mpirun"
+    )  # a script under torchrun called mpirun
     in_allocation = {**OPEN_MPI, **SRUN, "SLURM_PROCID": "0"}
-    assert detect(in_allocation, ancestors=[{**SRUN, "SLURM_PROCID": "0"}, {}]).topology.launcher == "mpirun"
-    assert detect({**SRUN, **TORCHRUN}, ancestors=[SRUN, {}]).topology.launcher == "torchrun"
+    assert detect(in_allocation, ancestors=inherited({**SRUN, "SLURM_PROCID": "0"}, {})).topology.launcher == "mpirun"
+    assert detect({**SRUN, **TORCHRUN}, ancestors=inherited(SRUN, {})).topology.launcher == "torchrun"
 
 
 @pytest.mark.parametrize("left_out", ["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"])
 def test_half_set_variables_are_named(left_out):
-    with pytest.raises(LaunchError, match=rf"found OMPI_COMM_WORLD_RANK=1.*missing {left_out}"):
+    with pytest.raises(LaunchError, match=rf"Found: .*OMPI_COMM_WORLD_RANK=1.*Missing: {left_out}"):
         detect({k: v for k, v in OPEN_MPI.items() if k != left_out})
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"RANK": "0"}, "missing WORLD_SIZE"),
-        ({"WORLD_SIZE": "2"}, "missing RANK"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "missing MASTER_ADDR"),
+        ({"RANK": "0"}, "Missing: WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "Missing: RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ({**TORCHRUN, "RANK": "4"}, "rank=4 does not fit world_size=4"),
         ({**TORCHRUN, "RANK": "one"}, "not a whole number"),
         ({**TORCHRUN, "MASTER_PORT": "99999"}, "not a port"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "smaller than local_world_size"),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x"}, "task counts"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "local_world_size"),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x"}, "tasks per node"),
     ],
 )
 def test_contradictions_are_refused(env, message):
