@@ -167,11 +167,16 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     own = {"cnn": models.cnn, "mlp": models.mlp}
     if component.name in own:
         found = resolve(component, where=(own,), flag="--model")
+        if not data.shape or not data.classes:
+            raise ConfigError(
+                f"--model {component.name} needs images and classes, which --data does not tell; name a model of your own by its "
+                "import path, or return a NamedData with shape and classes"
+            )
         fitting = {"channels": data.shape[0], "size": data.shape[-1], "classes": data.classes}
         return lambda: cast(nn.Module, found(**{k: v for k, v in fitting.items() if k not in found.kwargs}))
     found = resolve(component, where=("torchvision.models",), flag="--model")
     torchvision = getattr(found.target, "__module__", "").startswith("torchvision.")
-    extra = {"num_classes": data.classes} if torchvision and "num_classes" not in found.kwargs else {}
+    extra = {"num_classes": data.classes} if torchvision and data.classes and "num_classes" not in found.kwargs else {}
     return lambda: cast(nn.Module, found(**extra))
 
 

@@ -73,7 +73,8 @@ def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ance
         found = launcher.read(env, ancestors)
         meeting = _meeting(launcher, outer, env)
     except LaunchError as error:
-        raise LaunchError(f"{launcher.name}: {error}. {_found(launcher, env)}{_remedy(launcher, env)}") from None
+        what = str(error).removeprefix(f"{launcher.name.split()[0]}: ")
+        raise LaunchError(f"{launcher.name}: {what}. {_found(launcher, env)}{_remedy(launcher, env)}") from None
     inside = f" (started inside {', '.join(each.name for each in outer)})" if outer else ""
     return Detection(
         topology=found.topology,

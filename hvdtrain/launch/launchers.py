@@ -257,13 +257,26 @@ def _is_srun_step(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
 
     A batch script has SLURM_PROCID=0, SLURM_NTASKS=N and no step; an salloc shell has SLURM_NTASKS only, or a step
     with a number near 2**32 and one task. A job submitted from inside a step inherits that step's variables: then the
-    title of Slurm's own process, where it can be seen, tells that this is a batch script.
+    title of Slurm's own process, where it can be seen, tells that this is a batch script. (SLURM_TASK_PID tells
+    nothing: a batch script has one, too.)
     """
     started_by = next((a.slurm_step for a in ancestors if a.slurm_step is not None), None)
     if started_by is not None and not started_by.isdigit():
         return False
+    if "SLURM_PTY_PORT" in env and _under_typed_shell(ancestors):
+        return False  # srun -n 4 --pty bash: somebody types in the shell of task 0, and nobody in the others
     step, tasks = env.get("SLURM_STEP_ID", ""), env.get("SLURM_STEP_NUM_TASKS", "")
     return step.isdigit() and int(step) < 0xFFFF0000 and tasks != "1"
+
+
+def _under_typed_shell(ancestors: Sequence[Ancestor]) -> bool:
+    """Whether the task itself is a shell that was given neither a script nor a command."""
+    for task, above in zip(ancestors, ancestors[1:], strict=False):
+        if above.slurm_step is not None:
+            options = task.arguments[1:]
+            shell = task.program.lstrip("-").endswith("sh")
+            return shell and all(option.startswith("-") and option != "-c" for option in options)
+    return False
 
 
 def _horovod_gloo(env: Environment, ancestors: Sequence[Ancestor]) -> Found:

@@ -17,17 +17,19 @@ def cnn(channels: int = 1, size: int = 8, classes: int = 10, width: int = 32) ->
         width: Channels of the first layer; the second has twice as many.
     """
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, padding=1),
-        nn.ReLU(),
+        *_block(channels, width),
+        *_block(width, 2 * width),
         nn.MaxPool2d(2),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-        nn.ReLU(),
+        *_block(2 * width, 2 * width),
         nn.AdaptiveMaxPool2d(2 if size < 16 else 4),
         nn.Flatten(),
         nn.Linear(2 * width * (4 if size < 16 else 16), classes),
     )
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    # Group and not batch normalisation: it looks at one sample at a time, so every world size computes the same.
+    return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(max(1, outputs // 8), outputs), nn.ReLU()]
 
 
 def mlp(channels: int = 1, size: int = 8, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:

@@ -2,13 +2,30 @@
 
 ::
 
-    python tests/unit/launch/record.py recorded/openmpi4.json --versions "Open MPI 4.1.4" \
-        -- mpirun -np 3 --oversubscribe @PROBE@
+    record() { python tests/unit/launch/record.py tests/unit/launch/recorded/$1.json "${@:2}"; }
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1     # in a container
+    record openmpi4           --versions "Open MPI 4.1.4"  -- mpirun -np 3 --oversubscribe @PROBE@
+    record openmpi4_two_nodes --versions "Open MPI 4.1.4"  -- mpirun --mca plm_rsh_agent ./stand_in -H host1:2,host2:1 -np 3 @PROBE@
+    record openmpi5_by_node   --versions "Open MPI 5.0.11" -- mpirun --prtemca plm_ssh_agent ./stand_in -H host1:2,host2:2 \\
+                                                                     --map-by node -np 4 @PROBE@
+    record mpich4_two_nodes   --versions "MPICH 4.0.2"     -- mpiexec -launcher ssh -launcher-exec ./stand_in -hosts host1:2,host2:1 \\
+                                                                     -np 3 @PROBE@
+    record torchrun_restart   --versions "PyTorch 2.13.0"  -- torchrun --standalone --nproc-per-node 2 --max-restarts 1 --no-python \\
+                                                  bash -c '@PROBE@; sleep 1; test $TORCHELASTIC_RESTART_COUNT -gt 0'
+    record horovodrun_gloo    --versions "Horovod 0.28.1"  -- horovodrun --gloo -np 3 @PROBE@
+    record srun_pmi2          --versions "Slurm 22.05.8"   -- srun --mpi=pmi2 -N 3 -n 5 @PROBE@
+    record sbatch_openmpi4    --versions "Slurm, Open MPI" -- sbatch --wait -N 3 -n 5 --wrap "mpirun --oversubscribe @PROBE@"
 
-A ``bash -c`` command line may hold ``@PROBE@`` as well; it becomes this file run as ``--probe FOLDER``, which writes down
-its own variables and those of its ancestors up to this script. `COMMANDS.md` beside this file lists the command lines
-that made the files in ``recorded/``. Only launchers' variables are kept; host names, addresses, user names and folders
-become neutral ones, secrets are left out.
+and so on: each file in ``recorded/`` holds its own command line and versions. A word ``@PROBE@``, also inside a ``bash -c``
+line, becomes this file run as ``--probe FOLDER``, which writes down its own variables and its ancestors' up to this script.
+
+All of it ran on one machine. ``stand_in`` takes the place of ssh: it drops the environment and runs the command line under
+``unshare --uts`` with the other host's name, so that launchers see two hosts. Slurm had three slurmd (``slurmd -N host1``, ...)
+with a port each, started in the same way, and ran most jobs for an unprivileged user, as on a real cluster: such a user
+cannot read the environment of Slurm's own processes.
+
+Only launchers' variables are kept. Secrets, user names and folders are left out; host names, addresses and programs' folders
+become neutral ones (``--rename OLD=NEW``).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def live(argv):
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
     ended = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=True)
-    return [json.loads(line.split("FOUND ")[1]) for line in ended.stdout.splitlines() if "FOUND " in line]
+    # Not by lines: unbuffered, print writes the line's end on its own, and the ranks' lines run into each other.
+    return [json.loads(text) for text in re.findall(r"FOUND (\[.*?\])", ended.stdout)]
 
 
 def check_live(found, launcher):
