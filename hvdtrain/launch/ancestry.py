@@ -6,6 +6,7 @@ needed to run: where ``/proc`` cannot be read (another system, a hardened one) t
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Ancestor:
 
     def option(self, name: str) -> str | None:
         """The word after ``name`` on the command line."""
-        for word, following in zip(self.arguments, self.arguments[1:], strict=False):
+        for word, following in itertools.pairwise(self.arguments):
             if word == name:
                 return following
         return None

@@ -125,7 +125,7 @@ def _innermost_first(complete: list[Launcher], env: Environment, ancestors: Sequ
         if plain is None or other is plain:
             continue
         same = env[other.rank] == env[plain.rank] and env[other.size] == env[plain.size]
-        if same and depth[plain.name] <= depth[other.name]:
+        if same and depth[plain.name][0] <= depth[other.name][0]:
             return [launcher for launcher in ordered if launcher is not plain]
     return ordered
 

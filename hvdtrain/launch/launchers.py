@@ -6,6 +6,7 @@ and what is derived. What was seen of the real launchers is in ``tests/unit/laun
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -271,7 +272,7 @@ def _is_srun_step(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
 
 def _under_typed_shell(ancestors: Sequence[Ancestor]) -> bool:
     """Whether the task itself is a shell that was given neither a script nor a command."""
-    for task, above in zip(ancestors, ancestors[1:], strict=False):
+    for task, above in itertools.pairwise(ancestors):
         if above.slurm_step is not None:
             options = task.arguments[1:]
             shell = task.program.lstrip("-").endswith("sh")

@@ -22,7 +22,7 @@ class Ended:
     seconds: float
 
 
-def run(argv: list[str], *, timeout_s: float = 120, cwd: Path = ROOT, **environment: str) -> Ended:
+def run(argv: list[str], *, timeout_s: float = 240, cwd: Path = ROOT, **environment: str) -> Ended:
     began = time.monotonic()
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     process = subprocess.Popen(

@@ -40,8 +40,8 @@ def test_facts_do_not_change() -> None:
     ],
 )
 def test_contradictions_are_refused_with_the_numbers_and_the_launcher(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(LaunchError, match="^srun: ") as caught:
-        replace(FIRST_OF_FIVE, **changes)
+    with pytest.raises(LaunchError, match=r"^srun: ") as caught:
+        replace(FIRST_OF_FIVE, **changes)  # type: ignore[arg-type]
     assert message in str(caught.value)
 
 

@@ -210,7 +210,7 @@ def test_pmi_without_local_numbers_is_one_rank_a_node_and_says_so() -> None:
 
 def test_two_mpiruns_of_open_mpi_4_are_apart_even_where_the_short_hash_of_their_names_is_the_same() -> None:
     key = "OMPI_MCA_orte_precondition_transports"
-    assert detect(open_mpi(0, 2, **{key: "a-b"})).job_id != detect(open_mpi(0, 2, **{key: "a-c"})).job_id
+    assert detect(open_mpi(0, 2) | {key: "a-b"}).job_id != detect(open_mpi(0, 2) | {key: "a-c"}).job_id
 
 
 def test_a_horovod_variable_in_somebodys_shell_does_not_make_mpirun_horovodrun() -> None:
@@ -278,9 +278,12 @@ def test_plain_variables_of_one_process_need_nothing_else(env: dict[str, str]) -
         {"HOROVOD_CYCLE_TIME": "1"},
         {"PMIX_RANK": "0"},
         {"PMI_FD": "3"},
-    ]
-    + [{"OMPI_MCA_btl": "self"}, {"PET_NNODES": "2"}, {"TORCHELASTIC_MAX_RESTARTS": "0"}, {"HVDTRAIN_JOB_ID": "x"}]
-    + [{"SLURM_JOB_ID": "3", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}],
+        {"OMPI_MCA_btl": "self"},
+        {"PET_NNODES": "2"},
+        {"TORCHELASTIC_MAX_RESTARTS": "0"},
+        {"HVDTRAIN_JOB_ID": "x"},
+        {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+    ],
 )
 def test_stray_variables_do_not_disturb_plain_python(env: dict[str, str]) -> None:
     found = detect(env)
