@@ -82,10 +82,9 @@ def _place(
     """
     if not 0 < local_size < size:
         node, nodes = 0, 1  # all on one node; or contradictory, which Topology refuses
-    else:
-        nodes = max(2, -(-size // local_size) if nodes is None else nodes, 1 + (node or 0))
-        nodes = min(nodes, 1 + size - local_size)
-        node = min(rank // local_size if node is None else node, nodes - 1)
+    elif nodes is None:
+        nodes = min(max(-(-size // local_size), 1 + (node or 0)), 1 + size - local_size)
+    node = min(rank // local_size, nodes - 1) if node is None else node
     return Topology(
         rank=rank,
         world_size=size,
@@ -276,7 +275,7 @@ def _under_typed_shell(ancestors: Sequence[Ancestor]) -> bool:
         if above.slurm_step is not None:
             options = task.arguments[1:]
             shell = task.program.lstrip("-").endswith("sh")
-            return shell and all(option.startswith("-") and option != "-c" for option in options)
+            return shell and all(option.startswith("-") for option in options)
     return False
 
 

@@ -39,6 +39,15 @@ def test_the_walk_ends_at_the_first_process() -> None:
     assert 0 < len(read_ancestors()) <= 64
 
 
+@pytest.mark.skipif(os.getuid() == 0, reason="nothing is hidden from root")
+def test_a_parent_that_hides_its_environment_is_named_and_passed_over() -> None:
+    hide = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(4, 0); subprocess.run(sys.argv[1:], check=True)"
+    code = "import json; from hvdtrain.launch.ancestry import read_ancestors as r; print(json.dumps([a.environ is None for a in r()]))"
+    argv = [sys.executable, "-c", hide, sys.executable, "-c", code]  # 4: PR_SET_DUMPABLE
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True)
+    assert json.loads(ended.stdout)[:2] == [True, False]
+
+
 def test_options_are_read_from_the_command_line() -> None:
     proxy = Ancestor(arguments=("/usr/bin/hydra_pmi_proxy", "--control-port", "host1:4711", "--pgid"))
     assert proxy.program == "hydra_pmi_proxy"

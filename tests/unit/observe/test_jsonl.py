@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import math
+
+from hvdtrain.observe.jsonl import JsonlLogger
+from hvdtrain.observe.logger import EvalRecord, FanOut, StepRecord
+
+
+def record(step, loss=1.0):
+    return StepRecord(step=step, total_steps=10, epoch=0, loss=loss, lr=0.1, samples_per_second=5.0)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_record_is_one_line_and_nan_is_null(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.log_step(record(1, math.nan))
+    logger.log_eval(EvalRecord(step=1, epoch=1, metrics={"loss": 2.0}))
+    logger.close()
+    first, second = lines(tmp_path / "metrics.jsonl")
+    assert (first["kind"], first["step"], first["loss"]) == ("step", 1, None)
+    assert (second["kind"], second["eval_loss"]) == ("eval", 2.0)
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in (1, 2, 3):
+        logger.log_step(record(step))
+    logger.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "cut o')
+    logger = JsonlLogger(path, resumed_step=2)
+    logger.log_step(record(3, 9.0))
+    logger.close()
+    assert [(entry["step"], entry["loss"]) for entry in lines(path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+
+
+def test_a_logger_that_fails_is_dropped_and_the_others_go_on(tmp_path, caplog):
+    broken, whole = JsonlLogger(tmp_path / "a.jsonl"), JsonlLogger(tmp_path / "b.jsonl")
+    broken.close()
+    both = FanOut([broken, whole])
+    both.log_step(record(1))
+    both.log_step(record(2))
+    both.close()
+    assert len(lines(tmp_path / "b.jsonl")) == 2
+    assert caplog.text.count("failed") == 1

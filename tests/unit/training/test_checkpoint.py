@@ -1,0 +1,131 @@
+"""Checkpoints are whole or absent: damage, a full disk, kills, another model."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from hvdtrain.backends.local import LocalBackend
+from hvdtrain.errors import CheckpointError
+from hvdtrain.launch.detect import Detection
+from hvdtrain.topology import Topology
+from hvdtrain.training.checkpoint import Checkpoints, load
+
+
+@pytest.fixture
+def alone():
+    with LocalBackend(Detection(topology=Topology.single(), reason="test", job_id="test"), device="cpu") as backend:
+        yield backend
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.register_buffer("none", torch.empty(0))
+        self.register_buffer("count", torch.tensor(7))
+        self.register_buffer("halves", torch.ones(2, 3, dtype=torch.bfloat16).t())
+
+
+def save(checkpoints, backend, step, model):
+    return checkpoints.save(
+        backend, step=step, model=model.state_dict(), training={"x": step}, rank_state={"r": [step]}
+    )
+
+
+def test_everything_comes_back_as_it_was_saved(tmp_path, alone):
+    checkpoints, model, other = Checkpoints(tmp_path), Tied(), Tied()
+    path = save(checkpoints, alone, 3, model)
+    loaded = load(alone, path, other)
+    assert (loaded.step, loaded.training, loaded.rank_states) == (3, {"x": 3}, [{"r": [3]}])
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert other.a.weight is other.b.weight
+
+
+def test_the_newest_are_kept(tmp_path, alone):
+    checkpoints, model = Checkpoints(tmp_path, keep=2), Tied()
+    for step in (1, 2, 10, 10, 11):
+        save(checkpoints, alone, step, model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.pt", "ranks.pt", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, alone, caplog, file):
+    checkpoints, model = Checkpoints(tmp_path), Tied()
+    for step in (1, 2):
+        save(checkpoints, alone, step, model)
+    damaged = tmp_path / "step-00000002" / file
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    assert checkpoints.latest().name == "step-00000001"
+    assert file in caplog.text
+    with pytest.raises(CheckpointError, match=file):
+        load(alone, tmp_path / "step-00000002", model)
+
+
+def test_another_model_is_named(tmp_path, alone):
+    path = save(Checkpoints(tmp_path), alone, 1, nn.Linear(3, 3))
+    with pytest.raises(CheckpointError, match=r"weight is \(3, 3\).*the model's \(4, 3\)"):
+        load(alone, path, nn.Linear(3, 4))
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(tmp_path, alone):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load(alone, tmp_path / "nevr", nn.Linear(1, 1))
+
+
+def test_a_full_disk_is_said_and_leaves_the_earlier_ones(tmp_path, alone):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, alone, 1, nn.Linear(3, 3))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # write() fails as on a full disk
+        with pytest.raises(CheckpointError, match="could not write"):
+            save(checkpoints, alone, 2, nn.Linear(300, 300))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert checkpoints.latest().name == "step-00000001"
+
+
+WRITER = """
+import sys
+from torch import nn
+from hvdtrain.backends.local import LocalBackend
+from hvdtrain.launch.detect import Detection
+from hvdtrain.topology import Topology
+from hvdtrain.training.checkpoint import Checkpoints
+model = nn.Linear(200, 200)
+with LocalBackend(Detection(topology=Topology.single(), reason="", job_id="w"), device="cpu") as backend:
+    for step in range(1, 10**6):
+        Checkpoints(sys.argv[1], keep=2).save(
+            backend, step=step // 2 + 1, model=model.state_dict(), training={}, rank_state={})
+        print(step, flush=True)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path, alone):
+    chance = random.Random(0)
+    for _ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        time.sleep(chance.uniform(0.05, 0.3))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        newest = Checkpoints(tmp_path).latest()
+        assert newest is not None
+        assert load(alone, newest, nn.Linear(200, 200)) is not None
+        assert not list(tmp_path.glob("partial-*"))
