@@ -174,7 +174,7 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
             )
         fitting = {"channels": data.shape[0], "size": data.shape[-1], "classes": data.classes}
         return lambda: cast(nn.Module, found(**{k: v for k, v in fitting.items() if k not in found.kwargs}))
-    found = resolve(component, where=("torchvision.models",), flag="--model")
+    found = resolve(component, where=(own, "torchvision.models"), flag="--model")
     torchvision = getattr(found.target, "__module__", "").startswith("torchvision.")
     extra = {"num_classes": data.classes} if torchvision and data.classes and "num_classes" not in found.kwargs else {}
     return lambda: cast(nn.Module, found(**extra))

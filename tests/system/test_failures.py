@@ -18,7 +18,8 @@ def job(mode: str, timeout_s: int) -> list[str]:
 def test_a_job_without_a_fault_ends_well_and_says_nothing():
     ended = run(job("ok", 60))
     assert ended.code == 0
-    assert sorted(line for line in ended.output.splitlines() if "done" in line) == [f"rank {r} done" for r in range(3)]
+    for rank in range(3):  # lines of several ranks may run into each other
+        assert ended.output.count(f"rank {rank} done") == 1
     assert "hvdtrain" not in ended.output
 
 
