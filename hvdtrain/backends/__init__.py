@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _BUILT_IN = {
     "local": "hvdtrain.backends.local:LocalBackend",
     "torch": "hvdtrain.backends.ddp:TorchBackend",
+    "horovod": "hvdtrain.backends.hvd:HorovodBackend",
 }
 
 # What `auto` tries, in order, for the launcher that started this process; launchers not named here: torch.

@@ -72,13 +72,14 @@ def average_sparse(communicator: Communicator, parameter: nn.Parameter, factor: 
             torch.empty((1, 0), dtype=torch.int64, device=parameter.device),
             parameter.new_empty((0, *parameter.shape[1:])),
             parameter.shape,
+            check_invariants=False,
         )
     if not grad.is_sparse:
         grad = grad.to_sparse(1)
     grad = grad.coalesce()
     indices = torch.cat(communicator.all_gather(grad.indices().t().contiguous())).t()
     values = torch.cat(communicator.all_gather(grad.values()))
-    return torch.sparse_coo_tensor(indices, values * factor, parameter.shape).coalesce()
+    return torch.sparse_coo_tensor(indices, values * factor, parameter.shape, check_invariants=False).coalesce()
 
 
 def _describe(module: nn.Module, optimizer: Optimizer | None) -> list[_Row]:

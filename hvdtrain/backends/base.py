@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.rendezvous import Meeting, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.data.rank_loader import RankLoader
@@ -45,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 _ENGINE_ERROR = re.compile(
-    r"gloo|nccl|c10d|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE
+    r"gloo|nccl|c10d|horovod|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE
 )
 _COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
 _BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
@@ -62,6 +63,8 @@ class Backend(Communicator):
     """
 
     name: ClassVar[str]
+    restartable: ClassVar[bool] = True
+    """Whether `start` works again after `stop`, in one process."""
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class Backend(Communicator):
         self.timeout_s = float(timeout_s)
         self.device = self._choose_device(device)
         self._running = False
+        self._ended = False
+        self._meeting: Meeting | None = None
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -126,6 +131,11 @@ class Backend(Communicator):
         """
         if self._running:
             raise HvdtrainError("the backend is already running")
+        if self._ended and not self.restartable:
+            raise HvdtrainError(
+                f"backend {self.name!r} cannot start a second time in one process; keep one `with` block around all work, or "
+                "start a new process"
+            )
         self._connect()
         self._running = True
         atexit.register(self._leave_at_exit)
@@ -139,9 +149,9 @@ class Backend(Communicator):
         if not self._running:
             return
         self._watch.leave(self.timeout_s)
-        self._running = False
+        self._running, self._ended = False, True
         self._disconnect()
-        self._wire, self._watch = None, NullWatch()
+        self._wire, self._watch, self._meeting = None, NullWatch(), None
         atexit.unregister(self._leave_at_exit)
 
     def abort(self, error: BaseException) -> RankFailure | None:
@@ -153,7 +163,7 @@ class Backend(Communicator):
         """
         if not self._running:
             return None
-        self._running = False
+        self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
         watch = self._watch
         if isinstance(error, RankFailure) or _is_engine_error(error):
@@ -166,7 +176,8 @@ class Backend(Communicator):
             else:
                 watch.acknowledge()
             watch.close()
-        self._kill()
+        self._all_met()
+        self._kill(error)
         if first is None or first.rank == self.rank:
             return error if isinstance(error, RankFailure) else None
         return RankFailure(
@@ -211,7 +222,7 @@ class Backend(Communicator):
         *,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
-        bucket_bytes: int = 25 * 2**20,
+        bucket_bytes: int | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
 
@@ -307,8 +318,8 @@ class Backend(Communicator):
         """Release what `_connect` took, after all ranks have agreed to leave."""
 
     @abstractmethod
-    def _kill(self) -> None:
-        """Release what can be released without the other ranks."""
+    def _kill(self, error: BaseException) -> None:
+        """Release what can be released without the other ranks; ``error`` is what ends this one."""
 
     @abstractmethod
     def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
@@ -319,6 +330,23 @@ class Backend(Communicator):
         """Make a communicator of valid, ascending ranks."""
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _meet(self) -> Meeting:
+        """Connect with the other ranks beside the engine, and begin to watch them."""
+        self._meeting = meeting = meet(self.detection, self.timeout_s)
+        watch = Watch(meeting.watch, self.rank, self.world_size)
+        watch.start()
+        self._watch = watch
+        return meeting
+
+    def _all_met(self) -> None:
+        """Remove the file that told where to meet: every rank has read it, or never will."""
+        if self._meeting is not None and self._meeting.file is not None:
+            self._meeting.file.unlink(missing_ok=True)
+
+    @property
+    def _real_watch(self) -> Watch | None:
+        return self._watch if isinstance(self._watch, Watch) else None
 
     def _choose_device(self, wanted: str) -> torch.device:
         try:

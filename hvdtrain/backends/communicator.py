@@ -141,6 +141,7 @@ class Communicator:
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         """Reduce over the ranks and write the result into ``tensor``, which is returned."""
+        _check_tensor("all_reduce_", tensor)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise CollectiveError(
                 "all_reduce_ would overwrite a tensor that requires grad; use all_reduce, or torch.no_grad()"
@@ -224,6 +225,7 @@ class Communicator:
             New tensors: the i-th is the one that rank i sent to this rank.
         """
         wire, tensors = self.wire, self._one_dtype("all_to_all", tensors)
+        self._agree("all_to_all", "", None)
         mine = torch.stack([_header(t) for t in tensors]).to(wire.device)
         theirs = torch.empty_like(mine)
         counts = [mine.shape[1]] * wire.size
@@ -271,6 +273,7 @@ class Communicator:
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Overwrite ``tensor`` with rank ``src``'s, and return it."""
+        _check_tensor("broadcast_", tensor)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise CollectiveError("broadcast_ would overwrite a tensor that requires grad; do so under torch.no_grad()")
         return tensor.copy_(self._start_broadcast(tensor, src, "broadcast_").wait())
@@ -388,6 +391,7 @@ class Communicator:
     def _exchange_headers(self, name: str, tensor: Tensor) -> list[tuple[torch.dtype, tuple[int, ...]]]:
         """Every rank's dtype and shape; an error on every rank if the dtypes differ."""
         _check_tensor(name, tensor)
+        self._agree(name, "", None)
         wire = self.wire
         mine = _header(tensor).to(wire.device)
         out = torch.empty((wire.size, mine.numel()), dtype=torch.int64, device=wire.device)

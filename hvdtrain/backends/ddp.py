@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.backends.rendezvous import Meeting, meet
+from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.watch import Watch
 from hvdtrain.backends.wire import Wire, WireOp, Work
-from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError, TrainingError
+from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch.detect import Detection
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ class TorchBackend(Backend):
     def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
         super().__init__(detection, **options)
         self.process_group = self._choose_process_group(process_group)
-        self._meeting: Meeting | None = None
 
     @classmethod
     def unusable(cls) -> str:
@@ -76,10 +74,8 @@ class TorchBackend(Backend):
                 "torch.distributed is already initialised in this process; let hvdtrain.init() do it, or destroy the process group first"
             )
         topology = self.topology
-        self._meeting = meeting = meet(self.detection, self.timeout_s)
-        watch = Watch(meeting.watch, topology.rank, topology.world_size)
-        watch.start()
-        self._watch = watch
+        meeting = self._meet()
+        watch = self._watch
         try:
             self._init_process_group(meeting)
         except (RuntimeError, ValueError) as error:
@@ -88,8 +84,7 @@ class TorchBackend(Backend):
                 f"rank {topology.rank} of {topology.world_size} could not form the {self.engine} process group within "
                 f"{self.timeout_s:g} s{watch.missing('', ())}: {error}"
             ) from error
-        if meeting.file is not None:  # everybody has read it
-            meeting.file.unlink(missing_ok=True)
+        self._all_met()
         self._wire = C10dWire(dist.group.WORLD, range(topology.world_size), self._wire_device)
 
     def _init_process_group(self, meeting: Meeting) -> None:
@@ -111,12 +106,9 @@ class TorchBackend(Backend):
 
     def _disconnect(self) -> None:
         dist.destroy_process_group()
-        self._meeting = None
 
-    def _kill(self) -> None:
-        if self._meeting is not None and self._meeting.file is not None:
-            self._meeting.file.unlink(missing_ok=True)
-        # Not destroy_process_group: with operations under way it may wait for ranks that will never come.
+    def _kill(self, error: BaseException) -> None:
+        pass  # destroy_process_group may wait, with operations under way, for ranks that will never come
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
         return TorchReplica(self, model, optimizer, options)
@@ -128,10 +120,6 @@ class TorchBackend(Backend):
         return Communicator(
             C10dWire(group, ranks, self._wire_device), self._real_watch, check=self._check, label=f"group {ranks}"
         )
-
-    @property
-    def _real_watch(self) -> Watch | None:
-        return self._watch if isinstance(self._watch, Watch) else None
 
 
 class C10dWire(Wire):
@@ -186,7 +174,7 @@ class TorchReplica(Replica):
         self._ddp = DistributedDataParallel(
             module,
             device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=options.bucket_bytes / 2**20,
+            bucket_cap_mb=self.bucket_bytes / 2**20,
             gradient_as_bucket_view=True,
             find_unused_parameters=options.find_unused_parameters,
             static_graph=options.static_graph,
@@ -211,15 +199,7 @@ class TorchReplica(Replica):
             self._ddp.reducer._check_reducer_finalized()
         except RuntimeError as error:
             unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-            named = (
-                f": {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
-                if unused
-                else " in the last micro-batch"
-            )
-            raise TrainingError(
-                f"rank {self._backend.rank}: the loss did not depend on some parameters{named}. Freeze them, use them, or pass "
-                "find_unused_parameters=True (--find-unused-parameters)"
-            ) from error
+            raise self._unused_error(unused) from error
 
 
 def _without_initial_broadcast() -> dict[str, Any]:

@@ -54,7 +54,7 @@ class LocalBackend(Backend):
     def _disconnect(self) -> None:
         pass
 
-    def _kill(self) -> None:
+    def _kill(self, error: BaseException) -> None:
         pass
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:

@@ -9,6 +9,7 @@ is in a private folder of the temporary directory; across nodes it must be on a 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 
 _log = logging.getLogger(__name__)
+
+_meetings = itertools.count()  # of this process; every rank counts alike
 
 DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
 
@@ -77,7 +80,7 @@ def meet(detection: Detection, timeout_s: float) -> Meeting:
     else:
         base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
     second = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    prefix = f"hvdtrain/{detection.job_id}"
+    prefix = f"hvdtrain/{detection.job_id}/{next(_meetings)}"  # a store that outlives one meeting still knows its keys
     return Meeting(
         dist.PrefixStore(f"{prefix}/engine", base), dist.PrefixStore(f"{prefix}/watch", second), server, file
     )

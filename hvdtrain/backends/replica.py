@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from hvdtrain.backends.base import Backend
 
-_BUCKET_BYTES = 25 * 2**20
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaOptions:
@@ -40,12 +38,12 @@ class ReplicaOptions:
         find_unused_parameters: Look, at every step, for parameters that the loss does not depend on. Needed when some
             parameters take part only sometimes, or only on some ranks; costs a walk over the graph.
         static_graph: Promise that the graph is the same at every step; allows the engine some short cuts.
-        bucket_bytes: Gradients are exchanged in pieces of about this size.
+        bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
     """
 
     find_unused_parameters: bool = False
     static_graph: bool = False
-    bucket_bytes: int = _BUCKET_BYTES
+    bucket_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,9 @@ class Replica(ABC):
         module: The user's own model.
         optimizer: The user's own optimizer; its hooks, state_dict and schedulers work as ever.
     """
+
+    _suitable_bucket_bytes = 25 * 2**20
+    _engine_averages = True  # the engine divides the ranks' sum by the world size while it exchanges
 
     def __init__(self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
         self.module = module
@@ -141,9 +142,9 @@ class Replica(ABC):
             self._samples = (self._samples or 0) + samples
             weight = float(samples)
         else:
-            # The engine divides the ranks' sum by the world size while it exchanges; a deferred exchange only sums.
-            weight = samples / total * (1 if deferred else self._backend.world_size)
+            weight = samples / total * self._divisor
         if self._last and not deferred:
+            self._begin_exchange()
             with self._backend.region("gradients", f"backward and gradient exchange of step {self._steps}"):
                 (loss * weight).backward()
         else:
@@ -171,7 +172,7 @@ class Replica(ABC):
             self._finish_exchange()
         if self._samples is not None:
             counted = self._backend.all_reduce(torch.tensor(float(self._samples), dtype=torch.float64))
-            factor = (1 if self._deferred else self._backend.world_size) / max(1.0, float(counted))
+            factor = self._divisor / max(1.0, float(counted))
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
@@ -230,6 +231,11 @@ class Replica(ABC):
         return norm
 
     @property
+    def bucket_bytes(self) -> int:
+        """The size of the pieces in which gradients are exchanged."""
+        return self.options.bucket_bytes or self._suitable_bucket_bytes
+
+    @property
     def inference_model(self) -> nn.Module:
         """What to call in evaluation, where ranks may make different numbers of calls."""
         return self.module
@@ -257,11 +263,29 @@ class Replica(ABC):
     def _wrapped(self) -> nn.Module:
         """The module whose forward and backward exchange gradients; those of `module` must leave them local."""
 
+    def _begin_exchange(self) -> None:  # noqa: B027 - DDP needs no word
+        """Expect the step's last backward pass, in which gradients become final."""
+
     @abstractmethod
     def _finish_exchange(self) -> None:
-        """Wait for the exchange that backward began; afterwards ``.grad`` is the ranks' sum over the world size."""
+        """Wait for the exchange that backward began.
+
+        Afterwards ``.grad`` is the ranks' sum, divided by the world size if `_engine_averages`.
+        """
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _divisor(self) -> int:
+        """What the engine will divide this step's sum by. A deferred exchange only sums."""
+        return self._backend.world_size if self._engine_averages and not self._deferred else 1
+
+    def _unused_error(self, names: list[str]) -> TrainingError:
+        named = f": {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else " in the last micro-batch"
+        return TrainingError(
+            f"rank {self._backend.rank}: the loss did not depend on some parameters{named}. Freeze them, use them, or pass "
+            "find_unused_parameters=True (--find-unused-parameters)"
+        )
 
     def _clip(self, clip_norm: float) -> Tensor:
         if not any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
@@ -290,7 +314,7 @@ class Replica(ABC):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grad = parameter.grad
-            if bucket and (size + grad.nbytes > self.options.bucket_bytes or grad.dtype != bucket[0].dtype):
+            if bucket and (size + grad.nbytes > self.bucket_bytes or grad.dtype != bucket[0].dtype):
                 _sum_bucket(backend, bucket)
                 bucket, size = [], 0
             bucket.append(grad)

@@ -22,8 +22,8 @@ STAIRS = [
     ["backends.wire", "backends.watch", "backends.rendezvous"],
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
-    ["backends.base"],
-    ["backends.local", "backends.ddp"],
+    ["backends.base", "backends.hooked", "backends.horovod_stamp"],
+    ["backends.local", "backends.ddp", "backends.hvd"],
     ["backends"],
     ["workers", "data.vision"],
     ["data.named", "training.state"],
@@ -38,7 +38,8 @@ STAIRS = [
     ["cli"],
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
-     "testing.conformance.test_replica"],
+     "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
+     "testing.conformance.test_stop"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

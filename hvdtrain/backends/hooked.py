@@ -1,0 +1,271 @@
+"""Gradients that leave while backward runs, for engines that bring collectives but no wrapper of their own.
+
+A hook on each parameter notices when its gradient is final; gradients travel in packs, a pack as soon as its last one
+is there. What this module owns: which gradients form a pack, copies where a gradient cannot be sent as it lies, what
+happens to gradients that are missing on some ranks, and the order in which results are waited for. An engine fills in
+how a pack is sent. It does not clip, scale or step: that is `Replica`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.backends.agreement import average_sparse
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.wire import Work
+from hvdtrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from hvdtrain.backends.base import Backend
+
+
+@dataclass(slots=True, eq=False)
+class Pack:
+    """Gradients that are sent together.
+
+    Attributes:
+        name: The same on every rank, different for every pack.
+        parameters: In the order in which they are packed; all of one dtype.
+        dtype: What is sent.
+        flat: Copy them into one buffer; otherwise each is sent as it lies.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    dtype: torch.dtype
+    flat: bool
+    missing: set[int] = field(default_factory=set)  # positions whose gradients are not there yet
+    buffer: Tensor | None = None
+    tensors: list[Tensor] = field(default_factory=list)  # what is sent, contiguous
+    work: Work | None = None
+
+
+@runtime_checkable
+class StagedWork(Protocol):
+    """A `Work` of two exchanges, the second of which must be started."""
+
+    def advance(self) -> None:
+        """Wait for the first exchange and start the second."""
+
+
+class HookedReplica(Replica):
+    """A replica whose gradients are sent from hooks, in packs.
+
+    Args:
+        carried: The dtype in which an engine sends gradients of a given dtype.
+        groups: None: packs of about ``bucket_bytes``, flattened. 0: each gradient by itself. N: N packs, each
+            parameter's gradient sent as it lies.
+        options: As for `Replica`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        module: nn.Module,
+        optimizer: Optimizer,
+        options: ReplicaOptions,
+        *,
+        carried: Callable[[torch.dtype], torch.dtype],
+        groups: int | None = None,
+    ) -> None:
+        super().__init__(backend, module, optimizer, options)
+        self._armed = False
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._sparse = _sparse_parameters(module)
+        dense = [p for p in reversed(self._parameters) if id(p) not in self._sparse and p.numel()]
+        self._packs = make_packs(dense, carried, self.bucket_bytes, groups) if backend.world_size > 1 else []
+        self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
+        self._sent: list[Pack] = []
+        if self._packs:
+            for parameter in dense:
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    # -- what engines fill in -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _send(self, pack: Pack) -> Work:
+        """Begin to sum ``pack.tensors`` over the ranks, in place."""
+
+    # -- Replica ------------------------------------------------------------------------------------------------------
+
+    def _wrapped(self) -> nn.Module:
+        return self.module  # the hooks sit on its parameters
+
+    def _begin_exchange(self) -> None:
+        self._sent = []
+        for pack in self._packs:
+            pack.missing = set(range(len(pack.parameters)))
+            pack.work = None
+        self._armed = True
+
+    def _finish_exchange(self) -> None:
+        self._armed = False
+        if self._backend.world_size == 1:
+            return
+        with self._backend.region("gradients", f"gradient exchange of step {self._steps}"):
+            nobody = self._complete_packs()
+            for pack in self._sent:
+                if isinstance(pack.work, StagedWork):
+                    pack.work.advance()
+            for pack in self._sent:
+                assert pack.work is not None
+                pack.work.wait()
+                self._unpack(pack)
+            for parameter in self._parameters:
+                if id(parameter) in self._sparse:
+                    average = average_sparse(self._backend, parameter, 1.0)
+                    parameter.grad = None if id(parameter) in nobody else average
+        for parameter in self._parameters:
+            if id(parameter) in nobody:
+                parameter.grad = None
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self._armed:
+            return
+        pack, at = self._place[id(parameter)]
+        if at not in pack.missing:
+            raise TrainingError(
+                f"the gradient of {self._names[id(parameter)]!r} was completed twice in one backward pass, and had been sent the "
+                "first time. Reentrant activation checkpointing does that: pass use_reentrant=False"
+            )
+        pack.missing.discard(at)
+        if pack.flat:
+            self._copy_in(pack, at)
+        if not pack.missing:
+            self._dispatch(pack)
+
+    def _dispatch(self, pack: Pack) -> None:
+        device = self._backend.wire.device
+        if pack.flat:
+            assert pack.buffer is not None
+            pack.tensors = [pack.buffer]
+        else:
+            pack.tensors = [self._as_it_lies(p, pack.dtype, device) for p in pack.parameters]
+        pack.work = self._send(pack)
+        self._sent.append(pack)
+
+    def _as_it_lies(self, parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+        grad = _dense(parameter, self._names)
+        if grad.dtype == dtype and grad.is_contiguous() and grad.device == device:
+            return grad
+        return grad.to(device, dtype, copy=True, memory_format=torch.contiguous_format).contiguous()
+
+    def _copy_in(self, pack: Pack, at: int) -> None:
+        if pack.buffer is None:
+            total = sum(p.numel() for p in pack.parameters)
+            pack.buffer = torch.empty(total, dtype=pack.dtype, device=self._backend.wire.device)
+        parameter = pack.parameters[at]
+        view = self._views(pack)[at]
+        view.copy_(_dense(parameter, self._names))
+        if view.dtype == parameter.dtype and view.device == parameter.device:
+            parameter.grad = view  # reduced where it lies, as DDP's gradient_as_bucket_view does
+
+    @staticmethod
+    def _views(pack: Pack) -> list[Tensor]:
+        assert pack.buffer is not None
+        parts = pack.buffer.split([p.numel() for p in pack.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, pack.parameters, strict=True)]
+
+    def _unpack(self, pack: Pack) -> None:
+        received = self._views(pack) if pack.flat else pack.tensors
+        for parameter, tensor in zip(pack.parameters, received, strict=True):
+            assert parameter.grad is not None
+            if parameter.grad.data_ptr() != tensor.data_ptr() or parameter.grad.dtype != tensor.dtype:
+                parameter.grad.copy_(tensor)
+
+    def _complete_packs(self) -> set[int]:
+        """Send what backward could not, zeros for the gradients that only other ranks have; return those nobody has."""
+        nobody: set[int] = set()
+        if self.options.find_unused_parameters:
+            used = torch.tensor([p.grad is not None for p in self._parameters])
+            everywhere = self._backend.all_reduce(used, "max").tolist()
+            nobody = {id(p) for p, found in zip(self._parameters, everywhere, strict=True) if not found}
+        elif unused := [p for p in self._parameters if p.grad is None]:
+            raise self._unused_error([self._names[id(p)] for p in unused])
+        for pack in self._packs:
+            if pack.work is not None:
+                continue
+            for at in sorted(pack.missing):
+                parameter = pack.parameters[at]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if pack.flat:
+                    self._copy_in(pack, at)
+            self._dispatch(pack)
+        return nobody
+
+
+def make_packs(
+    parameters: Sequence[nn.Parameter],
+    carried: Callable[[torch.dtype], torch.dtype],
+    bucket_bytes: int,
+    groups: int | None,
+) -> list[Pack]:
+    """Divide parameters among packs; the same on every rank, since it looks at shapes and dtypes alone.
+
+    Args:
+        parameters: Dense ones, in about the order in which backward completes them.
+        carried: dtype of a gradient -> dtype in which it is sent.
+        bucket_bytes: Size of a flat pack; a single gradient of half that size or more travels alone, uncopied.
+        groups: See `HookedReplica`.
+    """
+    packs: list[Pack] = []
+    if groups is not None:
+        count = groups or len(parameters)
+        bounds = [len(parameters) * i // count for i in range(count + 1)]
+        for begin, end in pairwise(bounds):
+            for same in _by_dtype(parameters[begin:end]):
+                packs.append(Pack(f"pack.{len(packs)}", same, carried(same[0].dtype), flat=False))
+        return packs
+    open_packs: dict[torch.dtype, tuple[Pack, int]] = {}
+    for parameter in parameters:
+        dtype = carried(parameter.dtype)
+        size = parameter.numel() * dtype.itemsize
+        alone = size >= bucket_bytes / 2 and dtype == parameter.dtype
+        if alone:
+            packs.append(Pack(f"pack.{len(packs)}", [parameter], dtype, flat=False))
+            continue
+        pack, filled = open_packs.get(parameter.dtype, (None, 0))
+        if pack is None or filled + size > bucket_bytes:
+            pack, filled = Pack(f"pack.{len(packs)}", [], dtype, flat=True), 0
+            packs.append(pack)
+        pack.parameters.append(parameter)
+        open_packs[parameter.dtype] = (pack, filled + size)
+    return packs
+
+
+def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    found: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.dtype, []).append(parameter)
+    return list(found.values())
+
+
+def _sparse_parameters(module: nn.Module) -> set[int]:
+    """Parameters whose gradients are sparse; known beforehand, so that a rank without a gradient knows it too."""
+    return {
+        id(part.weight)
+        for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
+    }
+
+
+def _dense(parameter: nn.Parameter, names: dict[int, str]) -> Tensor:
+    assert parameter.grad is not None
+    if parameter.grad.is_sparse:
+        raise TrainingError(
+            f"the gradient of {names[id(parameter)]!r} is sparse, which only nn.Embedding and nn.EmbeddingBag with sparse=True may "
+            "have: other ranks could not know. Use sparse=False"
+        )
+    return parameter.grad
