@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hvdtrain.backends.base import Backend as Backend
     from hvdtrain.backends.communicator import Communicator as Communicator
     from hvdtrain.backends.replica import Replica as Replica
+    from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
     from hvdtrain.training.task import Task as Task
     from hvdtrain.training.trainer import Trainer as Trainer
@@ -39,6 +40,7 @@ _PUBLIC = {
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",
     "available": "hvdtrain.backends:available",
+    "convert_sync_batch_norm": "hvdtrain.sync_batch_norm:convert_sync_batch_norm",
     "init": "hvdtrain.backends:create",
     "spawn": "hvdtrain.workers:spawn",
 }

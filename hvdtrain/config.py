@@ -16,7 +16,16 @@ from typing import Any
 from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.options import Component, did_you_mean, layer, merge, one_of, option, plain, settle
 
-__all__ = ["BACKENDS", "BACKEND_GROUP", "DATA_NAMES", "MODEL_NAMES", "SCHEDULES", "Component", "TrainConfig"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_GROUP",
+    "DATA_NAMES",
+    "MODEL_NAMES",
+    "SCHEDULES",
+    "Component",
+    "HorovodConfig",
+    "TrainConfig",
+]
 
 BACKENDS = ("auto", "local", "torch", "mpi", "horovod")
 BACKEND_GROUP = "hvdtrain.backends"
@@ -32,6 +41,110 @@ DEFAULT_DATA = Component("digits")
 _DATA, _MODEL, _OPTIM = "data", "model", "optimisation"
 _DISTRIBUTED, _RUN = "distributed", "run"
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+_HOROVOD = "horovod (backend horovod)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HorovodConfig:
+    """What can be told to Horovod; the section ``horovod`` of a configuration, ``--horovod.cycle-time-ms`` as a flag.
+
+    What is left out keeps Horovod's own default, or what horovodrun's flags and HOROVOD_* variables say, but for the
+    fusion threshold (see docs/horovod.md).
+    """
+
+    compression: str = option(
+        "none",
+        "gradients travel as they are, or in two bytes a value: fp16 (summed as such), bf16 (summed in float32)",
+        group=_HOROVOD,
+        choices=("none", "fp16", "bf16"),
+    )
+    op: str = option(
+        "average",
+        "how gradients are combined: average, or adasum (Maleki et al. 2020; 2, 4, 8, ... ranks, needs MPI)",
+        group=_HOROVOD,
+        choices=("average", "adasum"),
+    )
+    gradient_predivide_factor: float = option(
+        1.0, "divide gradients by this before the sum, and multiply by it after", group=_HOROVOD, metavar="X", above=0
+    )
+    num_groups: int | None = option(
+        None,
+        "N grouped all-reduces, or 0: each gradient by itself, fused by Horovod",
+        group=_HOROVOD,
+        metavar="N",
+        at_least=0,
+        default_text="packed by --bucket-mb",
+    )
+    fusion_threshold_mb: float | None = option(
+        None,
+        "size of Horovod's fusion buffer, in MiB; 0 fuses nothing",
+        group=_HOROVOD,
+        metavar="MIB",
+        at_least=0,
+        default_text="0, and 128 with --horovod.num-groups or --horovod.autotune",
+    )
+    cycle_time_ms: float | None = option(
+        None,
+        "how often Horovod looks for work, in milliseconds",
+        group=_HOROVOD,
+        metavar="MS",
+        at_least=0,
+        default_text="1",
+    )
+    cache_capacity: int | None = option(
+        None,
+        "tensors that Horovod remembers, to negotiate them faster; 0 for none",
+        group=_HOROVOD,
+        metavar="N",
+        at_least=0,
+        default_text="1024",
+    )
+    autotune: bool = option(False, "search for the best fusion threshold and cycle time while training", group=_HOROVOD)
+    autotune_log: str | None = option(
+        None, "file for what autotune tries (CSV)", group=_HOROVOD, metavar="FILE", default_text="none"
+    )
+    hierarchical_allreduce: bool = option(False, "reduce within each node first (NCCL only)", group=_HOROVOD)
+    hierarchical_allgather: bool = option(False, "gather within each node first (MPI only)", group=_HOROVOD)
+    timeline: str | None = option(
+        None,
+        "file for Horovod's trace of every tensor, for chrome://tracing",
+        group=_HOROVOD,
+        metavar="FILE",
+        default_text="none",
+    )
+    timeline_mark_cycles: bool = option(False, "mark Horovod's cycles in the trace", group=_HOROVOD)
+    stall_check_s: float | None = option(
+        None,
+        "seconds after which Horovod warns of tensors that some ranks lack; 0 for never",
+        group=_HOROVOD,
+        metavar="SECONDS",
+        at_least=0,
+        duration=True,
+        default_text="60",
+    )
+    stall_shutdown_s: float | None = option(
+        None,
+        "seconds after which Horovod ends a job that stalls so; 0 for never (--timeout does, in any case)",
+        group=_HOROVOD,
+        metavar="SECONDS",
+        at_least=0,
+        duration=True,
+        default_text="0",
+    )
+    process_sets: bool = option(False, "allow groups of ranks (backend.group), at a small cost", group=_HOROVOD)
+
+    def __post_init__(self) -> None:
+        settle(self, "horovod")
+        if self.autotune_log is not None and not self.autotune:
+            raise ConfigError("--horovod.autotune-log needs --horovod.autotune")
+        if self.timeline_mark_cycles and self.timeline is None:
+            raise ConfigError("--horovod.timeline-mark-cycles needs --horovod.timeline FILE")
+        if self.op == "adasum" and (self.compression == "bf16" or self.gradient_predivide_factor != 1.0):
+            raise ConfigError(
+                "--horovod.op adasum goes with neither --horovod.compression bf16 nor --horovod.gradient-predivide-factor"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,9 +306,18 @@ class TrainConfig:
     static_graph: bool = option(
         False, "the model uses the same parameters in every step: less bookkeeping", group=_DISTRIBUTED
     )
-    bucket_mb: float = option(
-        25.0, "gradients are exchanged in buckets of this size, in MiB", group=_DISTRIBUTED, metavar="MIB", above=0
+    bucket_mb: float | None = option(
+        None,
+        "gradients are exchanged in buckets of this size, in MiB",
+        group=_DISTRIBUTED,
+        metavar="MIB",
+        above=0,
+        default_text="25, and 4 with backend horovod",
     )
+    sync_batch_norm: bool = option(
+        False, "batch normalisation over the whole global batch instead of each rank's share", group=_DISTRIBUTED
+    )
+    horovod: HorovodConfig = option(HorovodConfig(), "settings of Horovod", group=_HOROVOD)
     timeout: float = option(
         600.0,
         "longest wait for another rank, in seconds, or with a unit: 90s, 5m, 2h",
@@ -289,6 +411,10 @@ class TrainConfig:
             raise ConfigError(
                 f"--process-group {self.process_group} is for --backend torch, got --backend {self.backend}; "
                 "leave --process-group out"
+            )
+        if self.horovod != HorovodConfig() and self.backend in ("local", "torch", "mpi"):
+            raise ConfigError(
+                f"--horovod.* settings are for --backend horovod, got --backend {self.backend}; leave them out"
             )
 
     @classmethod

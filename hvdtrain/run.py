@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.components import resolve
-from hvdtrain.config import TrainConfig
+from hvdtrain.config import HorovodConfig, TrainConfig
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
@@ -30,6 +31,7 @@ from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.options import Component
+from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.state import seed_everything
@@ -62,6 +64,8 @@ def run_training(config: TrainConfig) -> Summary:
         model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
         seed_everything(config.seed, backend.rank + 1)
         model.to(backend.device)
+        if config.sync_batch_norm:
+            model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
         steps_per_epoch = max(1, math.ceil(len(train_data) / batch))  # type: ignore[arg-type]
         optimizer = _optimizer(config, model, backend)
@@ -89,7 +93,7 @@ def run_training(config: TrainConfig) -> Summary:
             stop_requested=stop,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
-            bucket_bytes=int(config.bucket_mb * 2**20),
+            bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
             result = trainer.fit(
@@ -123,6 +127,13 @@ def _backend(config: TrainConfig) -> Backend:
         options["data_parallel"] = config.data_parallel
     if config.process_group != "auto":
         options["process_group"] = config.process_group
+    if name == "horovod":
+        options.update(asdict(config.horovod))
+    elif config.horovod != HorovodConfig():
+        raise ConfigError(
+            f"--horovod.* settings are for backend horovod, but backend {name} was chosen for {detection.reason}; leave them out, "
+            "or give --backend horovod"
+        )
     return backends.create(name, detection=detection, **options)
 
 

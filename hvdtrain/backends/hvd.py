@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import sys
 import threading
@@ -46,9 +47,6 @@ T = TypeVar("T")
 
 _SHUTDOWN_S = 3.0  # a failed rank gives Horovod's own shutdown so long before it ends without
 _NAMES = 512  # names in use for collectives; more in flight wait for the oldest
-
-# Where Horovod's own defaults cost speed with packs that are already fused (docs/performance.md has the numbers).
-_DEFAULTS = {"HOROVOD_CYCLE_TIME": "0.5", "HOROVOD_FUSION_THRESHOLD": "0"}
 
 
 class HorovodBackend(Backend):
@@ -141,9 +139,9 @@ class HorovodBackend(Backend):
                 "HOROVOD_HIERARCHICAL_ALLGATHER": 1 if hierarchical_allgather else None,
                 "HOROVOD_TIMELINE": timeline,
                 "HOROVOD_TIMELINE_MARK_CYCLES": 1 if timeline_mark_cycles else None,
-                "HOROVOD_STALL_CHECK_TIME_SECONDS": stall_check_s or None,
+                "HOROVOD_STALL_CHECK_TIME_SECONDS": math.ceil(stall_check_s) if stall_check_s else None,
                 "HOROVOD_STALL_CHECK_DISABLE": 1 if stall_check_s == 0 else None,
-                "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": stall_shutdown_s or None,
+                "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": math.ceil(stall_shutdown_s) if stall_shutdown_s else None,
                 "HOROVOD_DYNAMIC_PROCESS_SETS": 1 if process_sets else None,
             }.items()
             if value is not None
@@ -192,7 +190,7 @@ class HorovodBackend(Backend):
         try:
             self._wait_for_everyone(meeting.engine)
             self._all_met()
-            with _environment({**self._way_to_connect(meeting.engine), **_unset(_DEFAULTS), **self._environment}):
+            with _environment({**self._way_to_connect(meeting.engine), **self._defaults(), **self._environment}):
                 self.bounded(hvd.init, "hvd.init()", LaunchError)
             self._compare_with_horovod()
         except BaseException:
@@ -210,6 +208,22 @@ class HorovodBackend(Backend):
         _end.code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else _code_of(error)
         if _shut_down(_SHUTDOWN_S):
             _end.code = None
+
+    def _defaults(self) -> dict[str, str]:
+        """Settings that serve packs better than Horovod's own (docs/performance.md), where nobody has chosen any."""
+        chosen = {}
+        if self.num_groups is None and "HOROVOD_AUTOTUNE" not in self._environment:
+            # Packs are fused already. Fusing them again copies, and makes the order of a sum a matter of timing.
+            chosen["HOROVOD_FUSION_THRESHOLD"] = "0"
+        bound = len(os.sched_getaffinity(0)) < 2 <= (os.cpu_count() or 1)
+        if bound and self.rank == 0:
+            _log.warning(
+                "this rank is bound to one core, which Horovod's own thread must share; give mpirun --bind-to none, or two cores a rank"
+            )
+        if bound or 2 * self.topology.local_world_size > (os.cpu_count() or 1):
+            # Horovod's thread waits inside MPI for most of the time: it must not take the core from the training.
+            chosen["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        return {name: value for name, value in chosen.items() if name not in os.environ}
 
     def _wait_for_everyone(self, store: torch.distributed.Store) -> None:
         """Return when all ranks are here with the same Horovod: hvd.init() would wait for them without a bound."""
@@ -351,7 +365,7 @@ class HorovodBackend(Backend):
             process_set = self._process_sets[key]
         else:
             if "HOROVOD_DYNAMIC_PROCESS_SETS" not in self._environment:
-                raise ConfigError("groups of ranks need Horovod's process sets; leave --no-horovod.process-sets out")
+                raise ConfigError("groups of ranks need Horovod's process sets; leave --horovod.no-process-sets out")
             with self.region("groups", f"making the group {ranks}"):
                 process_set = self.bounded(lambda: hvd.add_process_set(ranks), f"add_process_set({ranks})")
             self._process_sets[key] = process_set
@@ -581,11 +595,6 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"--horovod.{name} {value}: use one of {', '.join(choices)}")
     return value
-
-
-def _unset(defaults: dict[str, str]) -> dict[str, str]:
-    """Those that the user, or horovodrun's flags, have not set."""
-    return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.samplers import IndexBatch
@@ -78,6 +79,16 @@ def make_loader(
         worker_init_fn=OutliveSigterm() if workers else None,
         persistent_workers=workers > 0,
     )
+
+
+def empty_batch(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Any:
+    """Return a batch of length 0, of the shapes and types that a batch of this data set has."""
+    one = (
+        dataset.batch([0])
+        if isinstance(dataset, ArrayDataset) and collate is None
+        else (collate or default_collate)([dataset[0]])
+    )
+    return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) and x.dim() else x, one)
 
 
 def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:

@@ -40,12 +40,14 @@ class Step:
         samples: Samples of the global batch over all ranks and micro-batches.
         micro_batches: This rank's positions in the epoch's order, only non-empty ranges; () when it has no sample.
         every_rank: Whether every rank has at least one sample in this global batch.
+        passes: Micro-batches of the rank that has most.
     """
 
     start: int
     samples: int
     micro_batches: tuple[range, ...]
     every_rank: bool
+    passes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +121,7 @@ class BatchPartition:
             samples=samples,
             micro_batches=tuple(range(first + piece.start, first + piece.stop) for piece in pieces),
             every_rank=samples >= self.world_size,
+            passes=min(self.accumulate, len(share(samples, self.world_size, 0))),
         )
 
     def steps(self, start_sample: int = 0) -> Iterator[Step]:

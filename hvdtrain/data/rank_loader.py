@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from hvdtrain.data.arrays import ArrayDataset
-from hvdtrain.data.loader import make_loader, to_device
+from hvdtrain.data.loader import empty_batch, make_loader, to_device
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import PartitionSampler
 
@@ -55,11 +53,5 @@ class RankLoader:
         self.epoch += 1
         batches = iter(self._loader)
         for step in self._partition.steps():
-            batch = next(batches) if step.micro_batches else self._empty()
+            batch = next(batches) if step.micro_batches else empty_batch(self._dataset)
             yield to_device(batch, self._device, non_blocking=True)
-
-    def _empty(self) -> Any:
-        """A batch of length 0, of the shapes and types that a batch has."""
-        dataset = self._dataset
-        one = dataset.batch([0]) if isinstance(dataset, ArrayDataset) else default_collate([dataset[0]])
-        return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) else x, one)

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.loader import make_loader, to_device
+from hvdtrain.data.loader import empty_batch, make_loader, to_device
 from hvdtrain.data.partition import BatchPartition, Step
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
 from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
+from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.checkpoint import Checkpoints, load
 from hvdtrain.training.checkup import Checkup, Tally
 from hvdtrain.training.position import Position
@@ -152,6 +153,8 @@ class Trainer:
         self._checkup = Checkup(backend, log_every=log_every, stop_requested=stop_requested or (lambda: False))
         self._pending_loss: tuple[int, Tensor, int] | None = None  # step, loss, samples: not yet looked at (GPU)
         self._gradient_norm: Tensor | None = None
+        self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
+        self._empty_batch: Any = None
         self._train_seconds = 0.0
         self._samples = 0
 
@@ -191,6 +194,9 @@ class Trainer:
         partition = self._partition(train_data, batch_size, global_batch_size)
         sampler = PartitionSampler(partition, shuffle=True, seed=self._seed)
         loader = self._loader(train_data, sampler)
+        if self._in_step:
+            with same_random_numbers():
+                self._empty_batch = empty_batch(train_data, self._collate)
         total_steps = min(epochs * partition.steps_per_epoch, max_steps or math.inf)
         eval_batch_size = eval_batch_size or max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
         if resume_from is not None:
@@ -252,14 +258,16 @@ class Trainer:
     def _train_step(self, step: Step, batches: Iterator[Any]) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
-        device = self.backend.device
-        for number, positions in enumerate(step.micro_batches, 1):
-            batch = precision.cast(to_device(next(batches), device, non_blocking=True))
-            with replica.accumulate(last=number == len(step.micro_batches), overlap=step.every_rank):
+        micro_batches = self._micro_batches(step)
+        for number, samples in enumerate(micro_batches, 1):
+            batch = next(batches) if samples else self._empty_batch
+            batch = precision.cast(to_device(batch, self.backend.device, non_blocking=True))
+            with replica.accumulate(last=number == len(micro_batches), overlap=step.every_rank or self._in_step):
                 with precision.autocast():
                     loss = self.task.loss(replica.model, batch)
-                self._note_loss(loss, len(positions))
-                replica.backward(precision.scale(loss), samples=len(positions), total=step.samples)
+                if samples:
+                    self._note_loss(loss, samples)
+                replica.backward(precision.scale(loss), samples=samples, total=step.samples)
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
         if result.skipped:
             self.position.skipped_steps += 1
@@ -333,6 +341,11 @@ class Trainer:
             timeout_s=self.backend.timeout_s if self._workers else 0,
             collate=self._collate,
         )
+
+    def _micro_batches(self, step: Step) -> list[int]:
+        """How many samples each of this rank's micro-batches has; with empty ones if the model needs ranks in step."""
+        sizes = [len(positions) for positions in step.micro_batches]
+        return sizes + [0] * (step.passes - len(sizes)) if self._in_step else sizes
 
     def _note_loss(self, loss: Tensor, samples: int) -> None:
         """Count a micro-batch's loss. On a GPU it is looked at one micro-batch later, when it is there anyway."""

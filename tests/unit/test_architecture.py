@@ -25,7 +25,7 @@ STAIRS = [
     ["backends.base", "backends.hooked", "backends.horovod_stamp"],
     ["backends.local", "backends.ddp", "backends.hvd"],
     ["backends"],
-    ["workers", "data.vision"],
+    ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.state"],
     ["training.checkpoint", "observe.logger", "optim.schedule", "training.precision", "training.models", "training.stopping"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task"],
@@ -39,7 +39,7 @@ STAIRS = [
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop"],
+     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
