@@ -1,40 +1,28 @@
-"""Runs the conformance suite (`hvdtrain.testing`) under the real launcher, once per backend and world size."""
+"""Runs the conformance suite (`hvdtrain.testing`) under the real launchers, once per backend and world size."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, TORCH, run
 
 LAUNCHES = [
-    ("local", 1, []),
-    *[
-        ("torch", n, ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(n)])
-        for n in (1, 2, 3, 4)
-    ],
-]  # fmt: skip
+    (LOCAL, 1),
+    *[(TORCH, ranks) for ranks in (1, 2, 3, 4)],
+    *[(HOROVOD_MPIRUN, ranks) for ranks in (1, 2, 3, 4)],
+    *[(HOROVOD_GLOO, ranks) for ranks in (2, 3, 4)],
+    *[pytest.param(HOROVOD_MPI, ranks, marks=pytest.mark.slow) for ranks in (2, 3, 4)],
+]
 
 
-@pytest.mark.parametrize(("backend", "ranks", "launcher"), LAUNCHES, ids=[f"{b}-{n}" for b, n, _ in LAUNCHES])
-def test_the_backend_keeps_every_promise(tmp_path, backend, ranks, launcher):
-    argv = [sys.executable, *launcher, "-m", "hvdtrain.testing", "--backend", backend, "--log-dir", str(tmp_path), "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        output += "\nstill running after 240 s"
+@pytest.mark.parametrize(("launch", "ranks"), LAUNCHES, ids=str)
+def test_the_backend_keeps_every_promise(tmp_path, launch, ranks):
+    argv = launch.argv(ranks, "-m", "hvdtrain.testing", "--backend", launch.backend, "--log-dir", str(tmp_path), "-q")
+    ended = run(argv, timeout_s=240)
     logs = {file.name: file.read_text() for file in sorted(tmp_path.glob("rank*.log"))}
-    shown = "\n\n".join([output, *(f"--- {name}\n{text[-6000:]}" for name, text in logs.items())])
-    assert process.returncode == 0, shown
+    shown = "\n\n".join([ended.output, *(f"--- {name}\n{text[-6000:]}" for name, text in logs.items())])
+    assert ended.code == 0, shown
     assert len(logs) == ranks
     counts = {
         int(found[1]) for text in logs.values() for found in [re.search(r"^(\d+) passed in", text, re.M)] if found

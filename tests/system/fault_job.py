@@ -1,4 +1,4 @@
-"""A job of ranks in which one goes wrong: ``torchrun --nproc-per-node 3 tests/system/fault_job.py MODE``."""
+"""A job of ranks in which one goes wrong: ``torchrun --nproc-per-node 3 tests/system/fault_job.py MODE TIMEOUT BACKEND``."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ class Leave(Exception):
 
 def main():
     mode, timeout_s = sys.argv[1], float(sys.argv[2])
-    with hvdtrain.init(device="cpu", timeout_s=timeout_s) as backend:
+    with hvdtrain.init(sys.argv[3], device="cpu", timeout_s=timeout_s) as backend:
         model = Faulty(mode, backend.rank)
         replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
         try:
@@ -55,7 +55,8 @@ def main():
                 replica.step()
         except Leave:  # the user's code swallows it and goes on to the end of the with block
             pass
-    print(f"rank {os.environ.get('RANK')} done")
+        rank = backend.rank
+    print(f"rank {rank} done")
 
 
 if __name__ == "__main__":
