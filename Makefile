@@ -16,10 +16,11 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hvdtrain needs Python 3.10 or newer; name one: make PYTHON=python3.11")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpi,vision]'
+	@$(VENV)/bin/hvdtrain install-horovod
 	@touch $@
 
-train: $(READY)  ## train on the built-in digits, two ranks
-	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m hvdtrain --backend torch --run-dir runs/digits --resume never
+train: $(READY)  ## train on the built-in digits under horovodrun, two ranks
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" horovodrun -np $(RANKS) python -m hvdtrain --run-dir runs/digits --resume never
 
 test: $(READY)  ## run the tests (conformance on 1 to 4 ranks included)
 	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)

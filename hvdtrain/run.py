@@ -56,7 +56,7 @@ def run_training(config: TrainConfig) -> Summary:
     if config.deterministic:
         _be_deterministic()
     with StopRequest() as stop, _backend(config) as backend:
-        console = Console(quiet=backend.rank != 0, soft_wrap=True)
+        console = _console(backend)
         console.print(_headline(backend), highlight=False)
         run_dir = _run_dir(config, backend)
         seed_everything(config.seed)  # the same on every rank: models are built alike, whatever the world size
@@ -113,6 +113,12 @@ def run_training(config: TrainConfig) -> Summary:
             write_summary(summary, run_dir / "summary.json")
             show_summary(summary, console, run_dir)
     return summary
+
+
+def _console(backend: Backend) -> Console:
+    # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
+    forwarded = backend.topology.launcher in ("mpirun", "srun", "horovodrun")
+    return Console(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
 
 
 def _backend(config: TrainConfig) -> Backend:

@@ -162,10 +162,14 @@ def why_not() -> str:
             f"the Horovod in {found.folder} was built for another Python ({names}), this is "
             f"{platform.python_version()}; type: {COMMAND}"
         )
-    stamp = found.stamp
-    if stamp is not None and stamp.torch != torch:
+    return _unlike(found.stamp, torch) if found.stamp else ""
+
+
+def _unlike(stamp: Stamp, torch: str) -> str:
+    """What of a build's surroundings has changed since; "" if nothing."""
+    if stamp.torch != torch:
         return f"Horovod {stamp.horovod} was built for torch {stamp.torch}, and this is torch {torch}; type: {COMMAND}"
-    if stamp is not None and stamp.libmpi is not None and not os.path.exists(_here(stamp.libmpi)):
+    if stamp.libmpi is not None and not os.path.exists(_here(stamp.libmpi)):
         return (
             f"Horovod {stamp.horovod} was built with {_short(stamp.mpi)}, whose {_here(stamp.libmpi)} is gone; "
             f"install that MPI again, or type: {COMMAND}"

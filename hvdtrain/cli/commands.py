@@ -18,6 +18,7 @@ from hvdtrain.options import did_you_mean
 DEFAULT_COMMAND = "train"
 COMMANDS: Mapping[str, str] = {
     "train": "hvdtrain.cli.train",
+    "install-horovod": "hvdtrain.cli.install_horovod",
 }
 EXIT_INTERRUPTED = 130
 """128 + SIGINT (2), as shells have it."""

@@ -129,8 +129,10 @@ def _torchrun(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     )
 
 
-# What `horovodrun --mpi` (Horovod 0.28) gives to mpirun, which sets no HOROVOD_ variable. mpirun hands these to every
-# rank on every node, so that all ranks agree; a HOROVOD_ variable from somebody's shell is on the first node only.
+# `horovodrun --mpi` sets no HOROVOD_ variable. One that `hvdtrain install-horovod` built says who it is; of others, these
+# are what it gives to Open MPI 4. mpirun hands them to every rank on every node, so that all ranks agree; a HOROVOD_
+# variable from somebody's shell is on the first node only.
+LAUNCHER_VARIABLE = "HVDTRAIN_LAUNCHER"
 _HOROVODRUN_MPI = {
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "^openib",
@@ -140,10 +142,16 @@ _HOROVODRUN_MPI = {
 }
 
 
+def _mpirun_or_horovodrun(env: Environment) -> str:
+    told = env.get(LAUNCHER_VARIABLE) == "horovodrun"
+    recognised = all(env.get(name) == value for name, value in _HOROVODRUN_MPI.items())
+    return "horovodrun" if told or recognised else "mpirun"
+
+
 def _open_mpi(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     rank, size = number(env, "OMPI_COMM_WORLD_RANK"), number(env, "OMPI_COMM_WORLD_SIZE")
     local = number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
-    launcher = "horovodrun" if all(env.get(name) == value for name, value in _HOROVODRUN_MPI.items()) else "mpirun"
+    launcher = _mpirun_or_horovodrun(env)
     # OMPI_COMM_WORLD_NODE_RANK is no node's number but the local rank once more. Open MPI 4 states how many nodes
     # hold ranks; Open MPI 5 does not.
     nodes = number(env, "OMPI_MCA_orte_num_nodes") if "OMPI_MCA_orte_num_nodes" in env else None
@@ -198,8 +206,9 @@ def _hydra(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     local = number(env, known[1]) if known else 1
     proxy = next((a for a in ancestors if a.program == "hydra_pmi_proxy"), None)
     node = env.get("HYDRA_BSTRAP_PROXY_ID") or (proxy.option("--proxy-id") if proxy else None) or ""
+    launcher = _mpirun_or_horovodrun(env)
     topology = _place(
-        "mpirun",
+        launcher,
         rank=rank,
         size=size,
         local_rank=number(env, known[0]) if known else 0,
@@ -211,7 +220,7 @@ def _hydra(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     job = (proxy.option("--control-port") if proxy else None) or env.get("I_MPI_HYDRA_UUID")
     return Found(
         topology=topology,
-        reason=f"mpirun (Hydra): PMI_RANK={rank}"
+        reason=f"{launcher} (Hydra): PMI_RANK={rank}"
         + ("" if known else "; no MPI_LOCALRANKID, so one rank a node is assumed"),
         job=f"hydra-{job or _parent(env, size, local)}",
     )

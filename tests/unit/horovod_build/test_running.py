@@ -60,9 +60,7 @@ def test_a_program_that_takes_too_long_ends_with_its_children(tmp_path, log):
 
 def test_a_daemon_that_holds_the_output_open_holds_nobody_up(tmp_path, log):
     began = time.monotonic()
-    code, lines = run(
-        ["sh", "-c", "sleep 30 & echo $!"], log=log, environment=os.environ, folder=tmp_path, limit_s=60
-    )
+    code, lines = run(["sh", "-c", "sleep 30 & echo $!"], log=log, environment=os.environ, folder=tmp_path, limit_s=60)
     os.kill(int(lines[0]), 9)
     assert code == 0
     assert time.monotonic() - began < 15
@@ -89,9 +87,7 @@ def test_an_interrupt_ends_what_was_started(tmp_path):
 
 
 def test_a_program_that_is_not_there_is_a_failure_with_its_name(tmp_path, log):
-    code, lines = run(
-        ["no-such-program-here"], log=log, environment=os.environ, folder=tmp_path, limit_s=5
-    )
+    code, lines = run(["no-such-program-here"], log=log, environment=os.environ, folder=tmp_path, limit_s=5)
     assert code == 127
     assert "no-such-program-here" in lines[0]
 

@@ -91,7 +91,7 @@ def test_a_repository_is_cloned_at_its_revision(tree, tmp_path, get):
 
 
 def test_a_repository_that_is_not_there_is_named(tmp_path, get):
-    with pytest.raises(BuildError, match=r"--source git\+file:///nowhere/x: git clone .* failed: .*Log: "):
+    with pytest.raises(BuildError, match=r"(?s)--source git\+file:///nowhere/x: git clone .* failed: fatal: .*Log: "):
         get("git+file:///nowhere/x")
 
 

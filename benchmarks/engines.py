@@ -1,0 +1,214 @@
+"""A training step on every engine, in turns within one run.
+
+python benchmarks/engines.py                                  # 2 ranks, one thread each
+python benchmarks/engines.py --ranks 4 --models mlp --rounds 3 --out results.json
+
+Engines: `none` (every rank alone: what computing costs while the others compute too), `torch` (DDP over Gloo), `mpi`,
+`horovod` (our backend with its defaults), `horovod-plain` (hand-written, horovod.torch.DistributedOptimizer with
+Horovod's own defaults). Each engine is launched anew in every round, and the order changes, so that a slow minute of the
+machine meets all of them; the figure is the median over all steps of all rounds. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODELS = {  # batch per rank, steps per round
+    "mlp": (16, 40),
+    "resnet18": (8, 12),
+    "small": (16, 100),
+}
+ENGINES = ("none", "torch", "mpi", "horovod", "horovod-plain")
+WARM_UP = 8
+
+
+def model_of(name: str) -> tuple[Any, Any, Any]:
+    import torch
+    from torch import nn
+
+    batch = MODELS[name][0]
+    torch.manual_seed(0)
+    labels = torch.randint(0, 10, (batch,))
+    if name == "resnet18":
+        from torchvision.models import resnet18
+
+        return resnet18(num_classes=10), torch.randn(batch, 3, 64, 64), labels
+    width, depth = (1024, 8) if name == "mlp" else (384, 3)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, 10)), torch.randn(batch, width), labels
+
+
+def worker(engine: str, name: str, steps: int, out: str) -> None:
+    """One rank: measure every step, and write this rank's times."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, x, y = model_of(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    rank, step, stop = prepare(engine, model, optimizer, x, y)
+    times = []
+    for _ in range(steps + WARM_UP):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    stop()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path(f"{out}.{rank}").write_text(json.dumps({"times": times[WARM_UP:], "peak_mb": peak}))
+
+
+def prepare(
+    engine: str, model: Any, optimizer: Any, x: Any, y: Any
+) -> tuple[int, Callable[[], None], Callable[[], Any]]:
+    from torch.nn.functional import cross_entropy
+
+    def plain_step() -> None:
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    if engine == "none":
+        return int(os.environ.get("RANK", "0")), plain_step, lambda: None
+    if engine == "horovod-plain":
+        import horovod.torch as hvd
+
+        hvd.init()
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        return hvd.rank(), plain_step, hvd.shutdown
+
+    import hvdtrain
+
+    options = {"process_sets": False} if engine == "horovod" else {}
+    backend = hvdtrain.init(engine, device="cpu", **options)
+    backend.start()
+    replica = backend.replicate(model, optimizer)
+    total = len(x) * backend.world_size
+
+    def step() -> None:
+        loss = cross_entropy(replica.model(x), y)
+        replica.backward(loss, samples=len(x), total=total)
+        replica.step()
+        loss.item()
+
+    return backend.rank, step, backend.stop
+
+
+def launch(engine: str, ranks: int, arguments: list[str]) -> list[str]:
+    """Start each engine the way it is used: torchrun for what needs no MPI, mpirun for the rest."""
+    if engine in ("none", "torch"):
+        return [
+            sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+            "--nproc-per-node", str(ranks), __file__, *arguments,
+        ]  # fmt: skip
+    beside = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+    return [mpirun, "--bind-to", "none", "-np", str(ranks), sys.executable, __file__, *arguments]
+
+
+def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dict[str, Any] | str:
+    out = folder / f"{engine}-{name}"
+    for old in folder.glob(f"{out.name}.*"):
+        old.unlink()
+    environment = {
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+    }
+    arguments = ["--worker", engine, "--models", name, "--steps", str(steps), "--out", str(out)]
+    ended = subprocess.run(
+        launch(engine, ranks, arguments), env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    if ended.returncode:
+        return (ended.stderr or ended.stdout).strip().splitlines()[-1]
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]
+    # A step lasts as long as that of the slowest rank.
+    return {
+        "times": [max(each) for each in zip(*(one["times"] for one in found), strict=True)],
+        "peak_mb": max(one["peak_mb"] for one in found),
+    }
+
+
+def missing(engine: str) -> str:
+    for prefix, module in (("horovod", "horovod"), ("mpi", "mpi4py")):
+        if engine.startswith(prefix) and importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--models", nargs="+", default=["mlp", "resnet18"], choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="steps per round")
+    parser.add_argument("--out", help="file for the JSON as well")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.models[0], args.steps, args.out)
+        return
+    import tempfile
+
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in args.models:
+            engines = [engine for engine in args.engines if not missing(engine)]
+            times: dict[str, list[float]] = {engine: [] for engine in engines}
+            peaks: dict[str, float] = {}
+            for turn in range(args.rounds):
+                order = engines[turn % len(engines) :] + engines[: turn % len(engines)]
+                for engine in order:
+                    found = measure(engine, name, args.ranks, args.steps or MODELS[name][1], Path(temporary))
+                    if isinstance(found, str):
+                        print(f"{engine} on {name}: {found}", file=sys.stderr, flush=True)
+                        continue
+                    times[engine] += found["times"]
+                    peaks[engine] = max(peaks.get(engine, 0), found["peak_mb"])
+            medians = {engine: statistics.median(each) * 1e3 for engine, each in times.items() if each}
+            results[name] = {
+                "median_ms": {engine: round(value, 2) for engine, value in medians.items()},
+                "to_none": {
+                    engine: round(value / medians["none"], 3) for engine, value in medians.items() if "none" in medians
+                },
+                "peak_mb": {engine: round(value) for engine, value in peaks.items()},
+                "steps": {engine: len(each) for engine, each in times.items()},
+            }
+            print(name, json.dumps(results[name]), flush=True)
+    import torch
+
+    whole = {
+        "benchmark": "engines",
+        "world_size": args.ranks,
+        "machine": {
+            "cpus": os.cpu_count(),
+            "arch": platform.machine(),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        },
+        "not_installed": [engine for engine in args.engines if missing(engine)],
+        "results": results,
+    }
+    if args.out:
+        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(whole))
+
+
+if __name__ == "__main__":
+    main()

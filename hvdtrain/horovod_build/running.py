@@ -1,0 +1,140 @@
+"""Runs the programs of a build: all output to a log file, lines to a watcher, an end after a bound time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from hvdtrain.horovod_build.failure import BuildError
+
+OUT_OF_TIME = 124
+"""Exit code of a program that was ended because its time was up, as `timeout` has it."""
+_LAST_LINES_S = 5.0
+
+
+class Reporter(Protocol):
+    """Who is told how far the work is."""
+
+    def tell(self, line: str) -> None:
+        """A line that stays."""
+
+    def show(self, fraction: float | None, what: str) -> None:
+        """What is being done now, and how much of it is done (0 to 1)."""
+
+
+class Log:
+    """The full output of everything that was run.
+
+    Args:
+        path: Is created, with its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", errors="replace")
+
+    def write(self, line: str) -> None:
+        """Add a line."""
+        self._file.write(line.rstrip("\n") + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Nothing can be added from here on."""
+        self._file.close()
+
+
+def run(
+    command: Sequence[str],
+    *,
+    log: Log,
+    environment: Mapping[str, str],
+    folder: Path,
+    limit_s: float,
+    watch: Callable[[str], None] = lambda line: None,
+) -> tuple[int, list[str]]:
+    """Run a program to its end; whatever it started ends with it.
+
+    Args:
+        command: The program and its arguments.
+        log: Takes the command and its output.
+        environment: All its variables.
+        folder: Where it runs.
+        limit_s: Seconds that it may take.
+        watch: Called with each line.
+
+    Returns:
+        The exit code (`OUT_OF_TIME` when its time was up), and the lines.
+    """
+    log.write(f"$ {' '.join(command)}")
+    lines: list[str] = []
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        log.write(str(error))
+        return 127, [str(error)]
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout, contextlib.suppress(ValueError):  # the log is closed: what outlives its parent writes on
+            for line in process.stdout:
+                log.write(line)
+                lines.append(line.rstrip("\n"))
+                watch(line)
+
+    reader = threading.Thread(target=read, name="build-output", daemon=True)
+    reader.start()
+    try:
+        code = process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        reader.join(_LAST_LINES_S)
+        log.write(f"ended after {limit_s:.0f} s")
+        return OUT_OF_TIME, [*lines, f"it was ended after {limit_s:.0f} s"]
+    except BaseException:  # Ctrl-C: a session of its own does not hear it
+        _end(process)
+        raise
+    reader.join(_LAST_LINES_S)  # not longer: a daemon that the build started may hold the pipe open
+    return code, list(lines)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process that still runs, with its children."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+
+
+def pip() -> list[str]:
+    """The command that runs pip for this Python, also where the environment has none (uv makes such).
+
+    Raises:
+        BuildError: There is no pip at all.
+    """
+    quiet = ["--disable-pip-version-check", "--no-input"]
+    if find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", *quiet]
+    spec = find_spec("ensurepip")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for wheel in sorted(Path(folder, "_bundled").glob("pip-*.whl")):
+            return [sys.executable, str(wheel / "pip"), *quiet]  # a wheel is a zip file, which Python runs
+    raise BuildError(f"pip is missing in {sys.prefix}; type: {sys.executable} -m ensurepip, or: uv pip install pip")
