@@ -21,10 +21,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hvdtrain
 
 MODELS = {  # batch per rank, steps per round
     "mlp": (16, 40),
@@ -36,14 +43,11 @@ WARM_UP = 8
 
 
 def model_of(name: str) -> tuple[Any, Any, Any]:
-    import torch
-    from torch import nn
-
     batch = MODELS[name][0]
     torch.manual_seed(0)
     labels = torch.randint(0, 10, (batch,))
     if name == "resnet18":
-        from torchvision.models import resnet18
+        from torchvision.models import resnet18  # noqa: PLC0415  (belongs to this model alone)
 
         return resnet18(num_classes=10), torch.randn(batch, 3, 64, 64), labels
     width, depth = (1024, 8) if name == "mlp" else (384, 3)
@@ -53,8 +57,6 @@ def model_of(name: str) -> tuple[Any, Any, Any]:
 
 def worker(engine: str, name: str, steps: int, out: str) -> None:
     """One rank: measure every step, and write this rank's times."""
-    import torch
-
     torch.set_num_threads(1)
     model, x, y = model_of(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -72,7 +74,6 @@ def worker(engine: str, name: str, steps: int, out: str) -> None:
 def prepare(
     engine: str, model: Any, optimizer: Any, x: Any, y: Any
 ) -> tuple[int, Callable[[], None], Callable[[], Any]]:
-    from torch.nn.functional import cross_entropy
 
     def plain_step() -> None:
         loss = cross_entropy(model(x), y)
@@ -84,14 +85,12 @@ def prepare(
     if engine == "none":
         return int(os.environ.get("RANK", "0")), plain_step, lambda: None
     if engine == "horovod-plain":
-        import horovod.torch as hvd
+        import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
 
         hvd.init()
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         return hvd.rank(), plain_step, hvd.shutdown
-
-    import hvdtrain
 
     options = {"process_sets": False} if engine == "horovod" else {}
     backend = hvdtrain.init(engine, device="cpu", **options)
@@ -164,8 +163,6 @@ def main() -> None:
     if args.worker:
         worker(args.worker, args.models[0], args.steps, args.out)
         return
-    import tempfile
-
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name in args.models:
@@ -191,8 +188,6 @@ def main() -> None:
                 "steps": {engine: len(each) for engine, each in times.items()},
             }
             print(name, json.dumps(results[name]), flush=True)
-    import torch
-
     whole = {
         "benchmark": "engines",
         "world_size": args.ranks,

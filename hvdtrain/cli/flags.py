@@ -14,7 +14,7 @@ from typing import Any
 
 from hvdtrain.cli.yaml_text import dump, load_mapping, parse_value
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component, Option, flag_of, layer, merge, nearest, options_of, plain
+from hvdtrain.options import Component, Option, every_option_of, flag_of, layer, merge, nearest, options_of, plain
 
 _HELP_COLUMN = 26
 _GENERAL = (
@@ -51,7 +51,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
     Raises:
         UsageError: A flag is unknown (with the nearest valid one), has no value, or a word belongs to no flag.
     """
-    options = {entry.name: entry for entry in _flat_options(cls)}
+    options = {entry.name: entry for entry in every_option_of(cls)}
     negatives = {_negative(entry.name): entry for entry in options.values() if entry.kind is bool}
     values: dict[str, Any] = {}
     files: list[str] = []
@@ -133,18 +133,10 @@ def help_text(cls: type, *, usage: str, intro: str, epilog: str, width: int = 80
         width: Columns of the terminal.
     """
     parts = [f"usage: {usage}", intro, _section("general", _GENERAL, width)]
-    for group, entries in _grouped(_flat_options(cls)):
+    for group, entries in _grouped(every_option_of(cls)):
         rows = [(_shown_flag(entry), f"{entry.help} (default: {_shown_default(entry)})") for entry in entries]
         parts.append(_section(group, rows, width))
     return "\n\n".join([*parts, epilog]) + "\n"
-
-
-def _flat_options(cls: type) -> tuple[Option, ...]:
-    """The options with each section's own in its place."""
-    found: list[Option] = []
-    for entry in options_of(cls):
-        found += options_of(entry.kind, entry.name) if entry.is_section else [entry]
-    return tuple(found)
 
 
 def _grouped(options: Sequence[Option]) -> list[tuple[str, list[Option]]]:

@@ -32,9 +32,14 @@ STAIRS = [
     ["training.position"],
     ["training.trainer"],
     ["run"],
+    ["horovod_build.failure", "horovod_build.trial"],
+    ["horovod_build.edits", "horovod_build.running", "horovod_build.wishes", "horovod_build.wheels", "horovod_build.probe"],
+    ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
+    ["horovod_build.compiling"],
+    ["horovod_build.installing"],
     ["cli.yaml_text", "cli.voice"],
     ["cli.flags"],
-    ["cli.commands", "cli.train"],
+    ["cli.commands", "cli.train", "cli.install_horovod"],
     ["cli"],
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
@@ -45,13 +50,14 @@ PUBLIC_DOORS = {
     "",
     "data",
     "launch",
+    "horovod_build",
     "training",
     "observe",
     "optim",
     "testing",
     "testing.conformance",
 }  # no code of their own
-HOME = {"horovod": {"backends.hvd"}, "mpi4py": {"backends.mpi"}}
+HOME = {"horovod": {"backends.hvd", "horovod_build.trial"}, "mpi4py": {"backends.mpi"}}
 
 
 def modules(package: Path) -> dict[str, Path]:

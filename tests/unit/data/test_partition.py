@@ -117,7 +117,7 @@ def test_resuming_where_no_global_batch_begins_is_refused(start: int) -> None:
 def test_a_data_set_smaller_than_the_world_leaves_the_last_ranks_without_samples() -> None:
     ranks = all_ranks(3, 8, 5)
     assert [positions(partition.step(0)) for partition in ranks] == [[0], [1], [2], [], []]
-    assert ranks[4].step(0) == Step(start=0, samples=3, micro_batches=(), every_rank=False)
+    assert ranks[4].step(0) == Step(start=0, samples=3, micro_batches=(), every_rank=False, passes=1)
 
 
 def test_a_global_batch_smaller_than_the_world_is_exact_too() -> None:
