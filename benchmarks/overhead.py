@@ -1,11 +1,13 @@
-"""What the Trainer costs: its steps against those of a hand-written DDP loop, side by side in one run.
+"""What the Trainer costs: its steps against those of a loop written by hand for the same engine, side by side in one run.
 
 torchrun --nproc-per-node 2 benchmarks/overhead.py
 torchrun --nproc-per-node 2 benchmarks/overhead.py --steps 200 --rounds 5
+horovodrun -np 2 python benchmarks/overhead.py --backend horovod
 
-Both sides do the same work on the same model: fetch a batch, forward, cross-entropy, backward, all-reduce, clip, momentum
-SGD, read the loss. They take turns in rounds of steps within one process; the figure is the ratio of the medians over all
-steps. The last line of the output is one JSON object.
+By hand means DistributedDataParallel, or horovod.torch.DistributedOptimizer. Both sides do the same work on the same
+model: fetch a batch, forward, cross-entropy, backward, all-reduce, clip, momentum SGD, read the loss. They take turns in
+rounds of steps within one process, so Horovod has its own default settings for both, and not ours; benchmarks/engines.py
+compares those. The figure is the ratio of the medians over all steps. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import PartitionSampler
 
 BATCH = 16  # per rank
+HOROVODS_OWN = {"fusion_threshold_mb": 128, "process_sets": False}
+Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def mlp(width: int, depth: int) -> nn.Module:
@@ -37,11 +42,46 @@ def mlp(width: int, depth: int) -> nn.Module:
     )
 
 
+def with_ddp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        loss = cross_entropy(ddp(x), y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def with_horovod(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
+
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+by_hand: dict[str, Callable[[nn.Module, torch.optim.Optimizer], Step]] = {"torch": with_ddp, "horovod": with_horovod}
+
+
 def hand_written(
     backend: hvdtrain.Backend, model: nn.Module, data: ArrayDataset, times: list[float], steps: int
 ) -> None:
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    loop = by_hand[backend.name](model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
     partition = BatchPartition(
         length=len(data), global_batch_size=BATCH * backend.world_size, world_size=backend.world_size, rank=backend.rank
     )
@@ -53,12 +93,7 @@ def hand_written(
         for _ in range(min(len(loader), steps - done)):
             began = time.perf_counter()
             x, y = next(batches)
-            loss = cross_entropy(ddp(x), y)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+            loop(x, y)
             times.append(time.perf_counter() - began)
             done += 1
 
@@ -108,9 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--backend", choices=list(by_hand), default="torch")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with hvdtrain.init("torch", device="cpu") as backend:
+    options = HOROVODS_OWN if args.backend == "horovod" else {}
+    with hvdtrain.init(args.backend, device="cpu", **options) as backend:
         results = [
             measure(backend, "MLP 3 x 384", 384, 3, args.steps, args.rounds),
             measure(backend, "MLP 8 x 1024", 1024, 8, max(30, args.steps // 4), args.rounds),
@@ -124,7 +161,13 @@ def main() -> None:
             }
             print(
                 json.dumps(
-                    {"benchmark": "overhead", "world_size": backend.world_size, "machine": machine, "results": results}
+                    {
+                        "benchmark": "overhead",
+                        "backend": backend.name,
+                        "world_size": backend.world_size,
+                        "machine": machine,
+                        "results": results,
+                    }
                 )
             )
 

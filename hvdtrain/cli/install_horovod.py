@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from hvdtrain.backends import horovod_stamp
 from hvdtrain.cli.flags import build, config_text, help_text, read_flags
 from hvdtrain.cli.voice import say
-from hvdtrain.horovod_build.installing import Outcome, install, look
+from hvdtrain.horovod_build.installing import Outcome, ahead, install, look
 from hvdtrain.horovod_build.wishes import Wishes
 from hvdtrain.version import __version__
 
@@ -172,7 +172,7 @@ def _check() -> int:
 
 def _dry_run(wishes: Wishes) -> None:
     plan = look(wishes)
-    lines = [f"  {what:<9} {which}" for what, which in plan.lines]
+    lines = [f"  {what:<9} {which}" for what, which in [*plan.lines, ("to do", ahead(plan, wishes))]]
     lines += ["variables of the build:"]
     lines += [f"  {name}={value}" for name, value in sorted(plan.environment.items())]
     say("\n".join(lines))

@@ -59,6 +59,16 @@ def look(wishes: Wishes, environment: Mapping[str, str] = os.environ) -> Plan:
     return _decide(wishes, environment, version="" if wishes.source else HOROVOD, name=wishes.source or source.PYPI)
 
 
+def ahead(plan: Plan, wishes: Wishes, environment: Mapping[str, str] = os.environ) -> str:
+    """What :func:`install` would do with this plan, as the words for it."""
+    if wishes.source is not None:
+        return "fetch the source, then see"
+    if not wishes.force and _present(plan.stamp):
+        return "nothing to do: it is installed"
+    wheel, _ = (None, "") if wishes.force else wheels.find(wheels.folder(wishes.wheel_dir, environment), plan.stamp)
+    return f"install {wheel}" if wheel else "build and install"
+
+
 def install(wishes: Wishes, reporter: Reporter, environment: Mapping[str, str] = os.environ) -> Outcome:
     """Make sure that the Horovod of the plan is installed and works.
 

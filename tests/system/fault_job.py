@@ -48,6 +48,10 @@ def main():
             for _ in range(5):
                 if mode == "collective" and backend.rank == CULPRIT:
                     raise ValueError("planted between collectives")
+                if mode == "subset" and backend.rank == CULPRIT:
+                    time.sleep(60)
+                if mode == "subset":
+                    backend.all_reduce(torch.ones(3, 5))
                 if mode == "collective":
                     backend.all_reduce(torch.ones(3))
                 loss = replica.model(torch.randn(8, 4)).square().mean()

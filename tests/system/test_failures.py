@@ -63,3 +63,10 @@ def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named(job):
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert "missing: rank 1" in ended.output
+
+
+def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(job):
+    ended = run(job("subset", 8))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 8 + 10
+    assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output

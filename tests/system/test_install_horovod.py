@@ -58,6 +58,7 @@ def test_a_dry_run_shows_the_plan_and_does_nothing(tmp_path):
     assert "Horovod   0.28.1 from PyPI" in done.stdout
     assert f"torch     {torch.__version__}" in done.stdout
     assert "HOROVOD_WITH_PYTORCH=1" in done.stdout
+    assert "to do     build and install" in done.stdout
     assert not (tmp_path / "cache").exists()
 
 
@@ -87,15 +88,12 @@ def test_what_is_installed_already_is_left_alone_within_seconds():
         pytest.skip("no Horovod built by hvdtrain in this environment")
     mpi, nccl = ("--mpi" if found.stamp.mpi else "--no-mpi"), ("on" if found.stamp.nccl else "off")
     planned = command("--dry-run", mpi, "--nccl", nccl)
-    if planned.returncode:
-        pytest.skip(f"it could not be built again here: {planned.stderr}")
+    if planned.returncode or "nothing to do" not in planned.stdout:  # never change the environment of the tests
+        pytest.skip(f"another Horovod would be built in these surroundings: {planned.stdout}{planned.stderr}")
     before = (found.folder / "__init__.py").stat().st_mtime_ns
-    began = time.monotonic()
-    done = command(mpi, "--nccl", nccl, "--verify", limit_s=600)
-    if "nothing to do" not in done.stdout:
-        pytest.skip("the Horovod of this environment was built in other surroundings")
+    done = command(mpi, "--nccl", nccl, "--verify")
     assert done.returncode == 0
-    assert time.monotonic() - began < 10
+    assert "nothing to do" in done.stdout
     assert (found.folder / "__init__.py").stat().st_mtime_ns == before
 
 

@@ -1,4 +1,4 @@
-"""A backend ends without a trace, and begins again if it says that it can. The last file: some engines start only once."""
+"""A backend ends without a trace, and begins again if it says that it can. The plugin runs this last."""
 
 import threading
 import warnings
