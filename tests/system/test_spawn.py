@@ -7,26 +7,38 @@ import signal
 import time
 
 import pytest
+from launching import missing
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, RankFailure
 
+ENGINES = ["torch", "horovod"]
 
-def test_results_come_back_in_rank_order():
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    reason = missing("python", request.param)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def test_results_come_back_in_rank_order(engine):
     def work(backend, base):
-        return (backend.rank, backend.all_gather_object(base + backend.rank))
+        return (backend.rank, backend.name, backend.all_gather_object(base + backend.rank))
 
-    assert hvdtrain.spawn(work, 3, "torch", (10,), device="cpu") == [(rank, [10, 11, 12]) for rank in range(3)]
+    found = hvdtrain.spawn(work, 3, engine, (10,), device="cpu")
+    assert found == [(rank, engine, [10, 11, 12]) for rank in range(3)]
 
 
-def test_the_failing_ranks_traceback_is_in_the_error():
+def test_the_failing_ranks_traceback_is_in_the_error(engine):
     def work(backend):
         if backend.rank == 1:
             raise KeyError("planted here")
         backend.barrier()
 
     with pytest.raises(RankFailure, match=r"rank 1 of 2 failed(.|\n)*KeyError: 'planted here'") as caught:
-        hvdtrain.spawn(work, 2, "torch", device="cpu")
+        hvdtrain.spawn(work, 2, engine, device="cpu")
     assert caught.value.rank == 1
 
 

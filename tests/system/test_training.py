@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, hvdtrain, run
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, TORCH
 
 
 def summary(folder: Path) -> dict:
@@ -33,14 +34,20 @@ def reference(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("batch", [60, 61])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_any_number_of_ranks_gives_the_result_of_one_process(reference, tmp_path, ranks, batch):
+LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN]
+CASES = [(launch, ranks, 61) for launch in LAUNCHES for ranks in (2, 3, 4)] + [
+    (TORCH, ranks, 60) for ranks in (2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(("launch", "ranks", "batch"), CASES, ids=str)
+def test_every_engine_and_number_of_ranks_gives_the_result_of_one_process(reference, tmp_path, launch, ranks, batch):
     flags, one = reference[batch]
-    ended = run(hvdtrain(ranks, *flags, "--run-dir", str(tmp_path)))
+    ended = run(launch.hvdtrain(ranks, *flags, "--run-dir", str(tmp_path)))
     assert ended.code == 0, ended.output
     many = summary(tmp_path)
     assert many["world_size"] == ranks
+    assert many["backend"] == launch.backend
     assert many["steps"] == one["steps"]
     assert many["eval_accuracy"] == one["eval_accuracy"]
     assert abs(many["eval_loss"] - one["eval_loss"]) < 1e-9
