@@ -120,6 +120,11 @@ class Backend(Communicator):
         """What carries the bytes, for people: "gloo", "nccl", ..."""
         return self.name
 
+    @property
+    def running(self) -> bool:
+        """Whether it has been started and not yet stopped."""
+        return self._running
+
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:

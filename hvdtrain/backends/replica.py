@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import average_sparse, check_same_structure, copy_state_from_rank_zero
+from hvdtrain.backends.optimizer_guard import check_optimizer, guard_steps
 from hvdtrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Replica(ABC):
         self.options = options
         self._backend = backend
         self._parameters = [p for p in module.parameters() if p.requires_grad]
-        _check_optimizer(module, optimizer, self._parameters, backend.device)
+        check_optimizer(module, optimizer, self._parameters, backend.device)
         check_same_structure(backend, module, optimizer)
         copy_state_from_rank_zero(backend, module, optimizer)
         self._steps = 0
@@ -88,6 +89,7 @@ class Replica(ABC):
         self._deferred = False  # this step's gradients are exchanged after, not during, backward
         self._started = False  # backward has run in this step
         self._samples: int | None = None  # samples of this rank so far in this step, if the total is unknown
+        guard_steps(optimizer, self._why_no_step)
 
     # -- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -287,6 +289,14 @@ class Replica(ABC):
             "find_unused_parameters=True (--find-unused-parameters)"
         )
 
+    def _why_no_step(self) -> str:
+        if self._exchanged or not self._backend.running or all(p.grad is None for p in self._parameters):
+            return ""
+        return (
+            "optimizer.step() on gradients that were not exchanged with the other ranks; call replica.backward(loss, "
+            "samples=...) and replica.step(), or replica.reduce_gradients() before optimizer.step()"
+        )
+
     def _clip(self, clip_norm: float) -> Tensor:
         if not any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
             return nn.utils.clip_grad_norm_(self._parameters, clip_norm)
@@ -332,25 +342,3 @@ def _sum_bucket(backend: Backend, grads: list[Tensor]) -> None:
 
 def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
-
-
-def _check_optimizer(
-    module: nn.Module, optimizer: Optimizer, parameters: list[nn.Parameter], device: torch.device
-) -> None:
-    if not parameters:
-        raise ConfigError("the model has no parameter that requires grad: there is nothing to train")
-    for name, parameter in module.named_parameters():
-        if parameter.device.type != device.type or (device.index is not None and parameter.device != device):
-            raise ConfigError(
-                f"parameter {name!r} is on {parameter.device}, this rank's device is {device}; call model.to(backend.device) "
-                "before you make the optimizer"
-            )
-    known = {id(p) for p in module.parameters()}
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if id(parameter) not in known:
-                raise ConfigError(
-                    f"parameter group {index} of the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the "
-                    "model's, so its gradient would never be exchanged; put it into the model (a loss with parameters too), or "
-                    "make the optimizer after the model has been moved or replaced"
-                )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -232,7 +233,16 @@ class WithBuffers(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Adagrad", "RMSprop"])
+KINDS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")  # a closure, sparse gradients, matrices only
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_everything_starts_as_on_rank_zero(backend, kind):
     torch.manual_seed(backend.rank)
     model = WithBuffers(backend.rank)
@@ -290,6 +300,64 @@ def test_calls_out_of_order_are_refused(backend):
     with pytest.raises(TrainingError, match="after this step's last micro-batch"):
         replica.backward(loss_of(replica.module, x, y), samples=2, total=2)
     replica.step()
+
+
+def test_a_step_on_gradients_that_were_not_exchanged_is_refused(backend):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()  # nobody's business yet
+    replica = backend.replicate(model, optimizer)
+    x, y = samples(2)
+    before = copy.deepcopy(model.state_dict())
+    loss_of(replica.module, x, y).backward()
+    with pytest.raises(TrainingError, match=r"not exchanged with the other ranks; call replica\.backward"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    replica.clear()
+    optimizer.step()  # without gradients it moves nothing
+    replica.backward(loss_of(replica.model, x, y), samples=2, total=2 * backend.world_size)
+    replica.reduce_gradients()
+    optimizer.step()
+    replica.clear()
+    assert not all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_closures_are_refused(backend):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replica = backend.replicate(model, optimizer)
+    calls = []
+    with pytest.raises(TrainingError, match=r"optimizer\.step\(closure\).*replica\.backward"):
+        optimizer.step(lambda: calls.append(1))
+    with pytest.raises(TrainingError, match=r"optimizer\.step\(closure\)"):
+        optimizer.step(closure=lambda: calls.append(1))
+    assert calls == []
+    replica.step()
+    with pytest.raises(ConfigError, match="LBFGS needs a closure"):
+        backend.replicate(model, torch.optim.LBFGS(model.parameters()))
+
+
+def test_the_optimizer_stays_the_users_own(backend):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append("stepped"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    replica = backend.replicate(model, optimizer)
+    assert replica.optimizer is optimizer
+    assert type(optimizer) is torch.optim.SGD
+    x, y = samples(2)
+    for _ in range(2):
+        replica.backward(loss_of(replica.model, x, y), samples=2, total=2 * backend.world_size)
+        replica.step()
+        scheduler.step()  # warns if it does not see the steps; warnings are errors here
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=True)
+    assert seen == ["stepped", "stepped"]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    fresh = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(pickle.dumps(optimizer)) > 0
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 13])
