@@ -134,7 +134,7 @@ def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dic
         launch(engine, ranks, arguments), env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     if ended.returncode:
-        return (ended.stderr or ended.stdout).strip().splitlines()[-1]
+        return "\n".join((ended.stderr or ended.stdout).strip().splitlines()[-12:])
     found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]
     # A step lasts as long as that of the slowest rank.
     return {
