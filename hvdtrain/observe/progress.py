@@ -43,8 +43,9 @@ class ProgressLogger:
             return
         self._last = now
         began, first = self._began
-        left = (now - began) / max(1, record.step - first) * (record.total_steps - record.step)
-        self._console.print(f"step {record.step}/{record.total_steps}  {text}  {left:.0f} s left", highlight=False)
+        if record.step > first:
+            text += f"  {(now - began) / (record.step - first) * (record.total_steps - record.step):.0f} s left"
+        self._console.print(f"step {record.step}/{record.total_steps}  {text}", highlight=False)
 
     def log_eval(self, record: EvalRecord) -> None:
         """Show an evaluation."""

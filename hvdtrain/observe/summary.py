@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
@@ -82,8 +81,7 @@ def write_summary(summary: Summary, path: Path) -> None:
 
 
 def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
-    """Print a short table."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    """Print the run in a few lines."""
     rows = [
         ("backend", f"{summary.backend} ({summary.engine}), world size {summary.world_size}, {summary.device}"),
         (
@@ -100,9 +98,9 @@ def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
         ("parameters", f"{summary.parameters:,}, sha256 {summary.parameters_sha256[:12]}"),
         ("written to", str(run_dir)),
     ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, highlight=False)
+    width = max(len(label) for label, _ in rows) + 2
+    for label, value in rows:
+        console.print(f"{label:<{width}}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _clean(value: Any) -> Any:
