@@ -127,6 +127,8 @@ class HorovodBackend(Backend):
             )
         if hierarchical_allgather and not hvd.mpi_built():
             raise ConfigError("--horovod.hierarchical-allgather needs a Horovod with MPI")
+        if (hierarchical_allreduce or hierarchical_allgather) and detection.topology.num_nodes == 1:
+            _log.warning("Horovod does nothing hierarchical on one node; --horovod.hierarchical-* have no effect here")
         self._environment = {
             name: str(value)
             for name, value in {

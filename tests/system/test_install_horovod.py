@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import HOROVOD_MPIRUN, run
 
 from hvdtrain.backends.horovod_stamp import installed, why_not
 from hvdtrain.horovod_build.probe import find_compiler
@@ -199,6 +200,26 @@ def test_a_fresh_environment_gets_a_horovod_that_works_and_the_next_one_the_same
     process.stderr.close()
     assert running_below(tmp_path) == []
     assert not list(tmp_path.glob("hvdtrain-horovod-*"))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(3600)
+def test_a_horovod_without_mpi_works_over_gloo_and_is_refused_under_mpirun(tmp_path):
+    python = environment(tmp_path / "env")
+    done = command("--no-mpi", "--nccl", "off", python=python, limit_s=3000, HVDTRAIN_CACHE=str(tmp_path / "cache"))
+    built_or_skip(done)
+    assert "with Gloo, two ranks tried under horovodrun --gloo" in done.stdout
+    job = ["-m", "hvdtrain", "--backend", "horovod", "--epochs", "1", "--run-dir", str(tmp_path / "run")]
+    ran = horovodrun(python, "-np", "2", "--disable-cache", str(python), *job)
+    assert ran.returncode == 0, ran.stderr
+    assert "Horovod 0.28.1, Gloo" in ran.stdout
+    mpirun = HOROVOD_MPIRUN.argv(2, *job)
+    refused = run([str(python) if word == sys.executable else word for word in mpirun])
+    assert refused.code != 0
+    assert (
+        "this Horovod was built without MPI, so mpirun cannot start it; use `horovodrun --gloo -np 2" in refused.output
+    )
 
 
 @pytest.mark.slow
