@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 _BUILT_IN = {
     "local": "hvdtrain.backends.local:LocalBackend",
     "torch": "hvdtrain.backends.ddp:TorchBackend",
+    "mpi": "hvdtrain.backends.mpi:MpiBackend",
     "horovod": "hvdtrain.backends.hvd:HorovodBackend",
 }
 

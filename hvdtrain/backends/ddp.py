@@ -78,6 +78,9 @@ class TorchBackend(Backend):
         watch = self._watch
         try:
             self._init_process_group(meeting)
+        except HvdtrainError:
+            watch.close()
+            raise
         except (RuntimeError, ValueError) as error:
             watch.close()
             raise LaunchError(

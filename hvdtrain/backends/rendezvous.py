@@ -75,7 +75,7 @@ def meet(detection: Detection, timeout_s: float) -> Meeting:
             nonce = secrets.token_hex(8)
             base.set("nonce", nonce)
             file = _rendezvous_file(detection)
-            hosts = ["127.0.0.1"] if topology.num_nodes == 1 else _own_addresses()
+            hosts = ["127.0.0.1"] if topology.num_nodes == 1 else own_addresses()
             _write(file, {"hosts": hosts, "port": port, "nonce": nonce})
     else:
         base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
@@ -148,7 +148,7 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
         for host in content["hosts"]:
             port = int(content["port"])
             found = f"it names {', '.join(content['hosts'])} port {port}, where rank 0's store does not answer"
-            if not _listens(host, port):
+            if not listens(host, port):
                 continue
             try:
                 timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
@@ -169,7 +169,8 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
     )
 
 
-def _listens(host: str, port: int) -> bool:
+def listens(host: str, port: int) -> bool:
+    """Whether something accepts connections there; waits two seconds at most."""
     try:
         with socket.create_connection((host, port), timeout=2):
             return True
@@ -177,7 +178,7 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def _own_addresses() -> list[str]:
+def own_addresses() -> list[str]:
     """The names and IPv4 addresses under which other nodes may reach this one, the host name first."""
     found = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, TORCH, run
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, MPI, TORCH, run
 
 LAUNCHES = [
     (LOCAL, 1),
     *[(TORCH, ranks) for ranks in (1, 2, 3, 4)],
+    *[(MPI, ranks) for ranks in (1, 2, 3, 4)],
     *[(HOROVOD_MPIRUN, ranks) for ranks in (1, 2, 3, 4)],
     *[(HOROVOD_GLOO, ranks) for ranks in (2, 3, 4)],
     *[pytest.param(HOROVOD_MPI, ranks, marks=pytest.mark.slow) for ranks in (2, 3, 4)],

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import HOROVOD_GLOO, HOROVOD_MPIRUN, TORCH, run
+from launching import HOROVOD_GLOO, HOROVOD_MPIRUN, MPI, TORCH, run
 
 JOB = str(Path(__file__).with_name("fault_job.py"))
 STARTUP_S = 60  # of three ranks on a busy machine; the time-out that would end a hang is longer
 
 
-@pytest.fixture(params=[TORCH, HOROVOD_GLOO, HOROVOD_MPIRUN], ids=str)
+@pytest.fixture(params=[TORCH, HOROVOD_GLOO, HOROVOD_MPIRUN, MPI], ids=str)
 def job(request):
     """A job of three ranks, the second of which goes wrong in some way."""
     launch = request.param

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, hvdtrain, run
-from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, TORCH
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI, TORCH
 
 
 def summary(folder: Path) -> dict:
@@ -34,7 +34,7 @@ def reference(tmp_path_factory):
     return found
 
 
-LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN]
+LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI]
 CASES = [(launch, ranks, 61) for launch in LAUNCHES for ranks in (2, 3, 4)] + [
     (TORCH, ranks, 60) for ranks in (2, 3, 4)
 ]

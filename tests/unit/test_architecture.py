@@ -23,7 +23,14 @@ STAIRS = [
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
     ["backends.base", "backends.hooked", "backends.horovod_stamp"],
+    ["mpi.library", "mpi.lane", "mpi.dtypes"],
+    ["mpi.operations", "mpi.staging"],
+    ["mpi.messages"],
+    ["mpi.group"],
+    ["mpi.registration"],
+    ["mpi"],
     ["backends.local", "backends.ddp", "backends.hvd"],
+    ["backends.mpi"],
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.state"],
@@ -57,7 +64,10 @@ PUBLIC_DOORS = {
     "testing",
     "testing.conformance",
 }  # no code of their own
-HOME = {"horovod": {"backends.hvd", "horovod_build.trial"}, "mpi4py": {"backends.mpi"}}
+HOME = {
+    "horovod": {"backends.hvd", "horovod_build.trial"},
+    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.operations", "mpi.messages", "mpi.group"},
+}
 
 
 def modules(package: Path) -> dict[str, Path]:

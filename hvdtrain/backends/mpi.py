@@ -1,0 +1,77 @@
+"""The `mpi` backend: DistributedDataParallel over the mpi4py process group, on stock PyTorch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hvdtrain.backends.ddp import TorchBackend
+from hvdtrain.backends.rendezvous import Meeting
+from hvdtrain.errors import HvdtrainError
+from hvdtrain.launch.detect import Detection
+from hvdtrain.mpi import Options, library
+
+_LAUNCHERS = ("mpirun", "srun", "horovodrun")
+
+
+class MpiBackend(TorchBackend):
+    """PyTorch's engine on MPI's wire; it differs from `TorchBackend` only in how it connects.
+
+    Args:
+        detection: Of mpirun, srun or horovodrun --mpi; or one process alone.
+        options: As for `Backend`.
+    """
+
+    name = "mpi"
+
+    def __init__(self, detection: Detection, **options: Any) -> None:
+        super().__init__(detection, process_group="mpi4py", **options)
+
+    @classmethod
+    def unusable(cls) -> str:
+        """Refuse an environment without mpi4py."""
+        return TorchBackend.unusable() or library.why_not()
+
+    @classmethod
+    def refuses(cls, detection: Detection) -> str:
+        """Refuse ranks that MPI did not start."""
+        launcher, world = detection.topology.launcher, detection.topology.world_size
+        if world == 1 or launcher in _LAUNCHERS:
+            return ""
+        return (
+            f"backend 'mpi' cannot run under {launcher}, whose ranks MPI does not join; start it with "
+            f"`mpirun -np {world} python -m hvdtrain`, or use --backend torch"
+        )
+
+    @property
+    def engine(self) -> str:
+        """The MPI library, once it is loaded."""
+        return library.version() or "mpi4py"
+
+    def _choose_process_group(self, wanted: str) -> str:
+        return wanted
+
+    def _init_process_group(self, meeting: Meeting) -> None:
+        library.load(self.detection)
+        library.check_world(self.detection, self.rank, self.world_size)
+        dist.init_process_group(
+            "mpi4py",
+            store=meeting.engine,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.timeout_s),
+            pg_options=Options(watch=False),  # this backend has its own
+        )
+        dist.barrier()
+
+    @property
+    def _wire_device(self) -> torch.device:
+        return self.device  # the group brings GPU tensors to MPI
+
+    def _kill(self, error: BaseException) -> None:
+        # MPI_Finalize would wait for ranks that are gone, and MPI_Abort reaches those that wait inside MPI.
+        code = error.exit_code if isinstance(error, HvdtrainError) else getattr(error, "code", None)
+        library.end_hard(code if isinstance(code, int) and code else 1)

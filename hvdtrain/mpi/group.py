@@ -1,0 +1,591 @@
+"""`MpiProcessGroup`: torch.distributed's process group, on stock PyTorch, with mpi4py below.
+
+Each call checks its arguments, and hands the rest to the group's lane, which makes the blocking MPI calls in order while
+the caller computes on. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
+two ranks that each receive before they send would otherwise wait for each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+from hvdtrain.backends.watch import NullWatch
+from hvdtrain.mpi import operations
+from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
+from hvdtrain.mpi.lane import Lane, MpiWork, forget
+from hvdtrain.mpi.messages import MpiMessage, Several
+from hvdtrain.mpi.staging import Staging
+
+_ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
+_CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
+
+
+_Base: Any = dist.ProcessGroup  # its stubs list overloads that differ between versions of torch
+
+
+class MpiProcessGroup(_Base):  # type: ignore[misc]
+    """Ranks of one communicator.
+
+    Args:
+        comm: Used by nothing else; freed when the group is destroyed.
+        name: For messages.
+        timeout: Of each operation.
+        watch: Knows which ranks have not come.
+        ranks: The ranks in the world.
+        check: Compare each operation over the ranks before any byte moves.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        name: str,
+        timeout: timedelta,
+        watch: NullWatch,
+        ranks: Sequence[int],
+        *,
+        check: bool = True,
+    ) -> None:
+        super().__init__(comm.rank, comm.size)
+        self._comm = comm
+        self._comm_rank = int(comm.rank)
+        self._label = name
+        self._timeout_s = timeout.total_seconds()
+        self._watch = watch
+        self._ranks = list(ranks)
+        self._check = check
+        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain)
+        self._staging = Staging()
+        self._process = os.getpid()
+        self._destroyed = False
+        self._numbers = itertools.count(1)
+        self._coalescing: list[MpiWork] | None = None
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    def getBackendName(self) -> str:
+        """The name under which it is registered."""
+        return "mpi4py"
+
+    def name(self) -> str:
+        """The name under which it is registered."""
+        return "mpi4py"
+
+    def getRank(self) -> int:
+        """This process's rank in the group."""
+        return self._comm_rank
+
+    def getSize(self) -> int:
+        """The number of ranks."""
+        return len(self._ranks)
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.getRank()
+
+    def size(self) -> int:
+        """The number of ranks."""
+        return len(self._ranks)
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    @property
+    def supports_splitting(self) -> bool:
+        """Whether `split_group` works; `new_group` does the same here."""
+        return False
+
+    @property
+    def supports_coalescing(self) -> bool:
+        """Whether several operations can be started as one."""
+        return True
+
+    def _get_backend(self, device: torch.device) -> MpiProcessGroup:
+        return self
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Operations are numbered by the watch."""
+
+    @property
+    def stuck(self) -> bool:
+        """Whether an MPI call will not return, so that MPI cannot be left in peace."""
+        return self._lane.stuck
+
+    # -- reductions ---------------------------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
+        """Reduce over the ranks, in place."""
+        opts = opts or dist.AllreduceOptions()
+        kind = kind_of(opts.reduceOp)
+        if len(tensors) == 1 and tensors[0].layout == torch.sparse_coo:
+            return self._allreduce_sparse(tensors[0], kind, opts)
+        (tensor,) = self._valid("all_reduce", tensors)
+        mpi_op(kind, tensor.dtype)
+        return self._start(
+            f"all_reduce(op={kind.name}) of {_form(tensor)}",
+            ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
+            [tensor], [tensor], opts,
+            lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind),
+        )  # fmt: skip
+
+    def _allreduce_sparse(self, tensor: Tensor, kind: Any, opts: Any) -> MpiWork:
+        if kind not in (kind.SUM, kind.AVG):
+            raise TypeError(f"all_reduce of sparse tensors sums or averages; got {kind.name}")
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            total = operations.sum_sparse(self._comm, tensor.cpu())
+            if kind == kind.AVG:
+                total /= self.size()
+            tensor.copy_(total.to(tensor.device))
+
+        what = f"all_reduce(op={kind.name}) of sparse {_form(tensor)}"
+        work = self._start(what, ("all_reduce sparse", kind.name, tensor.dtype, tuple(tensor.shape)), [], [], opts, run)
+        work._tensors = [tensor]
+        return work
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
+        """Reduce several tensors over the ranks, in place, small ones together."""
+        opts = opts or dist.AllreduceCoalescedOptions()
+        kind = kind_of(opts.reduceOp)
+        tensors = self._valid("all_reduce_coalesced", tensors, several=True)
+        for tensor in tensors:
+            mpi_op(kind, tensor.dtype)
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            for same in _by_dtype(outs):
+                flat = torch.cat([t.reshape(-1) for t in same]) if len(same) > 1 else same[0]
+                operations.all_reduce_(self._comm, flat, opts.reduceOp, kind)
+                if len(same) > 1:
+                    for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                        tensor.copy_(part.view_as(tensor))
+
+        return self._start(
+            f"all_reduce_coalesced(op={kind.name}) of {len(tensors)} tensors",
+            ("all_reduce_coalesced", kind.name, [(t.dtype, t.numel()) for t in tensors]),
+            tensors, tensors, opts, run,
+        )  # fmt: skip
+
+    def reduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
+        """Reduce to one rank, in place."""
+        opts = opts or dist.ReduceOptions()
+        kind, root = kind_of(opts.reduceOp), opts.rootRank
+        (tensor,) = self._valid("reduce", tensors)
+        mpi_op(kind, tensor.dtype)
+        outs = [tensor] if self._comm_rank == root else []
+        return self._start(
+            f"reduce(op={kind.name}, dst={root}) of {_form(tensor)}",
+            ("reduce", kind.name, root, tensor.dtype, tensor.numel()),
+            [tensor], outs, opts,
+            lambda ins, outs: operations.reduce_(self._comm, (outs or ins)[0], opts.reduceOp, kind, root),
+        )  # fmt: skip
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> MpiWork:
+        """Reduce a list of tensors, one for each rank, of which this rank keeps its own."""
+        opts = opts or dist.ReduceScatterOptions()
+        kind = kind_of(opts.reduceOp)
+        (out,) = self._valid("reduce_scatter", outputs)
+        (parts,) = inputs
+        parts = self._valid("reduce_scatter", parts, several=True)
+        self._one_each("reduce_scatter", parts)
+        mpi_op(kind, out.dtype)
+        sizes = [part.numel() for part in parts]
+        if out.numel() != sizes[self._comm_rank]:
+            raise ValueError(
+                f"reduce_scatter: the output has {out.numel()} elements, part {self._comm_rank} has {sizes}"
+            )
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            if len(set(sizes)) == 1:
+                whole = torch.cat([part.reshape(-1) for part in ins])
+                operations.reduce_scatter(self._comm, outs[0], whole, opts.reduceOp, kind)
+                return
+            for rank, part in enumerate(ins):
+                copy = part.clone()
+                operations.reduce_(self._comm, copy, opts.reduceOp, kind, rank)
+                if rank == self._comm_rank:
+                    outs[0].copy_(copy.view_as(outs[0]))
+
+        return self._start(
+            f"reduce_scatter(op={kind.name}) to {_form(out)}",
+            ("reduce_scatter", kind.name, out.dtype, sizes),
+            parts, [out], opts, run,
+        )  # fmt: skip
+
+    def _reduce_scatter_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
+        """Reduce a tensor of equal parts, of which this rank keeps its own."""
+        opts = opts or dist.ReduceScatterOptions()
+        kind = kind_of(opts.reduceOp)
+        out, whole = self._valid("reduce_scatter_tensor", [output, tensor], several=True)
+        mpi_op(kind, out.dtype)
+        if whole.numel() != out.numel() * self.size() or whole.dtype != out.dtype:
+            raise ValueError(
+                f"reduce_scatter_tensor: the input ({_form(whole)}) must have {self.size()} times the output's elements "
+                f"({_form(out)}) and its dtype"
+            )
+        return self._start(
+            f"reduce_scatter_tensor(op={kind.name}) to {_form(out)}",
+            ("reduce_scatter_tensor", kind.name, out.dtype, out.numel()),
+            [whole], [out], opts,
+            lambda ins, outs: operations.reduce_scatter(self._comm, outs[0], ins[0], opts.reduceOp, kind),
+        )  # fmt: skip
+
+    reduce_scatter_single = _reduce_scatter_base
+
+    def reduce_scatter_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """`reduce_scatter_tensor` of several tensors."""
+        return self._together(
+            [self._reduce_scatter_base(out, tensor, opts) for out, tensor in zip(outputs, inputs, strict=True)], outputs
+        )
+
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+
+    # -- moving -------------------------------------------------------------------------------------------------------
+
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
+        """Overwrite a tensor with that of one rank."""
+        opts = opts or dist.BroadcastOptions()
+        (tensor,) = self._valid("broadcast", tensors)
+        root = opts.rootRank
+        return self._start(
+            f"broadcast(src={root}) of {_form(tensor)}",
+            ("broadcast", root, tensor.dtype, tensor.numel()),
+            [tensor], [tensor], opts,
+            lambda ins, outs: operations.broadcast_(self._comm, outs[0], root),
+        )  # fmt: skip
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """Fill a list with every rank's tensor."""
+        (tensor,) = self._valid("all_gather", inputs)
+        (outs,) = outputs
+        outs = self._valid("all_gather", outs, several=True)
+        self._one_each("all_gather", outs)
+        sizes = [out.numel() for out in outs]
+        if tensor.numel() != sizes[self._comm_rank] or any(out.dtype != tensor.dtype for out in outs):
+            raise ValueError(
+                f"all_gather: this rank's tensor is {_form(tensor)}, the list has {[_form(out) for out in outs]}"
+            )
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            if len(set(sizes)) > 1:
+                operations.all_gather_unequal(self._comm, outs, ins[0])
+                return
+            flat = torch.empty(sum(sizes), dtype=ins[0].dtype)
+            operations.all_gather(self._comm, flat, ins[0])
+            for out, part in zip(outs, flat.split(sizes), strict=True):
+                out.copy_(part.view_as(out))
+
+        return self._start(
+            f"all_gather of {_form(tensor)}", ("all_gather", tensor.dtype, sizes), [tensor], outs, opts, run
+        )
+
+    def _allgather_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
+        """Fill a tensor with every rank's tensor, one after the other."""
+        out, part = self._valid("all_gather_into_tensor", [output, tensor], several=True)
+        if out.numel() != part.numel() * self.size() or out.dtype != part.dtype:
+            raise ValueError(
+                f"all_gather_into_tensor: the output ({_form(out)}) must have {self.size()} times the input's elements "
+                f"({_form(part)}) and its dtype"
+            )
+        return self._start(
+            f"all_gather_into_tensor of {_form(part)}",
+            ("all_gather_into_tensor", part.dtype, part.numel()),
+            [part], [out], opts,
+            lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]),
+        )  # fmt: skip
+
+    all_gather_single = _allgather_base
+
+    def allgather_into_tensor_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """`all_gather_into_tensor` of several tensors."""
+        return self._together(
+            [self._allgather_base(out, tensor, opts) for out, tensor in zip(outputs, inputs, strict=True)], outputs
+        )
+
+    all_gather_single_coalesced = allgather_into_tensor_coalesced
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """`all_gather` of several tensors; ``outputs[r][i]`` receives tensor i of rank r."""
+        works = [self.allgather([[outs[i] for outs in outputs]], [tensor], opts) for i, tensor in enumerate(inputs)]
+        return self._together(works, [out for outs in outputs for out in outs])
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """Fill a list on one rank with every rank's tensor."""
+        opts = opts or dist.GatherOptions()
+        root = opts.rootRank
+        (tensor,) = self._valid("gather", inputs)
+        outs: list[Tensor] = []
+        if self._comm_rank == root:
+            outs = self._valid("gather", outputs[0], several=True)
+            self._one_each("gather", outs)
+            if any(out.numel() != tensor.numel() or out.dtype != tensor.dtype for out in outs):
+                raise ValueError(f"gather: every output must be like the input, {_form(tensor)}")
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            flat = torch.empty(tensor.numel() * len(outs), dtype=tensor.dtype) if outs else None
+            operations.gather(self._comm, flat, ins[0], root)
+            if flat is not None:
+                for out, part in zip(outs, flat.split(tensor.numel()) if tensor.numel() else (), strict=False):
+                    out.copy_(part.view_as(out))
+
+        return self._start(
+            f"gather(dst={root}) of {_form(tensor)}",
+            ("gather", root, tensor.dtype, tensor.numel()),
+            [tensor], outs, opts, run,
+        )  # fmt: skip
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> MpiWork:
+        """Give each rank its tensor of one rank's list."""
+        opts = opts or dist.ScatterOptions()
+        root = opts.rootRank
+        (out,) = self._valid("scatter", outputs)
+        parts: list[Tensor] = []
+        if self._comm_rank == root:
+            parts = self._valid("scatter", inputs[0], several=True)
+            self._one_each("scatter", parts)
+            if any(part.numel() != out.numel() or part.dtype != out.dtype for part in parts):
+                raise ValueError(f"scatter: every part must be like the output, {_form(out)}")
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            whole = torch.cat([part.reshape(-1) for part in ins]) if ins else None
+            operations.scatter(self._comm, outs[0], whole, root)
+
+        return self._start(
+            f"scatter(src={root}) to {_form(out)}",
+            ("scatter", root, out.dtype, out.numel()),
+            parts, [out], opts, run,
+        )  # fmt: skip
+
+    def alltoall_base(
+        self, output: Tensor, tensor: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
+    ) -> MpiWork:
+        """Exchange parts of a tensor, split along its first dimension, equally if no splits are given."""
+        out, whole = self._valid("all_to_all_single", [output, tensor], several=True)
+        if out.dtype != whole.dtype:
+            raise ValueError(f"all_to_all_single: input {_form(whole)} and output {_form(out)} differ in dtype")
+        receive = self._splits(out, output_splits, "output")
+        send = self._splits(whole, input_splits, "input")
+        return self._start(
+            f"all_to_all_single of {_form(whole)}", ("all_to_all_single", out.dtype), [whole], [out], opts,
+            lambda ins, outs: operations.all_to_all(self._comm, as_bytes(outs[0]), as_bytes(ins[0]), receive, send),
+        )  # fmt: skip
+
+    all_to_all_single = alltoall_base
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+        """Exchange lists of tensors: tensor i goes to rank i."""
+        outs = self._valid("all_to_all", outputs, several=True)
+        parts = self._valid("all_to_all", inputs, several=True)
+        self._one_each("all_to_all", outs)
+        self._one_each("all_to_all", parts)
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            flat = torch.empty(sum(_nbytes(out) for out in outs), dtype=torch.uint8)
+            whole = torch.cat([as_bytes(part) for part in ins])
+            sizes = [_nbytes(out) for out in outs]
+            operations.all_to_all(self._comm, flat, whole, sizes, [_nbytes(part) for part in ins])
+            for out, part in zip(outs, flat.split(sizes), strict=True):
+                as_bytes(out).copy_(part)
+
+        return self._start(f"all_to_all of {len(parts)} tensors", ("all_to_all", outs[0].dtype), parts, outs, opts, run)
+
+    def barrier(self, opts: Any = None) -> MpiWork:
+        """Complete once every rank has called it."""
+        limit = getattr(opts, "timeout", None)
+
+        def run(ins: list[Tensor], outs: list[Tensor]) -> None:
+            if not self._check:  # the comparison is a barrier
+                self._comm.Barrier()
+
+        return self._start("barrier", ("barrier",), [], [], opts, run, limit)
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False, **_: Any) -> None:
+        """A barrier that waits here; its time-out names the ranks that are missing."""
+        self._start("monitored_barrier", ("barrier",), [], [], None, lambda ins, outs: None, timeout).wait()
+
+    # -- between two ranks --------------------------------------------------------------------------------------------
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> MpiWork:
+        """Send a tensor to a rank of the group."""
+        (tensor,) = self._valid("send", tensors)
+        staged = self._staging.take(tensor)
+        self._staging.ready(staged)
+        return self._message(
+            f"send(dst={dst}, tag={tag}) of {_form(tensor)}", tensor, staged.host, dst, tag, sends=True
+        )
+
+    def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> MpiWork:
+        """Receive a tensor from a rank of the group."""
+        (tensor,) = self._valid("recv", tensors)
+        return self._message(f"recv(src={src}, tag={tag}) of {_form(tensor)}", tensor, None, src, tag, sends=False)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> MpiWork:
+        """Receive a tensor from whichever rank sends first; the work's `source_rank` tells which it was."""
+        (tensor,) = self._valid("recv", tensors)
+        return self._message(
+            f"recv(any source, tag={tag}) of {_form(tensor)}", tensor, None, MPI.ANY_SOURCE, tag, sends=False
+        )
+
+    # -- several at once ----------------------------------------------------------------------------------------------
+
+    def _start_coalescing(self, device: Any = None) -> None:
+        self._coalescing = []
+
+    def _end_coalescing(self, device: Any = None) -> MpiWork:
+        works, self._coalescing = self._coalescing or [], None
+        return self._together(works, [])
+
+    def _together(self, works: list[MpiWork], tensors: Sequence[Tensor]) -> MpiWork:
+        what = f"{len(works)} operations, the last {works[-1].what}" if works else "no operation"
+        return Several(what, works, tensors, self._timeout_s)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Wait for what is under way, and free the communicator; every rank must call it."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        if os.getpid() != self._process:  # a forked child has no part in it
+            return
+        ended = self._lane.close(_CLOSE_S)
+        forget(self._lane)
+        if ended and not self._lane.broken and not MPI.Is_finalized():
+            self._comm.Free()
+
+    def abort(self) -> None:
+        """Take no more work; wait for nobody."""
+        self._destroyed = True
+        self._lane.close(0)
+        forget(self._lane)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _explain(self, work: MpiWork) -> str:
+        try:
+            return self._watch.missing(self._label, self._ranks)
+        except Exception as error:
+            return f" (the missing ranks cannot be told: {error})"
+
+    def _valid(self, what: str, tensors: Sequence[Tensor], *, several: bool = False) -> list[Tensor]:
+        if self._destroyed:
+            raise dist.DistBackendError(f"{what}: the process group was destroyed")
+        if os.getpid() != self._process:
+            raise dist.DistBackendError(
+                f"{what}: this process was forked from rank {self._comm_rank}, and MPI belongs to the parent alone"
+            )
+        if not several and len(tensors) != 1:
+            raise ValueError(f"{what}: one tensor a rank, got {len(tensors)}")
+        for tensor in tensors:
+            if tensor.layout != torch.strided:
+                raise TypeError(
+                    f"{what}: MPI moves dense tensors, got {tensor.layout}; call .to_dense(), or .coalesce() and send its parts"
+                )
+        return [tensor.detach() for tensor in tensors]
+
+    def _one_each(self, what: str, tensors: Sequence[Tensor]) -> None:
+        if len(tensors) != self.size():
+            raise ValueError(f"{what}: one tensor for each of the {self.size()} ranks, got {len(tensors)}")
+
+    def _splits(self, tensor: Tensor, splits: Sequence[int], which: str) -> list[int]:
+        """Bytes for each rank."""
+        rows = tensor.shape[0] if tensor.dim() else 1
+        row = _nbytes(tensor) // rows if rows else 0
+        if not splits:
+            if rows % self.size():
+                raise ValueError(
+                    f"all_to_all_single: {rows} rows of the {which} do not divide among {self.size()} ranks; give splits"
+                )
+            return [rows // self.size() * row] * self.size()
+        if len(splits) != self.size() or sum(splits) != rows:
+            raise ValueError(
+                f"all_to_all_single: {which} splits {list(splits)} must be {self.size()} numbers that sum to {rows}"
+            )
+        return [split * row for split in splits]
+
+    def _limit(self, opts: Any, timeout: timedelta | None = None) -> float:
+        wanted = timeout if timeout is not None else getattr(opts, "timeout", None)
+        seconds = wanted.total_seconds() if isinstance(wanted, timedelta) else -1.0
+        return seconds if 0 < seconds < math.inf else self._timeout_s
+
+    def _start(
+        self,
+        what: str,
+        key: tuple[Any, ...],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        opts: Any,
+        run: Callable[[list[Tensor], list[Tensor]], None],
+        timeout: timedelta | None = None,
+    ) -> MpiWork:
+        """Hand an operation to the lane.
+
+        Args:
+            what: For messages.
+            key: What must be equal on all ranks.
+            inputs: Read.
+            outputs: Written; those that are inputs as well are both.
+            opts: c10d's options: the time-out.
+            run: Is given contiguous CPU versions of both.
+            timeout: Instead of that of ``opts``.
+        """
+        what = f"{what} over {self._label} ({self.size()} ranks)"
+        if self._destroyed:
+            raise dist.DistBackendError(f"{what}: the process group was destroyed")
+        number = next(self._numbers)
+        work = MpiWork(what, list(outputs) or list(inputs), self._limit(opts, timeout))
+        taken = {id(tensor): self._staging.take(tensor) for tensor in inputs}
+
+        def operation() -> None:
+            with self._watch.region(self._label, what, self._ranks):
+                if self._check and self.size() > 1:
+                    operations.agree(self._comm, what, (number, *key))
+                for staged in taken.values():
+                    self._staging.ready(staged)
+                results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
+                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
+                for result in results:
+                    self._staging.give_back(result)
+
+        self._lane.submit(work, operation)
+        if self._coalescing is not None:
+            self._coalescing.append(work)
+        return work
+
+    def _message(self, what: str, tensor: Tensor, host: Tensor | None, peer: int, tag: int, *, sends: bool) -> MpiWork:
+        what = f"{what} over {self._label} ({self.size()} ranks)"
+        if tag < 0 or tag > _ANY_TAG_LIMIT:
+            tag = zlib.crc32(str(tag).encode()) % _ANY_TAG_LIMIT
+        room = self._staging.room(tensor) if host is None else None
+        work = MpiMessage(what, tensor, room.host if host is None and room is not None else host, self._timeout_s)
+        if room is not None:
+            work.on_arrival = lambda: self._staging.give_back(room)
+        work.begin(self._comm, peer, tag, sends=sends)
+        if self._coalescing is not None:
+            self._coalescing.append(work)
+        return work
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())

@@ -1,0 +1,263 @@
+"""One thread per group that makes its MPI calls, in order, while the caller computes on.
+
+MPI calls block, and mpi4py lets go of the interpreter lock meanwhile. A clock watches the call that is under way: if it
+lasts longer than its time-out, all that wait for it get an error, and the lane takes no more work, because an MPI call
+cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 0.25
+_NO_TIMEOUT = timedelta(0)
+
+
+_Base: Any = dist.Work
+
+
+class MpiWork(_Base):  # type: ignore[misc]
+    """An operation that was handed to a lane.
+
+    Args:
+        what: The operation, for messages.
+        tensors: Its result, complete when the work is.
+        timeout_s: Bound of the MPI call itself, in seconds.
+    """
+
+    def __init__(self, what: str, tensors: Sequence[Any], timeout_s: float) -> None:
+        super().__init__()
+        self.what = what
+        self.timeout_s = timeout_s
+        self.source = -1
+        self._tensors = list(tensors)
+        self._pending = threading.Lock()  # held until the operation is over
+        self._pending.acquire()
+        self._over = False
+        self._error: Exception | None = None
+        self._future: Any = None
+        self._turn = threading.Lock()
+
+    # -- what c10d asks -----------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Block until the operation is over.
+
+        Args:
+            timeout: How long this call may block; the operation's own time-out holds besides.
+
+        Raises:
+            DistBackendError: The operation failed or timed out.
+        """
+        limit = timeout.total_seconds()
+        if not self._over:
+            if not self._pending.acquire(timeout=limit if limit > 0 else -1):
+                raise dist.DistBackendError(
+                    f"{self.what}: waited {limit:g} s, timed out; the operation goes on and can be waited for again"
+                )
+            self._pending.release()
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        """The same as `wait`."""
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """Say whether the operation is over, well or badly."""
+        return self._over
+
+    def is_success(self) -> bool:
+        """Say whether it is over and well."""
+        return self._over and self._error is None
+
+    def exception(self) -> Exception | None:
+        """What it failed with, if it is over and has failed."""
+        return self._error
+
+    def result(self) -> list[Any]:
+        """The tensors, once it is over."""
+        self.wait()
+        return self._tensors
+
+    def source_rank(self) -> int:
+        """Of a receive from any rank: the rank that sent."""
+        return self.source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Any:
+        """A future of the result, for communication hooks."""
+        with self._turn:
+            if self._future is None:
+                devices: list[Any] = sorted(
+                    {t.device for t in self._tensors if isinstance(t, Tensor) and t.is_cuda}, key=str
+                )
+                self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
+                if self._over:
+                    self._settle_future()
+            return self._future
+
+    # -- what the lane says -------------------------------------------------------------------------------------------
+
+    def finish(self, error: Exception | None = None) -> bool:
+        """End the operation; only the first end counts.
+
+        Returns:
+            Whether this was the first.
+        """
+        with self._turn:
+            if self._over:
+                return False
+            self._error = error
+            self._over = True
+            self._pending.release()
+            if self._future is not None:
+                self._settle_future()
+        return True
+
+    def _settle_future(self) -> None:
+        if self._error is None:
+            self._future.set_result(self._tensors)
+        else:
+            self._future.set_exception(self._error)
+
+
+class Lane:
+    """A queue of operations and the thread that performs them.
+
+    Args:
+        name: Of the thread.
+        explain: Says more about an operation that timed out: the ranks that are missing.
+    """
+
+    def __init__(self, name: str, explain: Callable[[MpiWork], str]) -> None:
+        self.name = name
+        self._explain = explain
+        self._queue: SimpleQueue[tuple[MpiWork, Callable[[], None]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._current: tuple[MpiWork, float] | None = None  # the operation under way, and its deadline
+        self.broken: Exception | None = None
+        self._closed = False
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the thread is inside an MPI call that will not return."""
+        return self.broken is not None and self._thread is not None and self._thread.is_alive()
+
+    def submit(self, work: MpiWork, operation: Callable[[], None]) -> MpiWork:
+        """Perform ``operation`` when those before it are over."""
+        if self.broken is not None:
+            raise dist.DistBackendError(f"{work.what}: {self.name} is unusable since an earlier failure: {self.broken}")
+        if self._closed:
+            raise dist.DistBackendError(f"{work.what}: {self.name} was destroyed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+            _clock.watch(self)
+        self._queue.put((work, operation))
+        return work
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more work, and end when what there is is over.
+
+        Returns:
+            Whether the thread ended within ``timeout_s``.
+        """
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            work, operation = item
+            del item
+            if self.broken is not None:
+                work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))
+                continue
+            self._current = (work, time.monotonic() + work.timeout_s)
+            try:
+                operation()
+            except dist.DistError as error:
+                work.finish(error)
+            except Exception as error:
+                failure = dist.DistBackendError(f"{work.what} failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                work.finish(failure)
+            else:
+                work.finish()
+            finally:
+                self._current = None
+            del work, operation  # tensors must not live until the next operation comes
+
+    def check(self, now: float) -> None:
+        """Give up on the operation under way if its time is over."""
+        current = self._current
+        if current is None or now < current[1]:
+            return
+        work = current[0]
+        error = dist.DistBackendError(f"{work.what} timed out after {work.timeout_s:g} s{self._explain(work)}")
+        if self._current is current and work.finish(error):
+            self.broken = error
+
+
+class _Clock:
+    """The thread that looks at all lanes' deadlines."""
+
+    def __init__(self) -> None:
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._turn = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+
+    def watch(self, lane: Lane) -> None:
+        with self._turn:
+            self._lanes.add(lane)
+            if self._thread is None:
+                self._ending.clear()
+                self._thread = threading.Thread(target=self._run, name="hvdtrain-mpi-clock", daemon=True)
+                self._thread.start()
+
+    def forget(self, lane: Lane) -> None:
+        with self._turn:
+            self._lanes.discard(lane)
+            if not self._lanes and self._thread is not None:
+                self._ending.set()
+                self._thread.join()
+                self._thread = None
+
+    def _run(self) -> None:
+        while not self._ending.wait(_TICK_S):
+            now = time.monotonic()
+            for lane in list(self._lanes):
+                lane.check(now)
+
+
+_clock = _Clock()
+
+
+def forget(lane: Lane) -> None:
+    """Stop watching a lane that has ended."""
+    _clock.forget(lane)

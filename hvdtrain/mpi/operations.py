@@ -1,0 +1,305 @@
+"""Collective operations on contiguous CPU tensors over one communicator, as blocking MPI calls.
+
+Long messages go in pieces: Open MPI's all-reduce is twice to three times as slow per byte above 8 MB a call, and MPI's
+counts end at 2^31. Nothing here knows of threads, of time-outs or of GPUs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hvdtrain.mpi.dtypes import HALVES, Kind, as_bytes, memory, mpi_op, premultiplier
+
+PIECE_BYTES = 2 * 2**20
+MAX_COUNT = 2**30  # bytes in one call, below MPI's 2^31 - 1
+
+
+class Mismatch(RuntimeError):
+    """The ranks of a group called different operations, or the same with tensors that do not fit each other."""
+
+
+def agree(comm: Any, what: str, key: object) -> None:
+    """Make sure that every rank is in the same operation on tensors of the same form, before any byte moves.
+
+    Args:
+        comm: The group.
+        what: The operation as this rank sees it, for the message.
+        key: What must be equal on all ranks.
+
+    Raises:
+        Mismatch: It is not; names what each rank called.
+    """
+    digest = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 2
+    both = np.array([digest, -digest], dtype=np.int64)
+    comm.Allreduce(MPI.IN_PLACE, both, MPI.MIN)
+    if both[0] == digest == -both[1]:
+        return
+    everyone = comm.allgather(what)
+    different: dict[str, list[int]] = {}
+    for rank, said in enumerate(everyone):
+        different.setdefault(said, []).append(rank)
+    told = "; ".join(f"ranks {ranks} of the group: {said}" for said, ranks in different.items())
+    raise Mismatch(f"the ranks did not call the same operation ({told})")
+
+
+# -- reductions -------------------------------------------------------------------------------------------------------
+
+
+def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any) -> None:
+    """Reduce a tensor over the ranks, in place."""
+    mpi_op(kind, tensor.dtype)
+    if comm.size > 1 and tensor.numel():
+        if tensor.dtype in HALVES:
+            _reduce_parts(comm, tensor, kind, op)
+            return
+        _premultiply_(tensor, op, kind)
+        piece = max(1, PIECE_BYTES // tensor.element_size())
+        how = mpi_op(kind, tensor.dtype)
+        for start in range(0, tensor.numel(), piece):
+            comm.Allreduce(MPI.IN_PLACE, memory(tensor, start, min(piece, tensor.numel() - start)), how)
+    else:
+        _premultiply_(tensor, op, kind)
+    if kind == Kind.AVG:
+        tensor.div_(comm.size)
+
+
+def sum_sparse(comm: Any, tensor: Tensor) -> Tensor:
+    """The sum of the ranks' sparse tensors of one shape, which may hold different numbers of values; coalesced."""
+    own = tensor.coalesce()
+    indices, values = own.indices().contiguous(), own.values().contiguous()
+    counts = comm.allgather(values.shape[0])
+    all_indices = [torch.empty((indices.shape[0], count), dtype=torch.int64) for count in counts]
+    all_values = [torch.empty((count, *values.shape[1:]), dtype=values.dtype) for count in counts]
+    all_gather_unequal(comm, all_indices, indices)
+    all_gather_unequal(comm, all_values, values)
+    whole = torch.sparse_coo_tensor(
+        torch.cat(all_indices, 1), torch.cat(all_values), tensor.shape, check_invariants=False
+    )
+    return whole.coalesce()
+
+
+def reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
+    """Reduce a tensor to one rank; the others' keep what they held."""
+    mpi_op(kind, tensor.dtype)
+    if tensor.dtype in HALVES:
+        wide = tensor.float()
+        reduce_(comm, wide, op, kind, root)
+        if comm.rank == root:
+            tensor.copy_(wide)
+        return
+    source = tensor
+    if kind == Kind.PREMUL_SUM:
+        source = tensor.clone()
+        _premultiply_(source, op, kind)
+    how, piece = mpi_op(kind, tensor.dtype), max(1, PIECE_BYTES // tensor.element_size())
+    for start in range(0, tensor.numel(), piece):
+        part = memory(source, start, min(piece, tensor.numel() - start))
+        if comm.rank == root:
+            comm.Reduce(MPI.IN_PLACE, part, how, root)
+        else:
+            comm.Reduce(part, None, how, root)
+    if comm.rank == root:
+        if source is not tensor:
+            tensor.copy_(source)
+        if kind == Kind.AVG:
+            tensor.div_(comm.size)
+
+
+def reduce_scatter(comm: Any, out: Tensor, tensor: Tensor, op: Any, kind: Any) -> None:
+    """Reduce a tensor of ``size`` equal parts, and keep this rank's part in ``out``."""
+    mpi_op(kind, tensor.dtype)
+    if not tensor.numel():
+        return
+    if tensor.dtype in HALVES:
+        out.view(-1).copy_(_reduced_part(comm, tensor.view(comm.size, -1), kind, op))
+        return
+    source = tensor
+    if kind == Kind.PREMUL_SUM:
+        source = tensor.clone()
+        _premultiply_(source, op, kind)
+    how, part = mpi_op(kind, tensor.dtype), out.numel()
+    piece = max(1, PIECE_BYTES // tensor.element_size() // comm.size)
+    if part <= piece:
+        comm.Reduce_scatter_block(memory(source), memory(out), how)
+    else:
+        parts = source.view(comm.size, part)
+        for start in range(0, part, piece):
+            end = min(part, start + piece)
+            columns = parts[:, start:end].contiguous()
+            comm.Reduce_scatter_block(memory(columns), memory(out, start, end - start), how)
+    if kind == Kind.AVG:
+        out.div_(comm.size)
+
+
+def _premultiply_(tensor: Tensor, op: Any, kind: Any) -> None:
+    if kind == Kind.PREMUL_SUM:
+        tensor.mul_(premultiplier(op))
+
+
+def _reduce_parts(comm: Any, tensor: Tensor, kind: Any, op: Any) -> None:
+    """All-reduce of 16-bit floats: each rank gets its part of everybody's, reduces it in float32, rounds once, and all
+    gather the parts. Two exchanges of two bytes a value, as in a ring."""
+    flat = tensor.view(-1)
+    piece = PIECE_BYTES // tensor.element_size() // comm.size * comm.size
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        length = -(-part.numel() // comm.size)
+        if part.numel() == length * comm.size:
+            padded = part
+        else:
+            padded = torch.zeros(length * comm.size, dtype=tensor.dtype)
+            padded[: part.numel()] = part
+        mine = _reduced_part(comm, padded.view(comm.size, length), kind, op)
+        whole = part if padded is part else padded
+        comm.Allgather(memory(as_bytes(mine)), memory(as_bytes(whole)))
+        if whole is not part:
+            part.copy_(whole[: part.numel()])
+
+
+def _reduced_part(comm: Any, parts: Tensor, kind: Any, op: Any) -> Tensor:
+    """This rank's row of the sum (or another reduction) of all ranks' ``parts``, shape (size, length), rounded once."""
+    received = torch.empty_like(parts)
+    all_to_all_equal(comm, received, parts)
+    wide = received.float()
+    if kind == Kind.PREMUL_SUM:
+        wide.mul_(premultiplier(op))
+    if kind in (Kind.SUM, Kind.AVG, Kind.PREMUL_SUM):
+        total = wide.sum(0)
+        if kind == Kind.AVG:
+            total /= comm.size
+    elif kind == Kind.PRODUCT:
+        total = wide.prod(0)
+    else:
+        total = wide.amin(0) if kind == Kind.MIN else wide.amax(0)
+    return total.to(parts.dtype)
+
+
+# -- operations that only move bytes ----------------------------------------------------------------------------------
+
+
+def broadcast_(comm: Any, tensor: Tensor, root: int) -> None:
+    """Overwrite a tensor with that of one rank."""
+    flat = as_bytes(tensor)
+    for start in range(0, flat.numel(), MAX_COUNT):
+        comm.Bcast(memory(flat, start, min(MAX_COUNT, flat.numel() - start)), root)
+
+
+def all_gather(comm: Any, out: Tensor, tensor: Tensor) -> None:
+    """Fill ``out`` with every rank's ``tensor``, one after the other."""
+    flat, whole = as_bytes(tensor), as_bytes(out)
+    if not flat.numel():
+        return
+    with _Block(flat.numel()) as block:
+        comm.Allgather(block.of(flat), block.of(whole))
+
+
+def all_gather_unequal(comm: Any, outs: Sequence[Tensor], tensor: Tensor) -> None:
+    """Fill each of ``outs`` with the tensor of the rank of that number; they may differ in size."""
+    for rank, out in enumerate(outs):
+        if rank == comm.rank:
+            out.copy_(tensor)
+        broadcast_(comm, out, rank)
+
+
+def gather(comm: Any, out: Tensor | None, tensor: Tensor, root: int) -> None:
+    """Fill ``out`` on one rank with every rank's ``tensor``."""
+    flat = as_bytes(tensor)
+    if not flat.numel():
+        return
+    with _Block(flat.numel()) as block:
+        comm.Gather(block.of(flat), None if out is None else block.of(as_bytes(out)), root)
+
+
+def scatter(comm: Any, out: Tensor, tensor: Tensor | None, root: int) -> None:
+    """Give each rank its part of one rank's ``tensor``."""
+    flat = as_bytes(out)
+    if not flat.numel():
+        return
+    with _Block(flat.numel()) as block:
+        comm.Scatter(None if tensor is None else block.of(as_bytes(tensor)), block.of(flat), root)
+
+
+def all_to_all_equal(comm: Any, out: Tensor, tensor: Tensor) -> None:
+    """Exchange equal parts: part i of ``tensor`` goes to rank i."""
+    flat, whole = as_bytes(tensor), as_bytes(out)
+    if not flat.numel():
+        return
+    with _Block(flat.numel() // comm.size) as block:
+        comm.Alltoall(block.of(flat), block.of(whole))
+
+
+def all_to_all(comm: Any, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
+    """Exchange parts of any size.
+
+    Args:
+        comm: The group.
+        out: Receives; flat, of uint8.
+        tensor: Sends; flat, of uint8.
+        receive: Bytes from each rank.
+        send: Bytes for each rank.
+
+    Raises:
+        Mismatch: Some rank expects another number of bytes than it is sent.
+    """
+    expected = np.empty(comm.size, dtype=np.int64)
+    comm.Alltoall(np.array(send, dtype=np.int64), expected)
+    wrong = [rank for rank in range(comm.size) if expected[rank] != receive[rank]]
+    troubled = comm.allreduce([(comm.rank, rank, int(expected[rank]), int(receive[rank])) for rank in wrong])
+    if troubled:
+        told = "; ".join(
+            f"rank {to} expects {want} bytes of rank {of}, which sends {has}" for to, of, has, want in troubled
+        )
+        raise Mismatch(f"the splits of the ranks do not fit: {told}")
+    if max(sum(send), sum(receive)) <= MAX_COUNT:
+        comm.Alltoallv(
+            [memory(tensor)[0], list(send), _starts(send), MPI.BYTE],
+            [memory(out)[0], list(receive), _starts(receive), MPI.BYTE],
+        )
+        return
+    requests = []
+    for ranks, buffer, sizes, begin in ((comm.size, out, receive, comm.Irecv), (comm.size, tensor, send, comm.Isend)):
+        starts = _starts(sizes)
+        for step in range(ranks):
+            rank = (comm.rank + step) % ranks
+            for start in range(0, sizes[rank], MAX_COUNT):
+                count = min(MAX_COUNT, sizes[rank] - start)
+                requests.append(begin(memory(buffer, starts[rank] + start, count), rank))
+    MPI.Request.Waitall(requests)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes[:-1]:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+class _Block:
+    """A datatype of ``nbytes`` bytes: equal parts of any length then have a count that MPI's 32 bits can hold."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._large: Any = None
+
+    def __enter__(self) -> _Block:
+        if self._nbytes > MAX_COUNT:
+            units, rest = divmod(self._nbytes, 2**20)
+            unit = MPI.BYTE.Create_contiguous(2**20)
+            self._large = MPI.Datatype.Create_struct([units, rest], [0, units * 2**20], [unit, MPI.BYTE]).Commit()
+            unit.Free()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._large is not None:
+            self._large.Free()
+
+    def of(self, flat: Tensor) -> list[Any]:
+        """The buffer of a flat byte tensor that is a whole number of blocks long."""
+        return [MPI.memory.fromaddress(flat.data_ptr(), flat.numel()), self._large or MPI.BYTE]

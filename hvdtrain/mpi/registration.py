@@ -1,0 +1,241 @@
+"""How `torch.distributed.init_process_group("mpi4py")` comes to an `MpiProcessGroup`.
+
+Importing this starts no MPI. When a process group is made and no MASTER_ADDR is set, MPI itself tells the ranks where
+rank 0's store is: rank 0 binds a free port first, nobody guesses one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from hvdtrain.backends.rendezvous import listens, own_addresses
+from hvdtrain.backends.watch import NullWatch, Watch
+from hvdtrain.errors import HvdtrainError, LaunchError, RankFailure
+from hvdtrain.launch.detect import detect
+from hvdtrain.mpi import library
+
+_log = logging.getLogger(__name__)
+
+NAME = "mpi4py"
+CHECK_VARIABLE = "HVDTRAIN_MPI_CHECK"
+_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+_DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """For ``init_process_group(..., pg_options=Options(...))``.
+
+    Args:
+        watch: Let the ranks watch each other beside MPI, so that a rank that failed or left is named and ends all.
+            Whoever has such a watch already turns it off.
+        check: Compare each operation over the ranks before any byte moves: ranks that call different operations, or the
+            same with other shapes, get an error instead of garbage. Costs a tiny all-reduce.
+    """
+
+    watch: bool = True
+    check: bool = os.environ.get(CHECK_VARIABLE, "1") != "0"
+
+
+class _State:
+    """What the default group leaves for the groups made from it."""
+
+    world_ranks: list[int] | None = None  # of MPI's world, by torch's rank
+    watch: NullWatch = NullWatch()
+    server: Any = None
+    options: Options = Options()
+
+
+def register() -> None:
+    """Make ``mpi4py`` known to torch.distributed, and teach ``env://`` where rank 0 is if the environment does not say."""
+    if NAME.upper() in dist.Backend._plugins:
+        return
+    dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
+    handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
+    torchs_own = handlers["env"]
+
+    def env(*args: Any, **kwargs: Any) -> Any:
+        if not any(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT")):
+            _tell_where_rank_zero_is()
+        return torchs_own(*args, **kwargs)
+
+    handlers["env"] = env
+
+
+def _tell_where_rank_zero_is() -> None:
+    try:
+        detection = detect()
+    except LaunchError as error:
+        _log.debug("no launcher: %s", error)
+        return
+    if detection.topology.launcher not in ("mpirun", "srun", "horovodrun", "none") or detection.address is not None:
+        return
+    mpi = library.load(detection)
+    world = mpi.COMM_WORLD
+    topology = detection.topology
+    if topology.launcher != "none":
+        library.check_world(detection, topology.rank, topology.world_size)
+    content = None
+    if world.rank == 0:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        _State.server = server  # torch's env:// finds it by its port, as a second tenant
+        content = (socket.gethostname(), own_addresses(), server.port)
+    host0, addresses, port = _bounded_bcast(world, content)
+    if host0 == socket.gethostname():
+        address = "127.0.0.1"
+    else:
+        address = next((each for each in addresses if listens(each, port)), "")
+        if not address:
+            raise LaunchError(
+                f"rank {world.rank} on {socket.gethostname()} reaches rank 0 at none of {', '.join(addresses)} port {port}; "
+                "open the ports between the hosts, or set MASTER_ADDR and MASTER_PORT"
+            )
+    values = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": world.rank, "WORLD_SIZE": world.size}
+    for name, value in values.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
+
+
+def _bounded_bcast(world: Any, content: Any) -> Any:
+    """MPI's bcast of an object, with a bound: some rank may never come."""
+    end = time.monotonic() + _DEFAULT_TIMEOUT_S
+    buffer = bytearray(4096)
+    if world.rank == 0:
+        data = pickle.dumps(content)
+        buffer[: len(data)] = data
+    request = world.Ibcast(buffer, 0)
+    while not request.Test():
+        if time.monotonic() > end:
+            library.end_hard(1)
+            raise LaunchError(
+                f"rank {world.rank} waited {_DEFAULT_TIMEOUT_S:g} s for all ranks to call init_process_group()"
+            )
+        time.sleep(0.001)
+    return pickle.loads(bytes(buffer))
+
+
+def _create(options: Any, backend_options: Any) -> Any:
+    """What torch.distributed calls for a new group on each of its ranks."""
+    ranks = list(options.global_ranks_in_group)
+    own = backend_options if isinstance(backend_options, Options) else None
+    detection = detect()
+    mpi = library.load(detection)
+    timeout: timedelta = options.timeout
+    is_world = not ranks
+    if is_world:
+        library.check_world(detection, options.group_rank, options.group_size)
+        _State.options = own or Options()
+        _State.world_ranks = _exchange(
+            options.store, options.group_rank, options.group_size, mpi.COMM_WORLD.rank, timeout.total_seconds()
+        )
+        ranks = list(range(options.group_size))
+        _State.watch = _begin_watch(options, timeout) if _State.options.watch else NullWatch()
+    else:
+        own = own or replace(_State.options, watch=False)
+    assert _State.world_ranks is not None
+    members = [_State.world_ranks[rank] for rank in ranks]
+    comm = _communicator(mpi, members, str(options.group_id), timeout.total_seconds())
+    from hvdtrain.mpi.group import MpiProcessGroup  # noqa: PLC0415 - needs MPI, which was loaded just now
+
+    label = "world" if is_world else f"group {ranks}"
+    group = MpiProcessGroup(
+        comm, label, timeout, _State.watch, ranks, check=_State.options.check if own is None else own.check
+    )
+    if is_world:
+        _Exit.group = group
+        if _State.options.watch:
+            library.abort_on_exception()
+        atexit.register(_Exit.leave)
+    return group
+
+
+def _exchange(store: Any, rank: int, size: int, mine: int, timeout_s: float) -> list[int]:
+    """Every rank's number in MPI's world; waits with a bound until all ranks are here."""
+    store.set(f"mpi/{rank}", str(mine))
+    found = []
+    for other in range(size):
+        try:
+            store.wait([f"mpi/{other}"], timedelta(seconds=timeout_s))
+        except (RuntimeError, dist.DistError) as error:
+            raise LaunchError(
+                f"rank {rank} waited {timeout_s:g} s for rank {other} to join the mpi4py group"
+            ) from error
+        found.append(int(store.get(f"mpi/{other}")))
+    if len(set(found)) != size:
+        raise LaunchError(
+            f"the {size} ranks are only {sorted(set(found))} in MPI's world: mpi4py and the launcher belong to different MPI libraries"
+        )
+    return found
+
+
+def _communicator(mpi: Any, members: Sequence[int], name: str, timeout_s: float) -> Any:
+    """A communicator of its own for a group; only its members call."""
+    box: list[Any] = []
+
+    def run() -> None:
+        group = mpi.COMM_WORLD.Get_group()
+        part = group.Incl(list(members))
+        box.append(mpi.COMM_WORLD.Create_group(part, zlib.crc32(name.encode()) % 32768))
+        part.Free()
+        group.Free()
+
+    thread = threading.Thread(target=run, name="hvdtrain-mpi-create", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if not box:
+        library.end_hard(1)
+        raise LaunchError(
+            f"waited {timeout_s:g} s for the ranks {list(members)} to make the group {name!r}; all of them must"
+        )
+    return box[0]
+
+
+def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:
+    store = options.store
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if options.group_size == 1 or not isinstance(store, dist.TCPStore):
+        return NullWatch()
+    own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    watch = Watch(dist.PrefixStore(f"hvdtrain-mpi/{options.group_id}", own), options.group_rank, options.group_size)
+    watch.start()
+    return watch
+
+
+class _Exit:
+    """The end of a program that did, or did not, destroy its groups."""
+
+    group: Any = None
+
+    @staticmethod
+    def leave() -> None:
+        """Say goodbye to the other ranks, so that none waits for this one, and never wait for ever in MPI_Finalize."""
+        group, watch = _Exit.group, _State.watch
+        _Exit.group, _State.watch = None, NullWatch()
+        if group is None:
+            return
+        failed = library.ending() or group.stuck
+        if failed:
+            if isinstance(watch, Watch):
+                watch.close()
+            library.end_hard(1)
+            return
+        try:
+            watch.leave(group._timeout_s)
+        except (RankFailure, RuntimeError) as error:
+            print(f"hvdtrain: {error}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+            library.end_hard(HvdtrainError.exit_code)
