@@ -12,7 +12,7 @@ from hvdtrain.backends.ddp import TorchBackend
 from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.detect import Detection
-from hvdtrain.mpi import Options, library
+from hvdtrain.mpi import Options, give_up, library
 
 _LAUNCHERS = ("mpirun", "srun", "horovodrun")
 
@@ -65,6 +65,8 @@ class MpiBackend(TorchBackend):
             timeout=timedelta(seconds=self.timeout_s),
             pg_options=Options(watch=False),  # this backend has its own
         )
+        if self._real_watch is not None:
+            self._real_watch.on_failure.append(give_up)
         dist.barrier()
 
     @property

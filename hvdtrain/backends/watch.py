@@ -114,6 +114,8 @@ class Watch(NullWatch):
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hvdtrain-watch", daemon=True)
         self.failure = None
+        self.on_failure: list[Callable[[str], None]] = []
+        """Called, in the watch's thread, with what went wrong: an engine that can let its waits fail should do so."""
 
     def start(self) -> None:
         """Publish the first record and begin watching."""
@@ -249,11 +251,13 @@ class Watch(NullWatch):
                 return
             if self.failure is not None and self.failure.rank != self._rank:
                 self.acknowledge()
+                self._tell(f"rank {self.failure.rank} on {self.failure.host} failed first: {self.failure.message}")
                 self._end_soon(f"rank {self.failure.rank} failed first: {self.failure.message}", tell=self._rank == 0)
                 return
             stuck = self._stuck()
             if stuck:
                 self.report(stuck, "")
+                self._tell(stuck)
                 self._end_soon(stuck, tell=True)
                 return
 
@@ -314,6 +318,10 @@ class Watch(NullWatch):
                 )
             time.sleep(pause)
             pause = min(0.1, pause * 1.5)
+
+    def _tell(self, message: str) -> None:
+        for listener in self.on_failure:
+            listener(message)
 
     def _end_soon(self, message: str, *, tell: bool) -> None:
         """Let the main thread unwind; if it is stuck inside the engine, end the process."""

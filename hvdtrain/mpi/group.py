@@ -68,6 +68,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._staging = Staging()
         self._process = os.getpid()
         self._destroyed = False
+        self._group_name = self._group_description = ""
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
 
@@ -96,6 +97,22 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
     def size(self) -> int:
         """The number of ranks."""
         return len(self._ranks)
+
+    def getGroupName(self) -> str:
+        """What torch.distributed calls this group."""
+        return self._group_name
+
+    def setGroupName(self, name: str) -> None:
+        """Torch.distributed's name for this group."""
+        self._group_name = name
+
+    def getGroupDesc(self) -> str:
+        """What the user calls it."""
+        return self._group_description
+
+    def setGroupDesc(self, description: str) -> None:
+        """The user's name for it."""
+        self._group_description = description
 
     @property
     def _device_types(self) -> list[torch.device]:
@@ -462,6 +479,10 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         forget(self._lane)
         if ended and not self._lane.broken and not MPI.Is_finalized():
             self._comm.Free()
+
+    def give_up(self, reason: str) -> None:
+        """Let every wait fail: another rank has failed, or will never come."""
+        self._lane.give_up(reason)
 
     def abort(self) -> None:
         """Take no more work; wait for nobody."""

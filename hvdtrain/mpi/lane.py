@@ -48,6 +48,7 @@ class MpiWork(_Base):  # type: ignore[misc]
         self._pending.acquire()
         self._over = False
         self._error: Exception | None = None
+        self._ended: Any = None  # a future that only ends; `_future` follows it with the result or the error
         self._future: Any = None
         self._turn = threading.Lock()
 
@@ -107,9 +108,12 @@ class MpiWork(_Base):  # type: ignore[misc]
                 devices: list[Any] = sorted(
                     {t.device for t in self._tensors if isinstance(t, Tensor) and t.is_cuda}, key=str
                 )
-                self._future = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
+                self._ended = torch.futures.Future(devices=devices) if devices else torch.futures.Future()
+                # Future.set_exception sets the exception as the *result*, which C++ (DDP's reducer) takes for tensors and
+                # crashes; what a callback of then() raises is an error there too.
+                self._future = self._ended.then(self._outcome)
                 if self._over:
-                    self._settle_future()
+                    self._ended.set_result(self._tensors)
             return self._future
 
     # -- what the lane says -------------------------------------------------------------------------------------------
@@ -126,15 +130,14 @@ class MpiWork(_Base):  # type: ignore[misc]
             self._error = error
             self._over = True
             self._pending.release()
-            if self._future is not None:
-                self._settle_future()
+            if self._ended is not None:
+                self._ended.set_result(self._tensors)
         return True
 
-    def _settle_future(self) -> None:
-        if self._error is None:
-            self._future.set_result(self._tensors)
-        else:
-            self._future.set_exception(self._error)
+    def _outcome(self, _: Any) -> list[Any]:
+        if self._error is not None:
+            raise self._error
+        return self._tensors
 
 
 class Lane:
@@ -211,6 +214,13 @@ class Lane:
             finally:
                 self._current = None
             del work, operation  # tensors must not live until the next operation comes
+
+    def give_up(self, reason: str) -> None:
+        """Let what is under way fail, and everything after it, because of what is known from elsewhere."""
+        current = self._current
+        self.broken = self.broken or dist.DistBackendError(reason)
+        if current is not None:
+            current[0].finish(dist.DistBackendError(f"{current[0].what}: {reason}"))
 
     def check(self, now: float) -> None:
         """Give up on the operation under way if its time is over."""

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class _State:
     """What the default group leaves for the groups made from it."""
 
     world_ranks: list[int] | None = None  # of MPI's world, by torch's rank
+    groups: weakref.WeakSet[Any] = weakref.WeakSet()
     watch: NullWatch = NullWatch()
     server: Any = None
     options: Options = Options()
@@ -155,12 +157,19 @@ def _create(options: Any, backend_options: Any) -> Any:
     group = MpiProcessGroup(
         comm, label, timeout, _State.watch, ranks, check=_State.options.check if own is None else own.check
     )
+    _State.groups.add(group)
     if is_world:
         _Exit.group = group
         if _State.options.watch:
             library.abort_on_exception()
         atexit.register(_Exit.leave)
     return group
+
+
+def give_up(reason: str) -> None:
+    """Let every wait in every group fail, because of what is known from elsewhere."""
+    for group in list(_State.groups):
+        group.give_up(reason)
 
 
 def _exchange(store: Any, rank: int, size: int, mine: int, timeout_s: float) -> list[int]:
@@ -212,6 +221,7 @@ def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:
         return NullWatch()
     own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)
     watch = Watch(dist.PrefixStore(f"hvdtrain-mpi/{options.group_id}", own), options.group_rank, options.group_size)
+    watch.on_failure.append(give_up)
     watch.start()
     return watch
 
