@@ -107,34 +107,49 @@ def prepare(
     return backend.rank, step, backend.stop
 
 
-def launch(engine: str, ranks: int, arguments: list[str]) -> list[str]:
+def launch(file: str, ranks: int, arguments: list[str], *, mpi: bool) -> list[str]:
     """Start each engine the way it is used: torchrun for what needs no MPI, mpirun for the rest."""
-    if engine in ("none", "torch"):
+    if not mpi:
         return [
             sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
-            "--nproc-per-node", str(ranks), __file__, *arguments,
+            "--nproc-per-node", str(ranks), file, *arguments,
         ]  # fmt: skip
     beside = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
-    return [mpirun, "--bind-to", "none", "-np", str(ranks), sys.executable, __file__, *arguments]
+    return [mpirun, "--bind-to", "none", "-np", str(ranks), sys.executable, file, *arguments]
 
 
-def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dict[str, Any] | str:
-    out = folder / f"{engine}-{name}"
-    for old in folder.glob(f"{out.name}.*"):
-        old.unlink()
+def run_once(file: str, arguments: list[str], ranks: int, *, mpi: bool) -> str:
+    """Run a benchmark's workers to their end.
+
+    Returns:
+        "", or what was said if they failed.
+    """
     environment = {
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         "OMP_NUM_THREADS": "1",
         **os.environ,
     }
-    arguments = ["--worker", engine, "--models", name, "--steps", str(steps), "--out", str(out)]
     ended = subprocess.run(
-        launch(engine, ranks, arguments), env=environment, capture_output=True, text=True, timeout=600, check=False
+        launch(file, ranks, arguments, mpi=mpi),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
-    if ended.returncode:
-        return "\n".join((ended.stderr or ended.stdout).strip().splitlines()[-12:])
+    return "\n".join((ended.stderr or ended.stdout).strip().splitlines()[-12:]) if ended.returncode else ""
+
+
+def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dict[str, Any] | str:
+    out = folder / f"{engine}-{name}"
+    for old in folder.glob(f"{out.name}.*"):
+        old.unlink()
+    arguments = ["--worker", engine, "--models", name, "--steps", str(steps), "--out", str(out)]
+    problem = run_once(__file__, arguments, ranks, mpi=engine not in ("none", "torch"))
+    if problem:
+        return problem
     found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]
     # A step lasts as long as that of the slowest rank.
     return {

@@ -46,7 +46,8 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 _ENGINE_ERROR = re.compile(
-    r"gloo|nccl|c10d|horovod|mpi4py|DistBackendError|connection (closed|reset|refused)|broken pipe|timed out|socket|store", re.IGNORECASE
+    r"gloo|nccl|c10d|horovod|mpi4py|DistBackendError|connection (closed|reset|refused)|broken pipe|timed out|socket|store",
+    re.IGNORECASE,
 )
 _COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
 _BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was

@@ -12,8 +12,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_MOST_CALLBACKS = 64  # that wait for one another; threads start as they are needed
 _NO_TIMEOUT = timedelta(0)
 
 
@@ -43,6 +45,7 @@ class MpiWork(_Base):  # type: ignore[misc]
         self.what = what
         self.timeout_s = timeout_s
         self.source = -1
+        self.callbacks: Executor | None = None
         self._tensors = list(tensors)
         self._pending = threading.Lock()  # held until the operation is over
         self._pending.acquire()
@@ -130,8 +133,17 @@ class MpiWork(_Base):  # type: ignore[misc]
             self._error = error
             self._over = True
             self._pending.release()
-            if self._ended is not None:
-                self._ended.set_result(self._tensors)
+            ended = self._ended
+        if ended is not None:
+            # Completing a future runs what was chained to it, and that may call and wait for further operations
+            # (PowerSGD does): it must not hold up the lane that has to perform them.
+            try:
+                if self.callbacks is not None:
+                    self.callbacks.submit(ended.set_result, self._tensors)
+                    return True
+            except RuntimeError:  # the group is being destroyed
+                pass
+            ended.set_result(self._tensors)
         return True
 
     def _outcome(self, _: Any) -> list[Any]:
@@ -156,6 +168,7 @@ class Lane:
         self._current: tuple[MpiWork, float] | None = None  # the operation under way, and its deadline
         self.broken: Exception | None = None
         self._closed = False
+        self._callbacks = ThreadPoolExecutor(_MOST_CALLBACKS, thread_name_prefix=f"{name} callbacks")
 
     @property
     def stuck(self) -> bool:
@@ -172,6 +185,7 @@ class Lane:
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             self._thread.start()
             _clock.watch(self)
+        work.callbacks = self._callbacks
         self._queue.put((work, operation))
         return work
 
@@ -184,10 +198,11 @@ class Lane:
         if not self._closed:
             self._closed = True
             self._queue.put(None)
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        ended = self._thread is None or not self._thread.is_alive()
+        self._callbacks.shutdown(wait=ended)
+        return ended
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
@@ -221,6 +236,7 @@ class Lane:
         self.broken = self.broken or dist.DistBackendError(reason)
         if current is not None:
             current[0].finish(dist.DistBackendError(f"{current[0].what}: {reason}"))
+        self._drop()
 
     def check(self, now: float) -> None:
         """Give up on the operation under way if its time is over."""
@@ -231,6 +247,17 @@ class Lane:
         error = dist.DistBackendError(f"{work.what} timed out after {work.timeout_s:g} s{self._explain(work)}")
         if self._current is current and work.finish(error):
             self.broken = error
+            self._drop()
+
+    def _drop(self) -> None:
+        """Fail what is queued: the thread, inside MPI, will not come to it."""
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                return
+            if item is not None:
+                item[0].finish(dist.DistBackendError(f"{item[0].what}: given up, because of {self.broken}"))
 
 
 class _Clock:

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
@@ -56,7 +56,7 @@ class _State:
     """What the default group leaves for the groups made from it."""
 
     world_ranks: list[int] | None = None  # of MPI's world, by torch's rank
-    groups: weakref.WeakSet[Any] = weakref.WeakSet()
+    groups: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
     watch: NullWatch = NullWatch()
     server: Any = None
     options: Options = Options()

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import hvdtrain.mpi
-
 
 def pytest_configure(config):
     # torch 2.13 renames some operations; the old names must go on working.

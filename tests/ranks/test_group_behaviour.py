@@ -99,7 +99,7 @@ def test_a_message_of_another_size_is_an_error(rank, size):
     elif rank == 1:
         with pytest.raises(dist.DistBackendError, match="12 bytes came, 16 were expected"):
             dist.recv(torch.ones(4), 0, tag=1)
-        with pytest.raises(dist.DistBackendError, match="MPI_ERR_TRUNCATE|truncated"):
+        with pytest.raises(dist.DistBackendError, match=r"MPI_ERR_TRUNCATE|truncated"):
             dist.recv(torch.ones(4), 0, tag=2)
 
 
@@ -108,7 +108,7 @@ def test_ranks_that_call_different_things_are_told_so(rank, size, mistake):
     if size == 1:
         pytest.skip("needs two ranks")
     odd = rank == 1
-    with pytest.raises(dist.DistBackendError, match=r"did not call the same operation \(ranks \[") as caught:
+    with pytest.raises(dist.DistBackendError, match=r"did not call the same operation \(ranks \[") as caught:  # noqa: PT012
         if mistake == "size":
             dist.all_reduce(torch.ones(4 if odd else 3))
         elif mistake == "dtype":
@@ -148,7 +148,10 @@ def test_a_rank_that_does_not_come_is_a_time_out_that_names_group_operation_and_
         dist.all_reduce(torch.ones(5), group=group)  # late, but there: MPI has it complete
     else:
         began = time.monotonic()
-        with pytest.raises(dist.DistBackendError, match=r"all_reduce\(op=SUM\) of torch.float32 \(5,\) over group .* timed out after 2 s.*missing: rank 1"):
+        with pytest.raises(
+            dist.DistBackendError,
+            match=r"all_reduce\(op=SUM\) of torch.float32 \(5,\) over group .* timed out after 2 s.*missing: rank 1",
+        ):
             dist.all_reduce(torch.ones(5), group=group)
         assert time.monotonic() - began < 10
         with pytest.raises(dist.DistBackendError, match="unusable since an earlier failure"):

@@ -107,7 +107,11 @@ def test_long_tensors_go_in_pieces(rank, size, dtype, count):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_only_moves(rank, size, dtype, shape):
     def made(of_rank):
-        return of(of_rank, shape, torch.float32).to(dtype) if dtype.itemsize == 1 and dtype.is_floating_point else of(of_rank, shape, dtype)
+        return (
+            of(of_rank, shape, torch.float32).to(dtype)
+            if dtype.itemsize == 1 and dtype.is_floating_point
+            else of(of_rank, shape, dtype)
+        )
 
     everyone = [made(other) for other in range(size)]
 

@@ -68,7 +68,8 @@ def test_a_daemon_that_holds_the_output_open_holds_nobody_up(tmp_path, log):
 
 def test_an_interrupt_ends_what_was_started(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from hvdtrain.horovod_build.running import Log, run\n"
+        "import os, signal, sys; from pathlib import Path; from hvdtrain.horovod_build.running import Log, run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "run(['sh', '-c', 'echo $$ > pid; sleep 60'], log=Log(Path('log')), environment=os.environ,"
         " folder=Path('.'), limit_s=60)"
     )
@@ -82,7 +83,11 @@ def test_an_interrupt_ends_what_was_started(tmp_path):
     pid = tmp_path / "pid"
     assert wait_for(lambda: pid.is_file() and pid.read_text().strip())
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) != 0
+    try:
+        assert process.wait(timeout=30) != 0
+    finally:
+        process.kill()
+        process.wait()
     assert wait_for(lambda: not alive(int(pid.read_text())))
 
 
