@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import hvdtrain.mpi  # noqa: F401  (registers the group)
+
 
 def pytest_configure(config):
     # torch 2.13 renames some operations; the old names must go on working.
