@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.backends.rendezvous import Meeting, meet
+from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.data.rank_loader import RankLoader
@@ -339,11 +339,17 @@ class Backend(Communicator):
 
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, and begin to watch them."""
-        self._meeting = meeting = meet(self.detection, self.timeout_s)
+        elsewhere = self.topology.num_nodes > 1 and self.detection.address is None
+        tell = self._tell() if elsewhere and DIRECTORY_VARIABLE not in os.environ else None
+        self._meeting = meeting = meet(self.detection, self.timeout_s, tell)
         watch = Watch(meeting.watch, self.rank, self.world_size)
         watch.start()
         self._watch = watch
         return meeting
+
+    def _tell(self) -> Tell | None:
+        """How rank 0's address can reach ranks on other hosts; None: only through a folder that they share."""
+        return None
 
     def _all_met(self) -> None:
         """Remove the file that told where to meet: every rank has read it, or never will."""

@@ -27,6 +27,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.horovod_stamp import why_not
+from hvdtrain.backends.rendezvous import Tell, tell_by_horovodrun
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
@@ -192,13 +193,34 @@ class HorovodBackend(Backend):
         try:
             self._wait_for_everyone(meeting.engine)
             self._all_met()
-            with _environment({**self._way_to_connect(meeting.engine), **self._defaults(), **self._environment}):
-                self.bounded(hvd.init, "hvd.init()", LaunchError)
+            if not hvd.is_initialized():
+                self._init(self._way_to_connect(meeting.engine))
             self._compare_with_horovod()
         except BaseException:
             self._watch.close()
             raise
         self._wire = HorovodWire(self, range(self.world_size), hvd.global_process_set, "world")
+
+    def _init(self, way: dict[str, str]) -> None:
+        with _environment({**way, **self._defaults(), **self._environment}):
+            self.bounded(hvd.init, "hvd.init()", LaunchError)
+
+    def _tell(self) -> Tell | None:
+        topology = self.topology
+        by_http = tell_by_horovodrun(topology.rank, self.detection.job_id, self.timeout_s)
+        if by_http is not None or not hvd.mpi_built() or topology.launcher not in ("mpirun", "srun", "horovodrun"):
+            return by_http
+
+        def by_horovod(content: Any) -> Any:
+            self._init({})
+            self._compare_with_horovod()
+            return self.bounded(
+                lambda: hvd.broadcast_object(content, root_rank=0, name="hvdtrain.rendezvous"),
+                "telling where rank 0 is",
+                LaunchError,
+            )
+
+        return by_horovod
 
     def _disconnect(self) -> None:
         _shut_down(self.timeout_s)

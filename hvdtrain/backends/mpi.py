@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hvdtrain.backends.ddp import TorchBackend
-from hvdtrain.backends.rendezvous import Meeting
+from hvdtrain.backends.rendezvous import Meeting, Tell
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.mpi import Options, give_up, library
@@ -53,6 +53,9 @@ class MpiBackend(TorchBackend):
 
     def _choose_process_group(self, wanted: str) -> str:
         return wanted
+
+    def _tell(self) -> Tell | None:
+        return library.tell(self.detection, self.timeout_s)
 
     def _init_process_group(self, meeting: Meeting) -> None:
         library.load(self.detection)

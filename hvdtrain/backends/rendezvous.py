@@ -2,8 +2,9 @@
 
 Where the environment names an address (torchrun, Kubernetes, plain MASTER_ADDR and MASTER_PORT) torch's own rendezvous
 is used. Elsewhere (mpirun, srun, horovodrun, spawn) nobody has chosen a port, and guessing one fails as soon as two jobs
-share a machine: rank 0 binds a free port first and then tells the others through a small file. On one node that file
-is in a private folder of the temporary directory; across nodes it must be on a folder that all nodes share.
+share a machine: rank 0 binds a free port first and then tells the others. On one node it does so through a small file in
+a private folder of the temporary directory; across nodes through the engine if that can carry a message by then (MPI,
+horovodrun's own rendezvous), or else through a file in a folder that all nodes share.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import socket
 import struct
 import tempfile
 import time
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,9 +33,12 @@ from hvdtrain.launch.detect import Detection
 
 _log = logging.getLogger(__name__)
 
+_told = itertools.count()
 _meetings = itertools.count()  # of this process; every rank counts alike
 
 DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
+Tell = Callable[[Any], Any]
+"""Given rank 0's message there, and None elsewhere, returns the message on every rank; raises LaunchError if it cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +58,13 @@ class Meeting:
     file: Path | None
 
 
-def meet(detection: Detection, timeout_s: float) -> Meeting:
+def meet(detection: Detection, timeout_s: float, tell: Tell | None = None) -> Meeting:
     """Connect this rank with all others.
 
     Args:
         detection: The topology, and what the environment says about an address.
         timeout_s: How long to wait for rank 0, in seconds.
+        tell: How rank 0's address comes to the others without a shared folder; None for a file.
 
     Raises:
         LaunchError: Rank 0 could not be reached; the message says where it was looked for.
@@ -74,9 +82,15 @@ def meet(detection: Detection, timeout_s: float) -> Meeting:
         if topology.world_size > 1:
             nonce = secrets.token_hex(8)
             base.set("nonce", nonce)
-            file = _rendezvous_file(detection)
             hosts = ["127.0.0.1"] if topology.num_nodes == 1 else own_addresses()
-            _write(file, {"hosts": hosts, "port": port, "nonce": nonce})
+            content = {"hosts": hosts, "port": port, "nonce": nonce, "of": socket.gethostname()}
+            if tell is not None:
+                tell(content)
+            else:
+                file = _rendezvous_file(detection)
+                _write(file, content)
+    elif tell is not None:
+        base, host, port = _dial(tell(None), detection, timeout_s)
     else:
         base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
     second = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -145,18 +159,10 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
         except (FileNotFoundError, json.JSONDecodeError):
             time.sleep(0.02)
             continue
-        for host in content["hosts"]:
-            port = int(content["port"])
-            found = f"it names {', '.join(content['hosts'])} port {port}, where rank 0's store does not answer"
-            if not listens(host, port):
-                continue
-            try:
-                timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
-                store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-                if store.check(["nonce"]) and store.get("nonce").decode() == content["nonce"]:
-                    return store, host, port
-            except (dist.DistError, RuntimeError) as error:
-                _log.debug("store at %s:%d: %s", host, port, error)
+        found = f"it names {', '.join(content['hosts'])} port {content['port']}, where rank 0's store does not answer"
+        reached = _try(content, end)
+        if reached is not None:
+            return reached
         time.sleep(0.1)
     topology = detection.topology
     shared = (
@@ -167,6 +173,68 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
     raise LaunchError(
         f"rank {topology.rank} waited {timeout_s:g} s for rank 0's address in {file}: {found}. Did rank 0 start?{shared}"
     )
+
+
+def _dial(content: dict[str, Any], detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
+    """Connect to where rank 0 said it is."""
+    end = time.monotonic() + min(timeout_s, 60.0)  # it listened before it said so
+    while time.monotonic() < end:
+        reached = _try(content, end)
+        if reached is not None:
+            return reached
+        time.sleep(0.1)
+    raise LaunchError(
+        f"rank {detection.topology.rank} on {socket.gethostname()} reaches rank 0 on {content['of']} at none of "
+        f"{', '.join(content['hosts'])} port {content['port']}: open the ports between the hosts, or set MASTER_ADDR and "
+        "MASTER_PORT to an address of rank 0's host and a free port that the others reach"
+    )
+
+
+def _try(content: dict[str, Any], end: float) -> tuple[dist.Store, str, int] | None:
+    port = int(content["port"])
+    # From another host 127.0.0.1 is not rank 0's; what answers there is told by its nonce.
+    local = ["127.0.0.1"] if content.get("of") == socket.gethostname() else []
+    for host in [*local, *content["hosts"]]:
+        if not listens(host, port):
+            continue
+        try:
+            timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            if store.check(["nonce"]) and store.get("nonce").decode() == content["nonce"]:
+                return store, host, port
+        except (dist.DistError, RuntimeError) as error:
+            _log.debug("store at %s:%d: %s", host, port, error)
+    return None
+
+
+def tell_by_horovodrun(rank: int, job: str, timeout_s: float) -> Tell | None:
+    """Through the key-value server over HTTP that ``horovodrun --gloo`` runs for its ranks; None where there is none."""
+    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}") for part in ("ADDR", "PORT"))
+    if not address or not port:
+        return None
+    # The server is on the launcher's own network: no proxy that the environment names leads there.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"http://{address}:{port}/hvdtrain/{job}-{next(_told)}"
+
+    def tell(content: Any) -> Any:
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                if rank == 0:
+                    request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
+                    opener.open(request, timeout=10).close()
+                    return content
+                with opener.open(url, timeout=10) as answer:
+                    return json.loads(answer.read())
+            except OSError as error:  # 404 until rank 0 has said it
+                if time.monotonic() > end:
+                    raise LaunchError(
+                        f"rank {rank} waited {timeout_s:g} s for rank 0's address from horovodrun at {address}:{port}: "
+                        f"{error}. Did rank 0 start?"
+                    ) from error
+                time.sleep(0.05)
+
+    return tell
 
 
 def listens(host: str, port: int) -> bool:

@@ -69,6 +69,13 @@ EDITS: tuple[Edit, ...] = (
         new="'Release'",
     ),
     Edit(
+        name="verbose-ninja",
+        file="setup.py",
+        why="VERBOSE=1 is a word of make's, and pip 23 asks for it; Ninja takes it for a target",
+        old="        if self.verbose:\n            make_args",
+        new="        if self.verbose and os.environ.get('CMAKE_GENERATOR') != 'Ninja':\n            make_args",
+    ),
+    Edit(
         name="slow-files-first",
         file="horovod/torch/CMakeLists.txt",
         why="the extension's own files take longest; last, they would have one CPU to themselves",

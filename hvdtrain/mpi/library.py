@@ -8,8 +8,11 @@ import atexit
 import ctypes
 import logging
 import os
+import pickle
 import signal
 import sys
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -19,6 +22,7 @@ from hvdtrain.launch.detect import Detection
 
 _log = logging.getLogger(__name__)
 
+_TOLD_BYTES = 8192
 CUDA_VARIABLE = "HVDTRAIN_MPI_CUDA"
 
 
@@ -134,6 +138,35 @@ def check_world(detection: Detection, rank: int, world_size: int) -> None:
 def _mpirun_hint() -> str:
     beside = os.path.join(os.path.dirname(sys.executable), "mpirun")
     return beside if os.path.exists(beside) else "`srun --mpi=pmix` or its own mpirun"
+
+
+def tell(detection: Detection, timeout_s: float) -> Callable[[Any], Any]:
+    """How rank 0 says something to all ranks before there is any process group: MPI's own broadcast, with a bound.
+
+    Args:
+        detection: What the launcher says.
+        timeout_s: How long to wait for ranks that may never come.
+    """
+    topology = detection.topology
+    mpi = load(detection)
+    check_world(detection, topology.rank, topology.world_size)
+
+    def say(content: Any) -> Any:
+        world = mpi.COMM_WORLD
+        end = time.monotonic() + timeout_s
+        buffer = bytearray(_TOLD_BYTES)
+        if world.rank == 0:
+            data = pickle.dumps(content)
+            buffer[: len(data)] = data
+        request = world.Ibcast(buffer, 0)
+        while not request.Test():
+            if time.monotonic() > end:
+                end_hard(1)
+                raise LaunchError(f"rank {world.rank} waited {timeout_s:g} s for all ranks to start")
+            time.sleep(0.001)
+        return pickle.loads(bytes(buffer))
+
+    return say
 
 
 def cuda_aware() -> bool:

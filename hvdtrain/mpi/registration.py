@@ -9,11 +9,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import pickle
 import socket
 import sys
 import threading
-import time
 import weakref
 import zlib
 from collections.abc import Sequence
@@ -86,17 +84,15 @@ def _tell_where_rank_zero_is() -> None:
         return
     if detection.topology.launcher not in ("mpirun", "srun", "horovodrun", "none") or detection.address is not None:
         return
-    mpi = library.load(detection)
-    world = mpi.COMM_WORLD
     topology = detection.topology
-    if topology.launcher != "none":
-        library.check_world(detection, topology.rank, topology.world_size)
+    tell = library.tell(detection, _DEFAULT_TIMEOUT_S)
+    world = library.load().COMM_WORLD
     content = None
     if world.rank == 0:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         _State.server = server  # torch's env:// finds it by its port, as a second tenant
         content = (socket.gethostname(), own_addresses(), server.port)
-    host0, addresses, port = _bounded_bcast(world, content)
+    host0, addresses, port = tell(content)
     if host0 == socket.gethostname():
         address = "127.0.0.1"
     else:
@@ -110,24 +106,6 @@ def _tell_where_rank_zero_is() -> None:
     for name, value in values.items():
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
-
-
-def _bounded_bcast(world: Any, content: Any) -> Any:
-    """MPI's bcast of an object, with a bound: some rank may never come."""
-    end = time.monotonic() + _DEFAULT_TIMEOUT_S
-    buffer = bytearray(4096)
-    if world.rank == 0:
-        data = pickle.dumps(content)
-        buffer[: len(data)] = data
-    request = world.Ibcast(buffer, 0)
-    while not request.Test():
-        if time.monotonic() > end:
-            library.end_hard(1)
-            raise LaunchError(
-                f"rank {world.rank} waited {_DEFAULT_TIMEOUT_S:g} s for all ranks to call init_process_group()"
-            )
-        time.sleep(0.001)
-    return pickle.loads(bytes(buffer))
 
 
 def _create(options: Any, backend_options: Any) -> Any:
