@@ -314,6 +314,13 @@ class TrainConfig:
         above=0,
         default_text="25, and 4 with backend horovod",
     )
+    all_reduce: str = option(
+        "auto",
+        "algorithm of all-reduces: ring, tree, rabenseifner, hierarchical (within each node first), where the engine has "
+        "it (docs/performance.md)",
+        group=_DISTRIBUTED,
+        choices=("auto", "ring", "tree", "rabenseifner", "hierarchical"),
+    )
     sync_batch_norm: bool = option(
         False, "batch normalisation over the whole global batch instead of each rank's share", group=_DISTRIBUTED
     )

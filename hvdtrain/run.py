@@ -133,6 +133,8 @@ def _backend(config: TrainConfig) -> Backend:
         options["data_parallel"] = config.data_parallel
     if config.process_group != "auto":
         options["process_group"] = config.process_group
+    if config.all_reduce != "auto":
+        options["all_reduce"] = config.all_reduce
     if name == "horovod":
         options.update(asdict(config.horovod))
     elif config.horovod != HorovodConfig():

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from hvdtrain.backends.algorithms import FAMILIES
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
@@ -61,6 +62,8 @@ class Backend(Communicator):
         device: "auto" (a GPU where there is one), "cpu", "cuda" (this rank's own GPU) or "cuda:N".
         timeout_s: Bound of every wait for other ranks, in seconds.
         check_collectives: Compare each collective over the ranks first (see `Communicator`).
+        all_reduce: Family of algorithms for all-reduce, see `hvdtrain.backends.algorithms`; what the engine cannot be told
+            is refused.
     """
 
     name: ClassVar[str]
@@ -74,8 +77,12 @@ class Backend(Communicator):
         device: str = "auto",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         check_collectives: bool = False,
+        all_reduce: str = "auto",
     ) -> None:
         super().__init__(check=check_collectives)
+        if all_reduce not in FAMILIES:
+            raise ConfigError(f"--all-reduce {all_reduce}: use {', '.join(FAMILIES)}")
+        self.all_reduce_family = all_reduce
         if timeout_s <= 0:
             raise ConfigError(f"the timeout must be positive, got {timeout_s:g} s")
         refusal = self.refuses(detection)

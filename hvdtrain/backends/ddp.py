@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.rendezvous import Meeting
@@ -41,6 +43,7 @@ class TorchBackend(Backend):
     def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
         super().__init__(detection, **options)
         self.process_group = self._choose_process_group(process_group)
+        self._engine_settings = self._told(self.all_reduce_family)
 
     @classmethod
     def unusable(cls) -> str:
@@ -68,6 +71,13 @@ class TorchBackend(Backend):
             )
         return wanted
 
+    def _told(self, family: str) -> dict[str, str]:
+        """The variables that make the engine use a family of all-reduce algorithms; refuses what it has not."""
+        if self.process_group == "nccl":
+            return algorithms.nccl(family)
+        algorithms.refuse("torch's Gloo", family, ("auto", "ring"))  # a ring is what it uses
+        return {}
+
     def _connect(self) -> None:
         if dist.is_initialized():
             raise LaunchError(
@@ -92,6 +102,7 @@ class TorchBackend(Backend):
 
     def _init_process_group(self, meeting: Meeting) -> None:
         topology = self.topology
+        os.environ.update(self._engine_settings)
         more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
         dist.init_process_group(
             self.process_group,

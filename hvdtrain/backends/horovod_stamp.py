@@ -171,7 +171,7 @@ def _unlike(stamp: Stamp, torch: str) -> str:
         return f"Horovod {stamp.horovod} was built for torch {stamp.torch}, and this is torch {torch}; type: {COMMAND}"
     if stamp.libmpi is not None and not os.path.exists(_here(stamp.libmpi)):
         return (
-            f"Horovod {stamp.horovod} was built with {_short(stamp.mpi)}, whose {_here(stamp.libmpi)} is gone; "
+            f"Horovod {stamp.horovod} was built with {short_library(stamp.mpi)}, whose {_here(stamp.libmpi)} is gone; "
             f"install that MPI again, or type: {COMMAND}"
         )
     return ""
@@ -193,5 +193,6 @@ def _here(path: str) -> str:
     return os.path.join(sys.prefix, path)
 
 
-def _short(library: str | None) -> str:
+def short_library(library: str | None) -> str:
+    """The name and version in what MPI_Get_library_version says."""
     return (library or "MPI").partition(",")[0].splitlines()[0]

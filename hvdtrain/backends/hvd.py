@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.hooked import HookedReplica, Pack
-from hvdtrain.backends.horovod_stamp import why_not
+from hvdtrain.backends.horovod_stamp import installed, short_library, why_not
 from hvdtrain.backends.rendezvous import Tell, tell_by_horovodrun
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Wire, WireOp, Work
@@ -101,6 +102,9 @@ class HorovodBackend(Backend):
         **options: Any,
     ) -> None:
         super().__init__(detection, **options)
+        self._check_all_reduce()
+        if self.all_reduce_family == "hierarchical":
+            hierarchical_allreduce = True
         self.compression = _one_of("compression", compression, ("none", "fp16", "bf16"))
         self.op = _one_of("op", op, ("average", "adasum"))
         self.gradient_predivide_factor = gradient_predivide_factor
@@ -202,8 +206,30 @@ class HorovodBackend(Backend):
         self._wire = HorovodWire(self, range(self.world_size), hvd.global_process_set, "world")
 
     def _init(self, way: dict[str, str]) -> None:
-        with _environment({**way, **self._defaults(), **self._environment}):
+        nccl = algorithms.nccl(self.all_reduce_family) if self._gpu and self.all_reduce_family != "hierarchical" else {}
+        # Horovod reads NCCL's choice when it first needs it, so that one stays.
+        os.environ.update(nccl)
+        family = "auto" if self._gpu or self._over_gloo else self.all_reduce_family
+        with (
+            algorithms.mpi(family, self.topology) as told,
+            _environment({**told, **way, **self._defaults(), **self._environment}),
+        ):
             self.bounded(hvd.init, "hvd.init()", LaunchError)
+
+    @property
+    def _over_gloo(self) -> bool:
+        return not hvd.mpi_built() or "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ
+
+    def _check_all_reduce(self) -> None:
+        if self._gpu:
+            algorithms.refuse("Horovod with NCCL", self.all_reduce_family, ("auto", "ring", "tree", "hierarchical"))
+        elif self._over_gloo or self.topology.launcher not in ("mpirun", "srun", "horovodrun"):
+            algorithms.refuse("Horovod over Gloo", self.all_reduce_family, ("auto", "ring"))
+        else:
+            algorithms.refuse("Horovod over MPI", self.all_reduce_family, ("auto", "ring", "tree", "rabenseifner"))
+            found = installed()
+            stamp = found.stamp if found else None
+            algorithms.check_mpi(self.all_reduce_family, short_library(stamp.mpi) if stamp else "an unknown MPI")
 
     def _tell(self) -> Tell | None:
         topology = self.topology

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.replica import Replica, ReplicaOptions
@@ -33,6 +34,7 @@ class LocalBackend(Backend):
 
     def __init__(self, detection: Detection, *, data_parallel: bool = False, **options: Any) -> None:
         super().__init__(detection, **options)
+        algorithms.refuse("backend local, which is one process,", self.all_reduce_family, ("auto",))
         self._data_parallel = data_parallel
         if data_parallel and self.device.type != "cuda":
             _log.warning("--data-parallel has no GPU to split batches over: the model runs on %s as it is", self.device)

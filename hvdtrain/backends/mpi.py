@@ -54,11 +54,14 @@ class MpiBackend(TorchBackend):
     def _choose_process_group(self, wanted: str) -> str:
         return wanted
 
+    def _told(self, family: str) -> dict[str, str]:
+        return {}  # by library.load
+
     def _tell(self) -> Tell | None:
-        return library.tell(self.detection, self.timeout_s)
+        return library.tell(self.detection, self.timeout_s, self.all_reduce_family)
 
     def _init_process_group(self, meeting: Meeting) -> None:
-        library.load(self.detection)
+        library.load(self.detection, self.all_reduce_family)
         library.check_world(self.detection, self.rank, self.world_size)
         dist.init_process_group(
             "mpi4py",
@@ -66,7 +69,7 @@ class MpiBackend(TorchBackend):
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout_s),
-            pg_options=Options(watch=False),  # this backend has its own
+            pg_options=Options(watch=False, all_reduce=self.all_reduce_family),  # this backend has its own watch
         )
         if self._real_watch is not None:
             self._real_watch.on_failure.append(give_up)

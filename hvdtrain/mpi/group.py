@@ -44,6 +44,8 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         watch: Knows which ranks have not come.
         ranks: The ranks in the world.
         check: Compare each operation over the ranks before any byte moves.
+        levels: For hierarchical all-reduces: a communicator of this node's ranks, and one of the nodes' first ranks, None on
+            other ranks.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         ranks: Sequence[int],
         *,
         check: bool = True,
+        levels: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__(comm.rank, comm.size)
+        self._levels = levels
         self._comm = comm
         self._comm_rank = int(comm.rank)
         self._label = name
@@ -153,7 +157,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             f"all_reduce(op={kind.name}) of {_form(tensor)}",
             ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
             [tensor], [tensor], opts,
-            lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind),
+            lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind, self._levels),
         )  # fmt: skip
 
     def _allreduce_sparse(self, tensor: Tensor, kind: Any, opts: Any) -> MpiWork:
@@ -182,7 +186,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         def run(ins: list[Tensor], outs: list[Tensor]) -> None:
             for same in _by_dtype(outs):
                 flat = torch.cat([t.reshape(-1) for t in same]) if len(same) > 1 else same[0]
-                operations.all_reduce_(self._comm, flat, opts.reduceOp, kind)
+                operations.all_reduce_(self._comm, flat, opts.reduceOp, kind, self._levels)
                 if len(same) > 1:
                     for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                         tensor.copy_(part.view_as(tensor))
@@ -478,7 +482,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         ended = self._lane.close(_CLOSE_S)
         forget(self._lane)
         if ended and not self._lane.broken and not MPI.Is_finalized():
-            self._comm.Free()
+            for comm in (*(self._levels or ()), self._comm):
+                if comm is not None:
+                    comm.Free()
 
     def give_up(self, reason: str) -> None:
         """Let every wait fail: another rank has failed, or will never come."""

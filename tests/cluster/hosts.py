@@ -179,11 +179,17 @@ class Hosts:
         log = (self.folder / f"sshd-{name}.log").read_text()
         raise RuntimeError(f"the sshd of {name} does not answer: {said.stderr}\n{log}")
 
-    def close(self) -> None:
-        """End every process on the hosts, and remove them."""
+    def kill_all(self) -> None:
+        """End every process on the hosts."""
         for process in (*self._processes, *self._daemons):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+        for name in self.names:
+            self._end_all(self.space(name))
+
+    def close(self) -> None:
+        """End every process on the hosts, and remove them."""
+        self.kill_all()
         for process in (*self._processes, *self._daemons):
             process.communicate()
         self._closing.close()

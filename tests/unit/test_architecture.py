@@ -19,7 +19,7 @@ STAIRS = [
     ["config", "launch.hostlist", "launch.ancestry", "data.partition", "data.arrays", "data.samplers", "data.worker_signals"],
     ["launch.launchers", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.detect", "data.rank_loader", "components"],
-    ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard"],
+    ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
     ["backends.base", "backends.hooked", "backends.horovod_stamp"],
