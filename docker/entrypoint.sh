@@ -93,17 +93,19 @@ if [ "${1:-}" = sshd ]; then
         ssh-keygen -q -t ed25519 -N '' -f "$state/host_key"
     fi
     # A login starts with an empty environment; the ranks need this container's.
-    forwarded="PATH=$PATH VIRTUAL_ENV=$VIRTUAL_ENV HOME=$HOME HVDTRAIN_SSH_PORT=$port"
+    export HVDTRAIN_SSH_PORT=$port
+    forwarded="PATH=$PATH VIRTUAL_ENV=${VIRTUAL_ENV:-} HOME=$HOME"
     if [ -n "${LD_PRELOAD:-}" ]; then
         forwarded="$forwarded LD_PRELOAD=$LD_PRELOAD NSS_WRAPPER_PASSWD=$NSS_WRAPPER_PASSWD NSS_WRAPPER_GROUP=$NSS_WRAPPER_GROUP"
     fi
-    for name in ${!NCCL_*} ${!HOROVOD_*} ${!OMPI_*} ${!GLOO_*} ${!NVIDIA_*} CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH OMP_NUM_THREADS; do
+    for name in ${!NCCL_*} ${!HOROVOD_*} ${!HVDTRAIN_*} ${!OMPI_*} ${!PRTE_*} ${!GLOO_*} ${!NVIDIA_*} CUDA_VISIBLE_DEVICES LD_LIBRARY_PATH OMP_NUM_THREADS; do
         value=${!name-}
         case "$value" in "" | *[[:space:]\"]*) continue ;; esac
         forwarded="$forwarded $name=$value"
     done
     cat > "$state/sshd_config" <<CONFIG
 Port $port
+ListenAddress ${HVDTRAIN_SSH_LISTEN:-0.0.0.0}
 HostKey $state/host_key
 PidFile $state/pid
 AuthorizedKeysFile $HOME/.ssh/authorized_keys

@@ -38,6 +38,7 @@ from hvdtrain.errors import (
     RankFailure,
 )
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.stuck import end_if_stuck
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -95,6 +96,7 @@ class Backend(Communicator):
         self._running = False
         self._ended = False
         self._meeting: Meeting | None = None
+        self._launcher_freed = False
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,7 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
         watch = self._watch
+        self._free_launcher()
         if isinstance(error, RankFailure) or _is_engine_error(error):
             watch.wait_for_failure(0.0 if isinstance(error, RankFailure) else _BLAME_S)
         described = f"{type(error).__name__}: {error}"
@@ -189,6 +192,8 @@ class Backend(Communicator):
             else:
                 watch.acknowledge()
             watch.close()
+            if first is not None and first.rank != self.rank:
+                watch.let_speak()
         self._all_met()
         self._kill(error)
         if first is None or first.rank == self.rank:
@@ -350,6 +355,8 @@ class Backend(Communicator):
         tell = self._tell() if elsewhere and DIRECTORY_VARIABLE not in os.environ else None
         self._meeting = meeting = meet(self.detection, self.timeout_s, tell)
         watch = Watch(meeting.watch, self.rank, self.world_size)
+        # An MPI that is told of a lost connection may end the process before `abort` comes to that.
+        watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
         return meeting
@@ -357,6 +364,12 @@ class Backend(Communicator):
     def _tell(self) -> Tell | None:
         """How rank 0's address can reach ranks on other hosts; None: only through a folder that they share."""
         return None
+
+    def _free_launcher(self) -> None:
+        """See to it that no mpirun of several hosts outlives its ranks for long."""
+        if self.topology.num_nodes > 1 and not self._launcher_freed:
+            self._launcher_freed = True
+            end_if_stuck()
 
     def _all_met(self) -> None:
         """Remove the file that told where to meet: every rank has read it, or never will."""

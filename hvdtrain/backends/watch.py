@@ -14,6 +14,7 @@ It never kills a rank for being slow: only a failure, a departure or the store's
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import multiprocessing
@@ -214,6 +215,7 @@ class Watch(NullWatch):
 
     def linger(self) -> None:
         """Stay until the other ranks have read this rank's failure, at most a few seconds."""
+        atexit.register(self._have_spoken)  # what nobody caught is printed before
         end = time.monotonic() + _ACK_S
         keys = [f"ack/{rank}" for rank in range(self._world_size) if rank != self._rank]
         try:
@@ -228,6 +230,22 @@ class Watch(NullWatch):
             self._store.set(f"ack/{self._rank}", "1")
         except Exception as error:
             _log.debug("could not acknowledge: %s", error)
+
+    def _have_spoken(self) -> None:
+        try:
+            self._store.set("spoken", "1")
+        except Exception as error:
+            _log.debug("the store went away: %s", error)
+
+    def let_speak(self) -> None:
+        """Stay until the rank that failed first has printed why, at most a few seconds: a launcher that sees one rank end
+        ends them all."""
+        end = time.monotonic() + _ACK_S + 1.0
+        try:
+            while time.monotonic() < end and not self._store.check(["spoken"]):
+                time.sleep(0.05)
+        except Exception as error:
+            _log.debug("the store went away: %s", error)
 
     def close(self) -> None:
         """End the thread; the store stays open."""

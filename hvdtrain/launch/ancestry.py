@@ -24,10 +24,12 @@ class Ancestor:
     Attributes:
         arguments: Its command line, program first.
         environ: The environment it was started with; None when it belongs to another user and cannot be read.
+        pid: Its process id; 0 in a list that was not read from this machine.
     """
 
     arguments: tuple[str, ...] = ()
     environ: Mapping[str, str] | None = None
+    pid: int = 0
 
     @property
     def program(self) -> str:
@@ -65,9 +67,9 @@ def read_ancestors() -> tuple[Ancestor, ...]:
         try:
             environ = dict(entry.partition("=")[::2] for entry in _split(folder / "environ"))
         except OSError:
-            found.append(Ancestor(arguments=arguments))
+            found.append(Ancestor(arguments=arguments, pid=pid))
         else:
-            found.append(Ancestor(arguments=arguments, environ=environ))
+            found.append(Ancestor(arguments=arguments, environ=environ, pid=pid))
         pid = int(parent[1]) if parent else 0
     return tuple(found)
 

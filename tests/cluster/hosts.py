@@ -7,7 +7,6 @@ counters on the interface. Needs root and the programs of `missing`.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import itertools
 import os
 import shutil
@@ -23,6 +22,7 @@ from launching import ENVIRONMENT as ANYWHERE
 _PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client"}
 # Here each host has room for its ranks; told to oversubscribe, Open MPI 5 puts all of them on the first.
 ENVIRONMENT = {name: value for name, value in ANYWHERE.items() if "oversubscribe" not in name + value}
+_PORT = 2222
 _numbers = itertools.count()
 
 
@@ -115,60 +115,60 @@ class Hosts:
         _do("ip", "-n", space, "link", "set", "lo", "up")
 
     def _keys(self) -> None:
-        for key in ("id", "host_key"):
-            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key))
-        (self.folder / "authorized_keys").write_text((self.folder / "id.pub").read_text())
-        public = (self.folder / "host_key.pub").read_text()
-        self.known_hosts.write_text("".join(f"{name},{self.address(name)} {public}" for name in self.names))
-        (self.folder / "ssh_config").write_text(
-            f"Host *\n  User {getpass.getuser()}\n  IdentityFile {self.folder}/id\n  IdentitiesOnly yes\n"
-            f"  UserKnownHostsFile {self.known_hosts}\n  StrictHostKeyChecking yes\n  BatchMode yes\n  ConnectTimeout 5\n"
-        )
-        # Launchers call `ssh`; ssh itself looks for its configuration in the home folder of /etc/passwd only.
+        self.keys.mkdir()
+        for key in ("id_ed25519", "ssh_host_ed25519_key"):
+            _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.keys / key))
+        public = (self.keys / "ssh_host_ed25519_key.pub").read_text()
+        self.known_hosts.write_text("".join(f"[{name}]:{_PORT},[{self.address(name)}]:{_PORT} {public}" for name in self.names))
+        # Launchers call `ssh`, and ssh looks for its configuration in the home folder of /etc/passwd; in a container that
+        # is the one where the entry point writes it.
         wrapper = self.programs / "ssh"
         wrapper.parent.mkdir()
-        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/ssh_config "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F "$HOME/.ssh/config" "$@"\n')
         wrapper.chmod(0o755)
 
     @property
+    def keys(self) -> Path:
+        return self.folder / "keys"
+
+    @property
     def known_hosts(self) -> Path:
-        return self.folder / "known_hosts"
+        return self.keys / "known_hosts"
 
     @property
     def programs(self) -> Path:
         return self.folder / "bin"
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of processes on the hosts."""
+    def environment(self, host: str) -> dict[str, str]:
+        """Of processes on a host."""
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
             **ENVIRONMENT,
             "PATH": os.pathsep.join([str(self.programs), str(BIN), os.environ["PATH"]]),
-            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.folder / f"home-{host}"),
+            "HVDTRAIN_SSH_KEYS": str(self.keys),
+            "HVDTRAIN_SSH_PORT": str(_PORT),
+            "HVDTRAIN_SSH_LISTEN": self.address(host),
         }
 
     def _daemon(self, name: str) -> None:
-        own = self.folder / f"sshd-{name}"
-        handed = {**ENVIRONMENT, "PATH": self.environment["PATH"], "PYTHONPATH": str(ROOT)}
-        words = " ".join(f"{key}={value}" for key, value in handed.items())
-        own.with_suffix(".config").write_text(
-            f"ListenAddress {self.address(name)}:22\nHostKey {self.folder}/host_key\nPidFile {own}.pid\n"
-            f"AuthorizedKeysFile {self.folder}/authorized_keys\nPasswordAuthentication no\nStrictModes no\nUsePAM no\n"
-            f"PermitRootLogin yes\nMaxStartups 100\nSetEnv {words}\n"
-        )
-        Path("/run/sshd").mkdir(exist_ok=True)
+        """The host's sshd, started as in a container of the image."""
+        (self.folder / f"home-{name}").mkdir()
         log = (self.folder / f"sshd-{name}.log").open("w")
         self._closing.callback(log.close)
-        command = self.command(name, [_sshd() or "sshd", "-D", "-e", "-f", str(own.with_suffix(".config"))])
-        self._daemons.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True))
+        command = self.command(name, [str(ROOT / "docker" / "entrypoint.sh"), "sshd"])
+        self._daemons.append(
+            subprocess.Popen(
+                command, env=self.environment(name), stdout=log, stderr=log, text=True, start_new_session=True
+            )
+        )
 
     def _await(self, name: str) -> None:
         end = time.monotonic() + 15
         while time.monotonic() < end:
             said = subprocess.run(
                 self.command(name, ["ssh", name, "hostname"]),
-                env=self.environment,
+                env=self.environment(name),
                 capture_output=True,
                 text=True,
                 check=False,
@@ -220,7 +220,7 @@ class Hosts:
     def begin(self, host: str, argv: list[str], **environment: str) -> subprocess.Popen[str]:
         """Start a program on a host; what it says comes by one pipe."""
         process = subprocess.Popen(
-            self.command(host, argv), env={**self.environment, **environment}, text=True,
+            self.command(host, argv), env={**self.environment(host), **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self._processes.append(process)
@@ -237,16 +237,38 @@ class Hosts:
         _do("ip", "-n", self._switch, "link", "set", f"to-{host}", "down")
 
 
-def launcher(hosts: Hosts, kind: str, *argv: str) -> dict[str, list[str]]:
-    """The command for each host that must be given one, to run a Python program with one rank on every host."""
+def launcher(hosts: Hosts, kind: str, *argv: str, each: int = 1) -> dict[str, list[str]]:
+    """The command for each host that must be given one, to run a Python program with ``each`` ranks on every host."""
     python, names = sys.executable, hosts.names
-    slots, ranks = ",".join(f"{name}:1" for name in names), str(len(names))
+    slots, ranks = ",".join(f"{name}:{each}" for name in names), str(len(names) * each)
     beside = BIN / "mpirun"
     if kind == "mpirun":
-        return {names[0]: [str(beside) if beside.exists() else "mpirun", "-H", slots, "-np", ranks, python, *argv]}
+        return {
+            names[0]: [
+                str(beside) if beside.exists() else "mpirun",
+                "--bind-to",
+                "none",
+                "-H",
+                slots,
+                "-np",
+                ranks,
+                python,
+                *argv,
+            ]
+        }
     if kind.startswith("horovodrun"):
         engine = "--" + kind.removeprefix("horovodrun-")
         return {names[0]: [str(BIN / "horovodrun"), engine, "-H", slots, "-np", ranks, python, *argv]}
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{names[0]}:29400", "--rdzv-id", "job"]
-    one = [python, "-m", "torch.distributed.run", "--nnodes", ranks, "--nproc-per-node", "1", *where, *argv]
+    one = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        str(len(names)),
+        "--nproc-per-node",
+        str(each),
+        *where,
+        *argv,
+    ]
     return dict.fromkeys(names, one)

@@ -27,9 +27,17 @@ reason = missing()
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def hosts(request, tmp_path_factory):
-    with Hosts(tmp_path_factory.mktemp("hosts") / "net", *NAMES[: request.param]) as made:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    with Hosts(tmp_path_factory.mktemp("two") / "net", *NAMES[:2]) as made:
+        made.slow_down("1gbit")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    with Hosts(tmp_path_factory.mktemp("three") / "net", *NAMES) as made:
+        made.slow_down("1gbit")
         yield made
 
 
@@ -41,12 +49,14 @@ def reference(tmp_path_factory):
     return json.loads((folder / "summary.json").read_text())
 
 
-def job(hosts: Hosts, kind: str, backend: str, *argv: str, limit_s: float = 120) -> list[tuple[int, str]]:
+def job(
+    hosts: Hosts, kind: str, backend: str, *argv: str, each: int = 1, limit_s: float = 120
+) -> list[tuple[int, str]]:
     """Run a program with one rank on each host; the exit code and the output of each launcher."""
     why = unavailable(kind, backend)
     if why:
         pytest.skip(why)
-    processes = [hosts.begin(name, command) for name, command in launcher(hosts, kind, *argv).items()]
+    processes = [hosts.begin(name, command) for name, command in launcher(hosts, kind, *argv, each=each).items()]
     end = time.monotonic() + limit_s
     found = []
     for process in processes:
@@ -60,33 +70,88 @@ def job(hosts: Hosts, kind: str, backend: str, *argv: str, limit_s: float = 120)
     return found
 
 
-@pytest.mark.parametrize(("kind", "backend"), ENGINES)
-def test_ranks_on_different_hosts_give_the_result_of_one_process(hosts, reference, tmp_path, kind, backend):
-    ended = job(hosts, kind, backend, "-m", "hvdtrain", "--backend", backend, *FLAGS, "--run-dir", str(tmp_path))
+def same_result(hosts: Hosts, reference: dict, folder: Path, kind: str, backend: str) -> None:
+    ended = job(hosts, kind, backend, "-m", "hvdtrain", "--backend", backend, *FLAGS, "--run-dir", str(folder))
     assert all(code == 0 for code, _ in ended), ended
     assert f"{len(hosts.names)} ranks on {len(hosts.names)} nodes" in ended[0][1]
-    many = json.loads((tmp_path / "summary.json").read_text())
+    many = json.loads((folder / "summary.json").read_text())
     assert (many["backend"], many["world_size"]) == (backend, len(hosts.names))
     assert abs(many["eval_loss"] - reference["eval_loss"]) < 1e-9
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("horovodrun-mpi", "horovod"), ("mpirun", "mpi"), ("torchrun", "torch")])
-def test_a_step_sends_hardly_more_than_a_ring_would(hosts, tmp_path, kind, backend):
-    # 2(N-1)/N times the gradient's bytes is what any all-reduce must send from the busiest host; headers come on top.
-    words = [str(HERE / "wire_job.py"), backend, str(tmp_path)]
-    ended = job(hosts, kind, backend, *words)
+@pytest.mark.parametrize(("kind", "backend"), ENGINES)
+def test_ranks_on_two_hosts_give_the_result_of_one_process(two, reference, tmp_path, kind, backend):
+    same_result(two, reference, tmp_path, kind, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), ENGINES)
+def test_ranks_on_three_hosts_give_the_result_of_one_process(three, reference, tmp_path, kind, backend):
+    same_result(three, reference, tmp_path, kind, backend)
+
+
+def of_the_ring(hosts: Hosts, folder: Path, kind: str, backend: str, *, each: int = 1, family: str = "auto") -> list:
+    """The bytes that each host sends in a step, as parts of what it would send in a ring of hosts: 2(N-1)/N times the
+    gradient's bytes. No all-reduce can send less from its busiest host; headers come on top."""
+    words = [str(HERE / "wire_job.py"), backend, str(folder), "--all-reduce", family]
+    ended = job(hosts, kind, backend, *words, each=each)
     assert all(code == 0 for code, _ in ended), ended
-    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
-    assert len(found) == len(hosts.names)
-    bound = 2 * (len(found) - 1) / len(found) * found[0]["gradient_bytes"]
-    ratios = [one["sent_per_step"] / bound for one in found]
-    print(f"{backend} on {len(found)} hosts: {[round(ratio, 3) for ratio in ratios]} of the ring's bytes")
-    assert max(ratios) <= 1.15, found
-    assert min(ratios) >= 0.5, found  # the counters are those of the wire that was used
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    assert len(found) == len(hosts.names) * each
+    count = len(hosts.names)
+    bound = 2 * (count - 1) / count * found[0]["gradient_bytes"]
+    parts = [round(one["sent_per_step"] / bound, 3) for one in found if one["rank"] % each == 0]
+    print(f"{backend} under {kind}, {count} hosts with {each}, {family}: {parts} of the ring's bytes")
+    return parts
+
+
+WIRED = [("horovodrun-gloo", "horovod"), ("horovodrun-mpi", "horovod"), ("mpirun", "mpi"), ("torchrun", "torch")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), WIRED)
+def test_a_step_sends_hardly_more_than_a_ring_would_on_two_hosts(two, tmp_path, kind, backend):
+    parts = of_the_ring(two, tmp_path, kind, backend)
+    assert max(parts) <= 1.15
+    assert min(parts) >= 0.9  # the counters are those of the wire that was used
+
+
+@pytest.mark.parametrize(("kind", "backend"), WIRED)
+def test_a_step_sends_hardly_more_than_a_ring_would_on_three_hosts(three, tmp_path, kind, backend):
+    parts = of_the_ring(three, tmp_path, kind, backend)
+    assert max(parts) <= 1.15
+    assert min(parts) >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), [("mpirun", "mpi"), ("mpirun", "horovod")])
+def test_the_algorithm_that_was_asked_for_is_seen_on_the_wire(three, tmp_path, kind, backend):
+    # Of three ranks one has no partner in recursive doubling and halving: it gives its part to another, which sends more.
+    parts = {}
+    for family in ("ring", "tree", "rabenseifner"):
+        (tmp_path / family).mkdir()
+        parts[family] = of_the_ring(three, tmp_path / family, kind, backend, family=family)
+    assert max(parts["ring"]) - min(parts["ring"]) < 0.05
+    assert max(parts["tree"]) > 1.3
+    assert max(parts["rabenseifner"]) > 1.3
+    assert parts["tree"].index(max(parts["tree"])) != parts["rabenseifner"].index(max(parts["rabenseifner"]))
+
+
+@pytest.mark.slow
+def test_a_hierarchical_all_reduce_sends_once_from_each_host(two, tmp_path):
+    parts = of_the_ring(two, tmp_path, "mpirun", "mpi", each=2, family="hierarchical")
+    assert max(parts) <= 1.15
+    assert min(parts) >= 0.9
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend"), [("horovodrun-gloo", "horovod"), ("mpirun", "mpi"), ("torchrun", "torch")]
+    ("kind", "backend"),
+    [
+        ("mpirun", "mpi"),
+        pytest.param("horovodrun-gloo", "horovod", marks=pytest.mark.slow),
+        pytest.param("horovodrun-mpi", "horovod", marks=pytest.mark.slow),
+        ("torchrun", "torch"),
+    ],
 )
 def test_a_host_that_is_cut_off_ends_the_others_within_the_timeout(tmp_path, kind, backend):
     why = unavailable(kind, backend)

@@ -22,9 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--all-reduce", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with hvdtrain.init(args.backend) as backend:
+    with hvdtrain.init(args.backend, all_reduce=args.all_reduce) as backend:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)), nn.Linear(1024, 10))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -45,6 +46,7 @@ def main() -> None:
         backend.barrier()
         found = {
             "rank": backend.rank,
+            "node": backend.topology.node_rank,
             "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "sent_per_step": (sent() - before) / STEPS,
         }

@@ -17,7 +17,7 @@ STAIRS = [
     ["version", "errors"],
     ["topology", "options"],
     ["config", "launch.hostlist", "launch.ancestry", "data.partition", "data.arrays", "data.samplers", "data.worker_signals"],
-    ["launch.launchers", "data.loader", "data.digits", "data.images", "data.downloads"],
+    ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.detect", "data.rank_loader", "components"],
     ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
     ["backends.communicator"],
