@@ -23,10 +23,11 @@ _NAMES = (
     "mpiexec.hydra",
 )
 _WAIT = """(
+trap '' PIPE  # nobody may read this rank's output any more; mpirun's own goes on
 alive() { [ "$(cut -d' ' -f22 /proc/$0/stat 2>/dev/null)" = "$1" ]; }
 sleep "$2"
 alive "$1" || exit 0
-echo "hvdtrain: all ranks that can be reached have ended, but mpirun still waits for a host that cannot; ending it" >&2
+echo "hvdtrain: all ranks that can be reached have ended, but mpirun still waits for a host that cannot; ending it" > /proc/$0/fd/2
 children=$(cat /proc/$0/task/$0/children)  # ssh to that host waits as well
 kill -TERM $0; sleep 2
 alive "$1" && kill -KILL $0
