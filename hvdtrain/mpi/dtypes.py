@@ -6,6 +6,7 @@ bytes to add, which some bindings do in silence.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def premultiplier(op: Any) -> float | Tensor:
     return found
 
 
+@functools.cache
 def mpi_op(kind: Any, dtype: torch.dtype) -> Any:
     """The MPI operation for a reduction of ``dtype``.
 

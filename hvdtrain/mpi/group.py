@@ -64,10 +64,11 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._comm = comm
         self._comm_rank = int(comm.rank)
         self._label = name
+        self._over = f" over {name} ({len(ranks)} ranks)"
         self._timeout_s = timeout.total_seconds()
         self._watch = watch
         self._ranks = list(ranks)
-        self._check = check
+        self._agree = operations.Agreement(comm) if check and comm.size > 1 else None
         self._lane = Lane(f"hvdtrain-mpi {name}", self._explain)
         self._staging = Staging()
         self._process = os.getpid()
@@ -193,7 +194,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
         return self._start(
             f"all_reduce_coalesced(op={kind.name}) of {len(tensors)} tensors",
-            ("all_reduce_coalesced", kind.name, [(t.dtype, t.numel()) for t in tensors]),
+            ("all_reduce_coalesced", kind.name, tuple((t.dtype, t.numel()) for t in tensors)),
             tensors, tensors, opts, run,
         )  # fmt: skip
 
@@ -239,7 +240,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
         return self._start(
             f"reduce_scatter(op={kind.name}) to {_form(out)}",
-            ("reduce_scatter", kind.name, out.dtype, sizes),
+            ("reduce_scatter", kind.name, out.dtype, tuple(sizes)),
             parts, [out], opts, run,
         )  # fmt: skip
 
@@ -307,7 +308,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                 out.copy_(part.view_as(out))
 
         return self._start(
-            f"all_gather of {_form(tensor)}", ("all_gather", tensor.dtype, sizes), [tensor], outs, opts, run
+            f"all_gather of {_form(tensor)}", ("all_gather", tensor.dtype, tuple(sizes)), [tensor], outs, opts, run
         )
 
     def _allgather_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
@@ -425,7 +426,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         limit = getattr(opts, "timeout", None)
 
         def run(ins: list[Tensor], outs: list[Tensor]) -> None:
-            if not self._check:  # the comparison is a barrier
+            if self._agree is None:  # the comparison is a barrier
                 self._comm.Barrier()
 
         return self._start("barrier", ("barrier",), [], [], opts, run, limit)
@@ -566,7 +567,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             run: Is given contiguous CPU versions of both.
             timeout: Instead of that of ``opts``.
         """
-        what = f"{what} over {self._label} ({self.size()} ranks)"
+        what += self._over
         if self._destroyed:
             raise dist.DistBackendError(f"{what}: the process group was destroyed")
         number = next(self._numbers)
@@ -575,8 +576,8 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
         def operation() -> None:
             with self._watch.region(self._label, what, self._ranks):
-                if self._check and self.size() > 1:
-                    operations.agree(self._comm, what, (number, *key))
+                if self._agree is not None:
+                    self._agree(what, number, key)
                 for staged in taken.values():
                     self._staging.ready(staged)
                 results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
@@ -590,7 +591,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         return work
 
     def _message(self, what: str, tensor: Tensor, host: Tensor | None, peer: int, tag: int, *, sends: bool) -> MpiWork:
-        what = f"{what} over {self._label} ({self.size()} ranks)"
+        what += self._over
         if tag < 0 or tag > _ANY_TAG_LIMIT:
             tag = zlib.crc32(str(tag).encode()) % _ANY_TAG_LIMIT
         room = self._staging.room(tensor) if host is None else None

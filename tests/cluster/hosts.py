@@ -119,7 +119,9 @@ class Hosts:
         for key in ("id_ed25519", "ssh_host_ed25519_key"):
             _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.keys / key))
         public = (self.keys / "ssh_host_ed25519_key.pub").read_text()
-        self.known_hosts.write_text("".join(f"[{name}]:{_PORT},[{self.address(name)}]:{_PORT} {public}" for name in self.names))
+        self.known_hosts.write_text(
+            "".join(f"[{name}]:{_PORT},[{self.address(name)}]:{_PORT} {public}" for name in self.names)
+        )
         # Launchers call `ssh`, and ssh looks for its configuration in the home folder of /etc/passwd; in a container that
         # is the one where the entry point writes it.
         wrapper = self.programs / "ssh"
