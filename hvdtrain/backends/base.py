@@ -10,12 +10,15 @@ import atexit
 import json
 import logging
 import os
+import platform
 import re
+import socket
 import time
 import traceback
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +42,7 @@ from hvdtrain.errors import (
 )
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.stuck import end_if_stuck
+from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -294,6 +298,7 @@ class Backend(Communicator):
             shuffle=shuffle,
             seed=seed,
             workers=workers,
+            local_world_size=self.topology.local_world_size,
         )
 
     def group(self, ranks: Sequence[int]) -> Communicator | None:
@@ -359,7 +364,35 @@ class Backend(Communicator):
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
+        try:
+            self._compare_versions(meeting.engine)
+        except BaseException:
+            watch.close()
+            raise
         return meeting
+
+    def _compare_versions(self, store: torch.distributed.Store) -> None:
+        """Refuse hosts with different software: what one rank pickles or expects the other may not understand."""
+        mine = {
+            "Python": platform.python_version().rpartition(".")[0],
+            "torch": str(torch.__version__).partition("+")[0],
+            "hvdtrain": __version__,
+        }
+        host = socket.gethostname()
+        store.set(f"versions/{self.rank}", json.dumps([host, mine]))
+        # Rank 0 compares itself with all, and the others with rank 0: so that whoever differs knows, and rank 0 too.
+        for rank in range(1, self.world_size) if self.rank == 0 else (0,):
+            try:
+                store.wait([f"versions/{rank}"], timedelta(seconds=self.timeout_s))
+            except RuntimeError as error:
+                raise LaunchError(f"rank {self.rank} waited {self.timeout_s:g} s for rank {rank} to start") from error
+            there, theirs = json.loads(store.get(f"versions/{rank}"))
+            for name, version in mine.items():
+                if theirs.get(name) != version:
+                    raise LaunchError(
+                        f"rank {rank} on {there} has {name} {theirs.get(name)}, and rank {self.rank} on {host} has {name} "
+                        f"{version}: install the same on every host"
+                    )
 
     def _tell(self) -> Tell | None:
         """How rank 0's address can reach ranks on other hosts; None: only through a folder that they share."""

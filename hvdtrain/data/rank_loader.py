@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from hvdtrain.data.loader import empty_batch, make_loader, to_device
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import PartitionSampler
+from hvdtrain.data.shared_memory import check_shared_memory
 
 
 class RankLoader:
@@ -31,6 +32,7 @@ class RankLoader:
         shuffle: bool = False,
         seed: int = 0,
         workers: int = 0,
+        local_world_size: int = 1,
     ) -> None:
         self.epoch = 0
         self._dataset = dataset
@@ -41,6 +43,7 @@ class RankLoader:
             world_size=world_size,
             rank=rank,
         )
+        check_shared_memory(dataset, batch_size=batch_size, workers=workers, ranks=local_world_size)
         self._sampler = PartitionSampler(self._partition, shuffle=shuffle, seed=seed)
         self._loader = make_loader(dataset, self._sampler, workers=workers, pin_memory=device.type == "cuda", seed=seed)
 

@@ -26,6 +26,7 @@ from hvdtrain.backends.replica import Replica
 from hvdtrain.data.loader import empty_batch, make_loader, to_device
 from hvdtrain.data.partition import BatchPartition, Step
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
@@ -192,6 +193,13 @@ class Trainer:
             Preempted: Some rank was asked to stop; a checkpoint has been saved, if there is a place for it.
         """
         partition = self._partition(train_data, batch_size, global_batch_size)
+        topology = self.backend.topology
+        check_shared_memory(
+            train_data,
+            batch_size=-(-partition.global_batch_size // (topology.world_size * self._accumulate)),
+            workers=self._workers,
+            ranks=topology.local_world_size,
+        )
         sampler = PartitionSampler(partition, shuffle=True, seed=self._seed)
         loader = self._loader(train_data, sampler)
         if self._in_step:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from launching import HOROVOD_GLOO, HOROVOD_MPIRUN, MPI, TORCH, run
+from launching import HOROVOD_GLOO, HOROVOD_MPIRUN, LAUNCHERS, MPI, ROOT, TORCH, missing, run
 
 JOB = str(Path(__file__).with_name("fault_job.py"))
 STARTUP_S = 60  # of three ranks on a busy machine; the time-out that would end a hang is longer
@@ -70,3 +72,33 @@ def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(jo
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output
+
+
+@pytest.mark.parametrize("backend", ["torch", "mpi", "horovod"])
+def test_another_version_on_one_host_is_refused_and_both_are_named(tmp_path, backend):
+    if missing("mpirun", backend):
+        pytest.skip(missing("mpirun", backend))
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "hvdtrain", other / "hvdtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    file = other / "hvdtrain" / "version.py"
+    file.write_text(re.sub(r'__version__ = ".*"', '__version__ = "9.9.9"', file.read_text()))
+    job = [
+        sys.executable,
+        "-m",
+        "hvdtrain",
+        "--backend",
+        backend,
+        "--timeout",
+        "30",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    mpirun = LAUNCHERS["mpirun"](1)[:-3]  # without "-np 1 python"
+    argv = [*mpirun, "-np", "1", *job, ":", "-np", "1", "env", f"PYTHONPATH={other}", *job]
+    ended = run(argv, timeout_s=60, cwd=tmp_path)
+    assert ended.code not in (0, None)
+    assert re.search(
+        r"rank \d on \S+ has hvdtrain \S+, and rank \d on \S+ has hvdtrain \S+: install the same", ended.output
+    )
+    assert "9.9.9" in ended.output
+    assert not (tmp_path / "run" / "summary.json").exists()

@@ -69,6 +69,7 @@ def test_grouped_all_reduces_and_cycles(tmp_path):
     assert found["seconds"] > 5 * 0.15 / 2
 
 
+@pytest.mark.slow
 def test_autotune_tries_settings_and_logs_them(tmp_path):
     log = tmp_path / "autotune.csv"
     ended, _ = job(steps=1500, num_groups=0, autotune=True, autotune_log=str(log))
@@ -77,6 +78,7 @@ def test_autotune_tries_settings_and_logs_them(tmp_path):
     assert len({row["tensor_fusion_threshold"] for row in rows}) > 1
 
 
+@pytest.mark.slow
 def test_horovods_own_stall_check_warns_and_ends_when_it_is_told_to():
     ended, found = job(late_s=4, stall_check_s=1)
     assert ended.code == 0, ended.output

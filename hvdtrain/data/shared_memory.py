@@ -1,0 +1,62 @@
+"""Whether loader processes have room to hand their batches over: they do it in ``/dev/shm``, which is small in containers."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten
+
+from hvdtrain.errors import ConfigError
+
+_PREFETCH = 2  # torch's DataLoader keeps so many batches ready for each process
+_FOLDER = "/dev/shm"
+
+
+def check_shared_memory(dataset: Any, *, batch_size: int, workers: int, ranks: int, folder: str = _FOLDER) -> None:
+    """Refuse loader processes whose batches would not fit; they would die of SIGBUS in the middle of an epoch.
+
+    Args:
+        dataset: One sample is loaded, to see how large it is.
+        batch_size: Samples of a rank's batch.
+        workers: Loader processes of a rank.
+        ranks: On this node.
+        folder: Where shared memory lies.
+
+    Raises:
+        ConfigError: There is less free than the batches on their way need; says how much, and what to do.
+    """
+    if not workers or len(dataset) == 0 or not os.path.isdir(folder):
+        return
+    batch_size = min(batch_size, len(dataset))
+    needed = _bytes_of_one(dataset) * batch_size * workers * _PREFETCH * ranks
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise ConfigError(
+            f"--workers {workers}: the batches on their way from loader processes need about {_mib(needed)} MiB in {folder} "
+            f"({ranks} ranks on this host x {workers} processes x {_PREFETCH} batches of {batch_size} samples), and "
+            f"{_mib(free)} MiB are free. In Docker: --shm-size {max(1, -(-needed // 2**30))}g (or --ipc=host); in Kubernetes an "
+            "emptyDir of medium Memory at /dev/shm; or fewer --workers, or a smaller batch"
+        )
+
+
+def _bytes_of_one(dataset: Any) -> int:
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        leaves, _ = tree_flatten(dataset[0])
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+    return sum(
+        leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else getattr(leaf, "nbytes", 8)
+        for leaf in leaves
+    )
+
+
+def _mib(size: int) -> int:
+    return -(-size // 2**20)
