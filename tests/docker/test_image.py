@@ -1,0 +1,161 @@
+"""The cpu image, built for real with buildah on a base made by debootstrap, and what runs in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+NEEDED = {"buildah": "buildah", "debootstrap": "debootstrap"}
+
+
+def _why_not() -> str:
+    if os.geteuid() != 0:
+        return "a base image by debootstrap needs root"
+    for program, package in NEEDED.items():
+        if shutil.which(program) is None:
+            return f"there is no {program} (apt install {package})"
+    if shutil.disk_usage("/var/tmp").free < 12 * 2**30:
+        return "less than 12 GB are free"
+    return "" if _mirror() else "no Debian mirror is configured"
+
+
+def _apt() -> list[Path]:
+    return [
+        file
+        for file in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*.sources"))
+        if file.exists()
+    ]
+
+
+def _mirror() -> str:
+    text = "\n".join(file.read_text() for file in _apt())
+    found = re.search(r"^URIs: (\S+/debian/?)$|^deb (?:\[.*?\] )?(\S+/debian/?) ", text, re.M)
+    return (found[1] or found[2]) if found else ""
+
+
+reason = _why_not()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason), pytest.mark.timeout(3000)]
+
+
+def buildah(*argv: str | Path, limit_s: float = 300) -> str:
+    env = {**os.environ, "STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
+    ended = subprocess.run(["buildah", *argv], env=env, capture_output=True, text=True, check=False, timeout=limit_s)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+    return ended.stdout
+
+
+def host_settings(folder: Path) -> list[str]:
+    """This machine's own way to its package registries, as volumes: nothing of it stays in the image."""
+    volumes = {}
+    bundle = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
+    if Path(bundle).exists():
+        volumes[bundle] = "/opt/host-certificates.crt"
+    lines = ["[global]", *(["cert = /opt/host-certificates.crt"] if volumes else [])]
+    said = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    for key, value in re.findall(r"\.([\w-]+)='(.*)'$", said, re.M):
+        if key in ("index-url", "extra-index-url", "find-links") and f"{key} = {value}" not in lines:
+            lines.append(f"{key} = {value}")
+            for local in re.findall(r"(?:file://)?(/[^\s:]+)", value):
+                if value.startswith(("file:", "/")) and Path(local).is_dir():
+                    volumes[f"/{Path(local).parts[1]}/{Path(local).parts[2]}"] = "/".join(Path(local).parts[:3])[1:]
+    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+    volumes[str(folder / "pip.conf")] = "/etc/pip.conf"
+    (folder / "empty").write_text("")
+    volumes[str(folder / "empty")] = "/etc/apt/sources.list"
+    for file in _apt():
+        volumes[str(file)] = str(file)
+    return [word for source, target in volumes.items() for word in ("--volume", f"{source}:{target}:ro")]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image")
+    root = folder / "root"
+    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root, _mirror()], check=True, capture_output=True)
+    (root / "etc" / "apt" / "sources.list").write_text("deb http://deb.debian.org/debian bookworm main\n")
+    base = buildah("from", "scratch").strip()
+    buildah("add", "-q", base, root, "/")
+    buildah("commit", "-q", base, "localhost/hvdtrain-test-base")
+    buildah("rm", base)
+    shutil.rmtree(root)
+    arguments = ["--build-arg", "BASE_IMAGE=localhost/hvdtrain-test-base"]
+    wheels = [
+        part for part in os.environ.get("PIP_FIND_LINKS", "").split() if list(Path(part).glob("torch-*+cpu*.whl"))
+    ]
+    if wheels:  # torchvision has no such file
+        arguments += ["--build-arg", f"TORCH_SOURCE=--find-links {wheels[0]}", "--build-arg", "EXTRAS=mpi"]
+    env = {
+        **os.environ,
+        "ENGINE": "buildah",
+        "STORAGE_DRIVER": "vfs",
+        "BUILDAH_ISOLATION": "chroot",
+        "REPOSITORY": "hvdtrain-test",
+    }
+    built = subprocess.run(
+        [ROOT / "docker" / "build.sh", "cpu", *host_settings(folder), *arguments],
+        env=env, capture_output=True, text=True, check=False, timeout=2400,
+    )  # fmt: skip
+    assert built.returncode == 0, (built.stdout + built.stderr)[-6000:]
+    name = "localhost/" + built.stdout.strip().splitlines()[-1]
+    container = buildah("from", "--name", "hvdtrain-test", name).strip()
+    buildah("config", "--hostname", "localhost", container)
+    yield name, container
+    buildah("rm", container)
+    buildah("rmi", name, "localhost/hvdtrain-test-base")
+
+
+def inside(image, *argv: str, user: str = "1000") -> str:
+    return buildah("run", "--user", user, image[1], "--", "entrypoint.sh", *argv)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["horovodrun -np 2 python", "mpirun --oversubscribe -np 2 python", "torchrun --nproc-per-node 2"],
+)
+@pytest.mark.parametrize("user", ["1000", "4321:4321"])
+def test_every_launcher_trains_inside(image, launcher, user):
+    job = [*launcher.split(), "-m", "hvdtrain", "--epochs", "2", "--run-dir", f"/tmp/run-{user[:4]}-{launcher[:5]}"]
+    said = inside(image, *job, user=user)
+    assert re.search(r"eval accuracy +0\.9", said), said
+    assert "world size 2" in said
+
+
+def test_horovod_has_what_was_asked_for(image):
+    assert "can be used" in inside(image, "hvdtrain", "install-horovod", "--check")
+    built = inside(image, "horovodrun", "--check-build")
+    assert "[X] MPI" in built
+    assert "[X] Gloo" in built
+    assert "[ ] NCCL" in built
+
+
+def test_there_is_no_compiler_no_key_and_no_cache(image):
+    look = r"""
+    which gcc g++ cc c++ make nvcc
+    find / -xdev \( -name 'id_rsa*' -o -name 'id_ed25519*' -o -name 'ssh_host_*' \) -not -path '/proc/*' 2>/dev/null
+    ls -d /root/.cache /home/trainer/.cache /src /tmp/hvdtrain 2>/dev/null
+    true
+    """
+    assert inside(image, "sh", "-c", look).strip() == ""
+
+
+def test_a_worker_answers_with_keys_made_at_its_start(image):
+    script = (
+        "export HVDTRAIN_SSH=shared HVDTRAIN_SSH_KEYS=/tmp/keys HVDTRAIN_SSH_PORT=22022; "
+        "entrypoint.sh sshd & sleep 3; entrypoint.sh ssh -F ~/.ssh/config localhost 'id -un; hvdtrain --version'; kill %1"
+    )
+    said = buildah("run", "--user", "1000", image[1], "--", "bash", "-c", script)
+    assert "trainer" in said
+    assert "hvdtrain 0" in said
+
+
+def test_it_is_small(image):
+    size = buildah("images", "--format", "{{.Size}}", image[0]).split()
+    value = float(size[0]) * {"GB": 1, "MB": 1e-3}[size[1]]
+    assert value < 2.5
