@@ -1,0 +1,42 @@
+"""Progress: plain lines now and then, a live line on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from hvdtrain.observe.logger import EvalRecord, StepRecord
+from hvdtrain.observe.progress import ProgressLogger
+
+
+def step(number: int, **more) -> StepRecord:
+    values = {"step": number, "epoch": 0, "total_steps": 9, "loss": 0.5, "lr": 0.1, "samples_per_second": 1234.5,
+              "gradient_norm": None, "skipped": False, "seconds": 0.1}  # fmt: skip
+    return StepRecord(**{name: values[name] for name in StepRecord.__dataclass_fields__ if name in values} | more)
+
+
+def lines(every_s: float, *, terminal: bool = False) -> list[str]:
+    said = io.StringIO()
+    progress = ProgressLogger(Console(file=said, width=120, force_terminal=terminal), 1, every_s)
+    for number in range(1, 10):
+        progress.log_step(step(number))
+    progress.log_eval(EvalRecord(step=9, epoch=1, metrics={"accuracy": 0.75}))
+    progress.close()
+    return said.getvalue().splitlines()
+
+
+def test_the_first_and_the_last_step_and_each_evaluation_are_shown():
+    found = lines(1000.0)
+    assert found[0] == "step 1/9  epoch 1/1  loss 0.5000  1,234 samples/s"  # nothing is known of the time left
+    assert found[1].startswith("step 9/9")
+    assert found[2:] == ["epoch 1/1 evaluated: accuracy 0.7500"]
+
+
+def test_every_step_is_shown_if_it_is_time():
+    assert len(lines(0.0)) == 10
+    assert lines(0.0)[4].endswith("s left")
+
+
+def test_a_terminal_gets_a_live_line_that_goes_away():
+    assert any("samples/s" in line for line in lines(5.0, terminal=True))

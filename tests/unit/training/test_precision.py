@@ -1,0 +1,50 @@
+"""What each precision makes of parameters, batches and losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.training.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "computes"),
+    [
+        ("fp32", torch.float32, torch.float32),
+        ("fp64", torch.float64, torch.float64),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("fp16", torch.float32, torch.float16),
+    ],
+)
+def test_parameters_and_products_have_the_types_of_the_precision(name, parameters, computes):
+    precision = Precision(name, CPU)
+    model = precision.prepare(nn.Linear(4, 4))
+    assert model.weight.dtype == parameters
+    batch = precision.cast({"x": torch.ones(2, 4), "label": torch.ones(2, dtype=torch.int64)})
+    assert batch["label"].dtype == torch.int64
+    with precision.autocast():
+        assert model(batch["x"]).dtype == computes
+
+
+def test_only_fp16_scales_losses_and_keeps_its_scale():
+    loss = torch.tensor(2.0)
+    for name in ("fp32", "fp64", "bf16"):
+        assert Precision(name, CPU).scale(loss) is loss
+        assert Precision(name, CPU).state_dict() == {}
+    first, second = Precision("fp16", CPU), Precision("fp16", CPU)
+    assert first.scale(loss) > loss
+    assert first.scaler is not None
+    first.scaler.update(new_scale=8.0)
+    second.load_state_dict(first.state_dict())
+    assert second.scale(loss) == 16.0
+    Precision("fp32", CPU).load_state_dict(first.state_dict())
+
+
+def test_an_unknown_precision_is_refused_with_the_names():
+    with pytest.raises(ConfigError, match=r"fp8.*fp32, fp64, bf16, fp16"):
+        Precision("fp8", CPU)
