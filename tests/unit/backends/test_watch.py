@@ -58,7 +58,7 @@ def test_the_first_failure_counts_and_all_hear_of_it(ranks):
     second = two.report("ValueError: second", "another")
     assert second is not None
     assert (second.rank, second.message, second.traceback) == (1, "ValueError: first", "its traceback")
-    with pytest.raises(RankFailure, match="rank 1 on .* failed first: ValueError: first") as caught:
+    with pytest.raises(RankFailure, match=r"rank 1 on .* failed first: ValueError: first") as caught:
         zero.raise_if_failed()
     assert caught.value.rank_traceback == "its traceback"
     one.raise_if_failed()  # its own failure is not another's
