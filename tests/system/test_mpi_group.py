@@ -124,3 +124,40 @@ def test_the_mpirun_of_another_mpi_is_explained(tmp_path):
         in ended.output
     )
     assert not (tmp_path / "run").exists()
+
+
+LARGE = """
+size = dist.get_world_size()
+count = 2**31 + 24
+whole = torch.full((count,), rank + 1, dtype=torch.uint8)
+dist.all_reduce(whole)
+assert whole[0] == whole[-1] == whole[2**31] == sum(range(1, size + 1))
+whole.fill_(rank + 5)
+dist.broadcast(whole, 1)
+assert whole[0] == whole[-1] == 6
+del whole
+part = torch.full((2**30 + 8,), rank + 3, dtype=torch.uint8)
+everyone = torch.empty(size * len(part), dtype=torch.uint8)
+dist.all_gather_into_tensor(everyone, part)
+assert [int(one[-1]) for one in everyone.chunk(size)] == [other + 3 for other in range(size)]
+out = torch.empty(len(part), dtype=torch.uint8)
+dist.reduce_scatter_tensor(out, everyone)
+assert int(out[0]) == int(out[-1]) == size * (rank + 3)
+exchanged = torch.empty_like(everyone)
+everyone.chunk(size)[1 - rank].fill_(40 + rank)
+dist.all_to_all_single(exchanged, everyone)
+assert int(exchanged.chunk(size)[1 - rank][-1]) == 41 - rank
+del out, everyone, exchanged
+large = torch.full((2**31 + 24,), rank, dtype=torch.uint8)
+dist.send(large, 1) if rank == 0 else dist.recv(large, 0)
+assert int(large[-1]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_tensors_of_more_than_two_to_the_31_bytes(tmp_path):
+    if float(Path("/proc/meminfo").read_text().split()[7]) / 2**20 < 20:
+        pytest.skip("less than 20 GB of memory are free")
+    ended = run(MPI.argv(2, script(tmp_path, LARGE)), timeout_s=300)
+    assert ended.code == 0, ended.output
+    assert ended.output.count("done") == 2
