@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import BIN, ROOT
+from launching import ROOT
 from launching import missing as unavailable
 from slurm import Slurm, missing
 
@@ -84,7 +84,3 @@ def test_a_job_that_is_told_to_go_saves_is_queued_again_and_goes_on(slurm, tmp_p
     steps = [json.loads(line).get("step") for line in log.read_text().splitlines()]
     trained = [step for step in steps if step is not None]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] >= max(trained) > 30
-
-
-def test_the_scripts_need_nothing_that_is_not_here():
-    assert (BIN / "horovodrun").exists() or unavailable("horovodrun-gloo", "horovod")
