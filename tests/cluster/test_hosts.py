@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -175,5 +176,43 @@ def test_a_host_that_is_cut_off_ends_the_others_within_the_timeout(tmp_path, kin
             output, _ = process.communicate(timeout=90)
             said += output
             assert process.returncode != 0, output
-        assert time.monotonic() - began < 60, said
+        took = time.monotonic() - began
+        print(f"{backend} under {kind}: all launchers had ended {took:.0f} s after the link went down")
+        assert took < 60, said
         assert lost in said, said[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mpirun", "horovodrun-mpi", "horovodrun-gloo"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("no such host", r"nowhere"),
+        ("unknown key", r"[Hh]ost key verification failed|No ED25519 host key is known"),
+        ("too few slots", r"slots|Requested more processes|not enough"),
+    ],
+)
+def test_a_launch_that_cannot_work_ends_before_training_and_says_why(tmp_path, kind, fault, says):
+    why = unavailable(kind, "horovod" if kind.startswith("horovodrun") else "mpi")
+    if why:
+        pytest.skip(why)
+    if fault == "unknown key" and kind != "mpirun":
+        pytest.skip("horovodrun tells ssh to accept unknown host keys")
+    with Hosts(tmp_path / "net", *NAMES[:2]) as hosts:
+        (command,) = launcher(hosts, kind, "-m", "hvdtrain", "--run-dir", str(tmp_path / "run")).values()
+        if fault == "no such host":
+            command = [word.replace("beta:1", "nowhere:1") for word in command]
+        elif fault == "unknown key":
+            hosts.known_hosts.write_text("")
+        else:
+            command[command.index("-np") + 1] = "5"
+        process = hosts.begin("alpha", command, HOROVOD_START_TIMEOUT="20")
+        try:
+            said, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            hosts.kill_all()
+            pytest.fail(f"still running: {process.communicate()[0][-4000:]}")
+        print(said[-1500:])
+        assert process.returncode != 0
+        assert re.search(says, said), said
+        assert not (tmp_path / "run" / "summary.json").exists()

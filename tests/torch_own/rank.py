@@ -1,0 +1,73 @@
+"""One rank of PyTorch's own process-group tests (those inside its wheel) over the mpi4py group.
+
+    mpirun -np 2 python rank.py FOLDER NAME...
+
+Each test's outcome is a line of FOLDER/RANK.jsonl. A test that fails ends all ranks, because the others may wait in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import unittest
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+RANK, SIZE = os.environ["OMPI_COMM_WORLD_RANK"], os.environ["OMPI_COMM_WORLD_SIZE"]
+
+
+def main() -> None:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    os.environ.update(BACKEND="mpi4py", WORLD_SIZE=SIZE, TEMP_DIR=str(folder / "temporary"))
+    warnings.simplefilter("ignore")
+    import torch.distributed as dist
+    from torch.testing._internal import common_distributed
+    from torch.testing._internal.distributed import distributed_test as theirs
+
+    import hvdtrain.mpi  # noqa: F401
+
+    skips = {skip.exit_code: skip.message for skip in common_distributed.TEST_SKIPS.values()}
+
+    class Ours(theirs.DistributedTest._DistTestBase, theirs.TestDistBackend):
+        pass
+
+    def outcome(name: str) -> tuple[str, str]:
+        case = Ours(name)
+        case.rank = int(RANK)
+        case.file_name = str(folder / "temporary" / f"store-{name}")
+        dist.barrier()
+        try:
+            getattr(case, name)()
+        except unittest.SkipTest as error:
+            return "inapplicable", str(error)
+        except SystemExit as error:
+            if error.code in skips:
+                return "inapplicable", skips[error.code]
+            return "failing", f"exit {error.code}"
+        except BaseException as error:
+            traceback.print_exc()
+            return "failing", f"{type(error).__name__}: {error}"
+        return "passing", ""
+
+    dist.init_process_group("mpi4py", timeout=timedelta(seconds=40))
+    theirs.Barrier.init()
+    with (folder / f"{RANK}.jsonl").open("a") as log:
+        for name in names:
+            log.write(json.dumps({"begun": name}) + "\n")
+            log.flush()
+            result, why = outcome(name)
+            log.write(json.dumps({"name": name, "outcome": result, "why": why[:600]}) + "\n")
+            log.flush()
+            if result == "failing":
+                os._exit(3)
+            if not dist.is_initialized():  # the test has destroyed it
+                os._exit(4)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
