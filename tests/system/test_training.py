@@ -36,7 +36,8 @@ def reference(tmp_path_factory):
 
 LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI]
 CASES = [(launch, ranks, 61) for launch in LAUNCHES for ranks in (2, 3, 4)] + [
-    (TORCH, ranks, 60) for ranks in (2, 3, 4)
+    (TORCH, 2, 60),
+    *[pytest.param(TORCH, ranks, 60, marks=pytest.mark.slow) for ranks in (3, 4)],
 ]
 
 
