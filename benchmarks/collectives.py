@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import run_once
+from engines import machine, run_once
 
 SIZES = [
     4,
@@ -146,12 +144,7 @@ def main() -> None:
     whole = {
         "benchmark": "collectives",
         "world_size": args.ranks,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "arch": platform.machine(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "machine": machine(),
         "results": results,
     }
     if args.plot:

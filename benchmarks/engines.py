@@ -158,6 +158,16 @@ def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dic
     }
 
 
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "cpus": os.cpu_count(),
+        "arch": platform.machine(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
 def missing(engine: str) -> str:
     for prefix, module in (("horovod", "horovod"), ("mpi", "mpi4py")):
         if engine.startswith(prefix) and importlib.util.find_spec(module) is None:
@@ -206,12 +216,7 @@ def main() -> None:
     whole = {
         "benchmark": "engines",
         "world_size": args.ranks,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "arch": platform.machine(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "machine": machine(),
         "not_installed": [engine for engine in args.engines if missing(engine)],
         "results": results,
     }

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from engines import machine
 
 BIN = Path(sys.executable).parent
 
@@ -82,13 +81,7 @@ def main() -> None:
     medians = {name: round(statistics.median(times), 2) for name, times in found.items() if times}
     for name, value in medians.items():
         print(f"{name:<20}{value:6.2f} s")
-    machine = {
-        "cpus": os.cpu_count(),
-        "arch": platform.machine(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }
-    whole = {"benchmark": "startup", "world_size": args.ranks, "machine": machine, "median_s": medians}
+    whole = {"benchmark": "startup", "world_size": args.ranks, "machine": machine(), "median_s": medians}
     if args.out:
         Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))

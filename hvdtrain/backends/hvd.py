@@ -15,8 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -33,6 +32,7 @@ from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import variables
 
 _missing = why_not()
 if _missing:
@@ -212,7 +212,7 @@ class HorovodBackend(Backend):
         family = "auto" if self._gpu or self._over_gloo else self.all_reduce_family
         with (
             algorithms.mpi(family, self.topology) as told,
-            _environment({**told, **way, **self._defaults(), **self._environment}),
+            variables({**told, **way, **self._defaults(), **self._environment}),
         ):
             self.bounded(hvd.init, "hvd.init()", LaunchError)
 
@@ -645,21 +645,6 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(f"--horovod.{name} {value}: use one of {', '.join(choices)}")
     return value
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Horovod reads its settings from the environment when it starts, and only then."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 # -- the end of the process -------------------------------------------------------------------------------------------

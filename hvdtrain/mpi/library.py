@@ -12,8 +12,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from hvdtrain.backends import algorithms
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import variables
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load(detection: Detection | None = None, all_reduce: str = "auto") -> Any:
     if "mpi4py.MPI" not in sys.modules and detection is not None:
         for name, value in settings(detection).items():
             os.environ.setdefault(name, value)
-        with algorithms.mpi(all_reduce, detection.topology) as told, _environment(told):
+        with algorithms.mpi(all_reduce, detection.topology) as told, variables(told):
             MPI = _start()
         _Told.family = all_reduce
     else:
@@ -96,21 +96,6 @@ class _Told:
     """What MPI was told when it started."""
 
     family = "auto"
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables that are set for a moment: processes that this one starts must not inherit them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def version() -> str:

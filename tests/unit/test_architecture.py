@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 STAIRS = [
     ["version", "errors"],
     ["topology", "options"],
-    ["config", "launch.hostlist", "launch.ancestry", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
+    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
     ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.detect", "data.rank_loader", "components"],
     ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
