@@ -28,7 +28,10 @@ _NCCL = {
 }  # NCCL's trees join nodes, and chains the GPUs of a node
 # coll_tuned_allreduce_algorithm of Open MPI 4 and 5
 _OPEN_MPI = {"tree": 3, "ring": 4, "rabenseifner": 6}
-_MPICH = {"tree": "recursive_doubling", "rabenseifner": "reduce_scatter_allgather", "ring": "ring"}
+_MPICH = {
+    "tree": "recursive_doubling",
+    "rabenseifner": "reduce_scatter_allgather",
+}  # it ends on a name it does not know
 _ALL_REDUCE = 2  # the number of the collective in Open MPI's rules
 _LONG_BYTES = 16 * 1024  # shorter messages keep what the library thinks best: a ring of 64 ranks has 126 steps
 
@@ -73,7 +76,7 @@ def mpi(wanted: str, topology: Topology) -> Iterator[dict[str, str]]:
         "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
         "OMPI_MCA_coll_tuned_dynamic_rules_filename": name,
     }
-    if forced:
+    if forced and family in _MPICH:
         values |= {"MPIR_CVAR_ALLREDUCE_INTRA_ALGORITHM": _MPICH[family], "MPIR_CVAR_ALLREDUCE_DEVICE_COLLECTIVE": "0"}
     try:
         yield _checked(wanted, values) if forced else values
@@ -87,13 +90,8 @@ def check_mpi(wanted: str, library: str) -> None:
     if library.startswith("Open MPI"):
         known = FAMILIES
     elif library.startswith("MPICH"):
-        known = ("auto", "tree", "rabenseifner", "hierarchical", *(("ring",) if _newer(library, (4, 1)) else ()))
+        known = ("auto", *_MPICH, "hierarchical")
     refuse(library, wanted, known)
-
-
-def _newer(library: str, than: tuple[int, int]) -> bool:
-    numbers = library.rsplit(maxsplit=1)[-1].split(".")
-    return tuple(int(number) for number in numbers[:2] if number.isdigit()) >= than
 
 
 def _user_tunes() -> bool:
