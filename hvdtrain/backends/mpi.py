@@ -12,7 +12,7 @@ from hvdtrain.backends.ddp import TorchBackend
 from hvdtrain.backends.rendezvous import Meeting, Tell
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.detect import Detection
-from hvdtrain.mpi import Options, give_up, library
+from hvdtrain.mpi import Options, give_up, library, shut_down
 
 _LAUNCHERS = ("mpirun", "srun", "horovodrun")
 
@@ -74,6 +74,10 @@ class MpiBackend(TorchBackend):
         if self._real_watch is not None:
             self._real_watch.on_failure.append(give_up)
         dist.barrier()
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        shut_down()
 
     @property
     def _wire_device(self) -> torch.device:

@@ -6,8 +6,8 @@
 PyTorch's own `mpi` backend needs a PyTorch built from source. This one is Python over mpi4py; see docs/mpi.md.
 """
 
-from hvdtrain.mpi.registration import Options, give_up, register
+from hvdtrain.mpi.registration import Options, give_up, register, shut_down
 
-__all__ = ["Options", "give_up", "register"]
+__all__ = ["Options", "give_up", "register", "shut_down"]
 
 register()

@@ -27,6 +27,7 @@ from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
 from hvdtrain.mpi.staging import Staging
 
+_groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
 
@@ -61,6 +62,8 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
     ) -> None:
         super().__init__(comm.rank, comm.size)
         self._levels = levels
+        self.order = next(_groups)
+        """Of its creation; the same in all groups that two ranks share."""
         self._comm = comm
         self._comm_rank = int(comm.rank)
         self._label = name
@@ -111,6 +114,13 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         """Torch.distributed's name for this group."""
         self._group_name = name
 
+    _set_group_name = setGroupName  # older versions of torch do not ask the Python class through the above
+
+    @property
+    def group_name(self) -> str:
+        """The same."""
+        return self._group_name
+
     def getGroupDesc(self) -> str:
         """What the user calls it."""
         return self._group_description
@@ -118,6 +128,13 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
     def setGroupDesc(self, description: str) -> None:
         """The user's name for it."""
         self._group_description = description
+
+    _set_group_desc = setGroupDesc
+
+    @property
+    def group_desc(self) -> str:
+        """The same."""
+        return self._group_description
 
     @property
     def _device_types(self) -> list[torch.device]:

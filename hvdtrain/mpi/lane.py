@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
@@ -27,6 +28,12 @@ _TICK_S = 0.25
 _MOST_CALLBACKS = 64  # that wait for one another; threads start as they are needed
 _NO_TIMEOUT = timedelta(0)
 
+
+# Older versions of torch let the Python half of a Work go while C++ (DDP) holds the other half, which then waits for ever,
+# with the interpreter's lock. Seen with 2.4, not with 2.13.
+_FORGETS_WORK = tuple(int(part) for part in str(torch.__version__).split(".")[:2]) < (2, 13)
+_MOST_KEPT = 64
+_kept: OrderedDict[int, MpiWork] = OrderedDict()
 
 _Base: Any = dist.Work
 
@@ -54,6 +61,10 @@ class MpiWork(_Base):  # type: ignore[misc]
         self._ended: Any = None  # a future that only ends; `_future` follows it with the result or the error
         self._future: Any = None
         self._turn = threading.Lock()
+        if _FORGETS_WORK:
+            _kept[id(self)] = self
+            while len(_kept) > _MOST_KEPT:
+                _kept.popitem(last=False)
 
     # -- what c10d asks -----------------------------------------------------------------------------------------------
 
@@ -73,6 +84,7 @@ class MpiWork(_Base):  # type: ignore[misc]
                     f"{self.what}: waited {limit:g} s, timed out; the operation goes on and can be waited for again"
                 )
             self._pending.release()
+        _kept.pop(id(self), None)
         if self._error is not None:
             raise self._error
         return True

@@ -153,6 +153,13 @@ def give_up(reason: str) -> None:
         group.give_up(reason)
 
 
+def shut_down() -> None:
+    """Shut down what ``destroy_process_group()`` has left: older versions of torch (seen with 2.4) leave Python groups as
+    they are. Every rank must call it."""
+    for group in sorted(_State.groups, key=lambda one: one.order):
+        group.shutdown()
+
+
 def _exchange(store: Any, rank: int, size: int, mine: int, timeout_s: float) -> list[int]:
     """Every rank's number in MPI's world; waits with a bound until all ranks are here."""
     store.set(f"mpi/{rank}", str(mine))
