@@ -1,6 +1,6 @@
 """Which MPI datatype and operation carries which torch dtype and ReduceOp.
 
-MPI has no 16-bit floats: what must be summed in them is summed by us (`operations.reduce_parts`). It never gets them as
+MPI has no 16-bit floats: what must be summed in them is summed by us (`operations.all_reduce_`). It never gets them as
 bytes to add, which some bindings do in silence.
 """
 

@@ -1,6 +1,6 @@
 """Collective operations on contiguous CPU tensors over one communicator, as blocking MPI calls.
 
-Long messages go in pieces: Open MPI's all-reduce is twice to three times as slow per byte above 8 MB a call, and MPI's
+Long messages go in pieces: Open MPI's all-reduce is twice to three times as slow per byte above 16 MB a call, and MPI's
 counts end at 2^31. Nothing here knows of threads, of time-outs or of GPUs.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hvdtrain.mpi.dtypes import HALVES, Kind, as_bytes, memory, mpi_op, premultiplier
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 8 * 2**20
+_HALVES_BYTES = 4 * 2**20  # of 16-bit floats at a time
 _MASK = 2**62 - 1
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive numbers give digests far apart
 MAX_COUNT = 2**30  # bytes in one call, below MPI's 2^31 - 1
@@ -86,7 +87,7 @@ def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, levels: tuple[Any
             tensor.copy_(wide)
             return
         if tensor.dtype in HALVES:
-            _reduce_parts(comm, tensor, kind, op)
+            _reduce_halves(comm, tensor, kind, op)
             return
         _premultiply_(tensor, op, kind)
         piece = max(1, PIECE_BYTES // tensor.element_size())
@@ -132,10 +133,7 @@ def reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
     """Reduce a tensor to one rank; the others' keep what they held."""
     mpi_op(kind, tensor.dtype)
     if tensor.dtype in HALVES:
-        wide = tensor.float()
-        reduce_(comm, wide, op, kind, root)
-        if comm.rank == root:
-            tensor.copy_(wide)
+        _reduce_halves(comm, tensor, kind, op, root)
         return
     source = tensor
     if kind == Kind.PREMUL_SUM:
@@ -161,7 +159,14 @@ def reduce_scatter(comm: Any, out: Tensor, tensor: Tensor, op: Any, kind: Any) -
     if not tensor.numel():
         return
     if tensor.dtype in HALVES:
-        out.view(-1).copy_(_reduced_part(comm, tensor.view(comm.size, -1), kind, op))
+        reduced, parts, flat = (
+            _Halves(comm, out.numel(), tensor.dtype, kind, op),
+            tensor.view(comm.size, -1),
+            out.view(-1),
+        )
+        for start in range(0, flat.numel(), reduced.length):
+            columns = parts[:, start : start + reduced.length].contiguous()
+            reduced(columns, flat[start : start + reduced.length])
         return
     source = tensor
     if kind == Kind.PREMUL_SUM:
@@ -186,42 +191,69 @@ def _premultiply_(tensor: Tensor, op: Any, kind: Any) -> None:
         tensor.mul_(premultiplier(op))
 
 
-def _reduce_parts(comm: Any, tensor: Tensor, kind: Any, op: Any) -> None:
-    """All-reduce of 16-bit floats: each rank gets its part of everybody's, reduces it in float32, rounds once, and all
-    gather the parts. Two exchanges of two bytes a value, as in a ring."""
+def _reduce_halves(comm: Any, tensor: Tensor, kind: Any, op: Any, root: int | None = None) -> None:
+    """All-reduce, or reduce to ``root``, of 16-bit floats, in place: each rank reduces its part of everybody's, and all (or the
+    root) gather the parts. Two exchanges of two bytes a value, as in a ring."""
     flat = tensor.view(-1)
-    piece = PIECE_BYTES // tensor.element_size() // comm.size * comm.size
+    reduced = _Halves(comm, -(-flat.numel() // comm.size), tensor.dtype, kind, op)
+    piece = reduced.length * comm.size
     for start in range(0, flat.numel(), piece):
         part = flat[start : start + piece]
         length = -(-part.numel() // comm.size)
-        if part.numel() == length * comm.size:
-            padded = part
+        whole = part
+        if part.numel() < length * comm.size:
+            whole = torch.zeros(length * comm.size, dtype=tensor.dtype)
+            whole[: part.numel()] = part
+        rows = whole.view(comm.size, length)
+        if root is None:
+            reduced(rows, rows[comm.rank])
+            comm.Allgather(MPI.IN_PLACE, memory(as_bytes(whole)))
         else:
-            padded = torch.zeros(length * comm.size, dtype=tensor.dtype)
-            padded[: part.numel()] = part
-        mine = _reduced_part(comm, padded.view(comm.size, length), kind, op)
-        whole = part if padded is part else padded
-        comm.Allgather(memory(as_bytes(mine)), memory(as_bytes(whole)))
-        if whole is not part:
+            mine = torch.empty(length, dtype=tensor.dtype)
+            reduced(rows, mine)
+            comm.Gather(memory(as_bytes(mine)), memory(as_bytes(whole)) if comm.rank == root else None, root)
+        if whole is not part and root in (None, comm.rank):
             part.copy_(whole[: part.numel()])
 
 
-def _reduced_part(comm: Any, parts: Tensor, kind: Any, op: Any) -> Tensor:
-    """This rank's row of the sum (or another reduction) of all ranks' ``parts``, shape (size, length), rounded once."""
-    received = torch.empty_like(parts)
-    all_to_all_equal(comm, received, parts)
-    wide = received.float()
-    if kind == Kind.PREMUL_SUM:
-        wide.mul_(premultiplier(op))
-    if kind in (Kind.SUM, Kind.AVG, Kind.PREMUL_SUM):
-        total = wide.sum(0)
-        if kind == Kind.AVG:
-            total /= comm.size
-    elif kind == Kind.PRODUCT:
-        total = wide.prod(0)
-    else:
-        total = wide.amin(0) if kind == Kind.MIN else wide.amax(0)
-    return total.to(parts.dtype)
+class _Halves:
+    """This rank's row of the sum (or another reduction) of all ranks' 16-bit floats: exact in float32, rounded once.
+
+    Args:
+        comm: The group.
+        most: Values of a row.
+        dtype: float16 or bfloat16.
+        kind: What reduction.
+        op: The same, with its factor.
+    """
+
+    def __init__(self, comm: Any, most: int, dtype: torch.dtype, kind: Any, op: Any) -> None:
+        self._comm, self._kind = comm, kind
+        self.length = max(1, min(most, _HALVES_BYTES // 2 // comm.size))
+        """The most values of a row that one call takes."""
+        self._received = torch.empty(comm.size * self.length, dtype=dtype)
+        self._total, self._term = torch.empty(self.length), torch.empty(self.length)
+        self._factor = premultiplier(op) if kind == Kind.PREMUL_SUM else None
+        self._combine = {Kind.PRODUCT: torch.mul, Kind.MIN: torch.minimum, Kind.MAX: torch.maximum}.get(kind, torch.add)
+
+    def __call__(self, parts: Tensor, out: Tensor) -> None:
+        """Reduce ``parts``, of shape (size, up to `length`), to ``out``, which may be a row of them."""
+        rows = self._received[: parts.numel()].view_as(parts)
+        all_to_all_equal(self._comm, rows, parts)
+        if len(rows) == 2 and self._factor is None and self._kind != Kind.AVG:
+            self._combine(*rows, out=out)  # torch computes it in float32 as well, and rounds once
+            return
+        total, term = self._total[: len(out)], self._term[: len(out)]
+        for rank, row in enumerate(rows):
+            into = term if rank else total
+            into.copy_(row)
+            if self._factor is not None:
+                into.mul_(self._factor)
+            if rank:
+                self._combine(total, term, out=total)
+        if self._kind == Kind.AVG:
+            total /= len(rows)
+        out.copy_(total)
 
 
 # -- operations that only move bytes ----------------------------------------------------------------------------------

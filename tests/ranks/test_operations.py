@@ -90,12 +90,27 @@ def test_halves_are_summed_in_float32_and_rounded_once(rank, size):
     assert big.tolist() == [torch.tensor(60000.0).half().item()] * 3
 
 
+@pytest.mark.parametrize("op", ["SUM", "AVG", "PRODUCT", "MIN", "MAX"])
+def test_halves_go_in_ragged_pieces(rank, size, op, monkeypatch):
+    monkeypatch.setattr("hvdtrain.mpi.operations._HALVES_BYTES", 64)
+    expected = reduced(all_of(size, (103,), torch.bfloat16), op, torch.bfloat16)
+    tensor = of(rank, (103,), torch.bfloat16)
+    dist.all_reduce(tensor, getattr(Op, op))
+    torch.testing.assert_close(tensor, expected)
+    tensor = of(rank, (103,), torch.bfloat16)
+    dist.reduce(tensor, 0, getattr(Op, op))
+    torch.testing.assert_close(tensor, of(rank, (103,), torch.bfloat16) if rank else expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-@pytest.mark.parametrize("count", [2**19 - 1, 2**19 + 1, 3 * 2**20 + 17])
+@pytest.mark.parametrize("count", [2**21 - 1, 5 * 2**20 + 17])
 def test_long_tensors_go_in_pieces(rank, size, dtype, count):
     tensor = of(rank, (count,), dtype)
     dist.all_reduce(tensor)
     torch.testing.assert_close(tensor, reduced(all_of(size, (count,), dtype), "SUM", dtype))
+    to_one, root = of(rank, (count,), dtype), size - 1
+    dist.reduce(to_one, root)
+    torch.testing.assert_close(to_one, tensor if rank == root else of(rank, (count,), dtype))
     out = torch.empty(count, dtype=dtype)
     whole = torch.cat([of(rank + part, (count,), dtype) for part in range(size)])
     dist.reduce_scatter_tensor(out, whole)
