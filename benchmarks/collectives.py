@@ -1,7 +1,8 @@
-"""The float32 all-reduce of every engine, from 4 bytes to 128 MB, in turns within one run.
+"""The all-reduce of every engine, from 4 bytes to 128 MB, in turns within one run.
 
 python benchmarks/collectives.py                          # 2 ranks, one thread each
 python benchmarks/collectives.py --ranks 4 --rounds 3 --out results.json --plot collectives.svg
+python benchmarks/collectives.py --engines gloo mpi4py --dtype bfloat16
 
 Engines: `gloo` (torch.distributed), `mpi4py` (hvdtrain's process group, through torch.distributed as well), `raw` (blocking
 MPI_Allreduce by mpi4py, one call), `horovod` (its all-reduce, in place). Each engine is launched anew in every round, and the
@@ -61,13 +62,13 @@ def operation(engine: str) -> tuple[int, Callable[[torch.Tensor], object], Calla
     return hvd.rank(), lambda tensor: hvd.allreduce_(tensor, name="t", op=hvd.Sum), hvd.shutdown
 
 
-def worker(engine: str, out: str, budget_s: float) -> None:
+def worker(engine: str, out: str, budget_s: float, dtype: torch.dtype) -> None:
     """One rank: time every size."""
     torch.set_num_threads(1)
     rank, all_reduce, stop = operation(engine)
     found: dict[str, list[float]] = {}
     for size in SIZES:
-        tensor = torch.zeros(size // 4)
+        tensor = torch.zeros(size // dtype.itemsize, dtype=dtype)
         count = max(3, min(200, int(budget_s / (2e-4 + size * 1.5e-9))))
         times = []
         for turn in range(count + 3):
@@ -97,7 +98,7 @@ def plot(results: dict[str, Any], file: str) -> None:
         axes.plot(
             [int(size) for size in results], [each["bus_gb_s"][engine] for each in results.values()], "o-", label=engine
         )
-    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s", title="float32 all-reduce")
+    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s", title="all-reduce")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64", "float16", "bfloat16"])
     parser.add_argument("--budget", type=float, default=0.5, help="seconds for each size and round, about")
     parser.add_argument("--out", help="file for the JSON as well")
     parser.add_argument("--plot", help="file for a picture (needs matplotlib)")
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--to", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, args.to, args.budget)
+        worker(args.worker, args.to, args.budget, getattr(torch, args.dtype))
         return
     engines = [engine for engine in args.engines if not missing(engine)]
     times: dict[str, dict[int, list[float]]] = {engine: {size: [] for size in SIZES} for engine in engines}
@@ -124,7 +126,7 @@ def main() -> None:
         for turn in range(args.rounds):
             for engine in engines[turn % len(engines) :] + engines[: turn % len(engines)]:
                 out = Path(folder) / f"{engine}{turn}"
-                words = ["--worker", engine, "--to", str(out), "--budget", str(args.budget)]
+                words = ["--worker", engine, "--to", str(out), "--budget", str(args.budget), "--dtype", args.dtype]
                 problem = run_once(__file__, words, args.ranks, mpi=engine != "gloo")
                 if problem:
                     print(f"{engine}: {problem}", file=sys.stderr, flush=True)
@@ -144,6 +146,7 @@ def main() -> None:
     whole = {
         "benchmark": "collectives",
         "world_size": args.ranks,
+        "dtype": args.dtype,
         "machine": machine(),
         "results": results,
     }

@@ -3,7 +3,8 @@
 python benchmarks/engines.py                                  # 2 ranks, one thread each
 python benchmarks/engines.py --ranks 4 --models mlp --rounds 3 --out results.json
 
-Engines: `none` (every rank alone: what computing costs while the others compute too), `torch` (DDP over Gloo), `mpi`,
+Engines: `none` (every rank alone: what computing costs while the others compute too), `ddp-silent` (DDP that exchanges
+nothing: what no process group can be faster than), `torch` (DDP over Gloo), `mpi`,
 `horovod` (our backend with its defaults), `horovod-plain` (hand-written, horovod.torch.DistributedOptimizer with
 Horovod's own defaults). Each engine is launched anew in every round, and the order changes, so that a slow minute of the
 machine meets all of them; the figure is the median over all steps of all rounds. The last line is one JSON object.
@@ -28,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 import hvdtrain
 
@@ -38,7 +41,7 @@ MODELS = {  # batch per rank, steps per round
     "resnet18": (8, 12),
     "small": (16, 100),
 }
-ENGINES = ("none", "torch", "mpi", "horovod", "horovod-plain")
+ENGINES = ("none", "ddp-silent", "torch", "mpi", "horovod", "horovod-plain")
 WARM_UP = 8
 
 
@@ -84,6 +87,19 @@ def prepare(
 
     if engine == "none":
         return int(os.environ.get("RANK", "0")), plain_step, lambda: None
+    if engine == "ddp-silent":
+        dist.init_process_group("gloo")
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        ddp.register_comm_hook(None, lambda state, bucket: _kept(bucket))  # DDP looks at the names
+
+        def silent_step() -> None:
+            loss = cross_entropy(ddp(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+        return dist.get_rank(), silent_step, dist.destroy_process_group
     if engine == "horovod-plain":
         import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
 
@@ -105,6 +121,13 @@ def prepare(
         loss.item()
 
     return backend.rank, step, backend.stop
+
+
+def _kept(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook that leaves every gradient as it is."""
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def launch(file: str, ranks: int, arguments: list[str], *, mpi: bool) -> list[str]:
@@ -147,7 +170,7 @@ def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dic
     for old in folder.glob(f"{out.name}.*"):
         old.unlink()
     arguments = ["--worker", engine, "--models", name, "--steps", str(steps), "--out", str(out)]
-    problem = run_once(__file__, arguments, ranks, mpi=engine not in ("none", "torch"))
+    problem = run_once(__file__, arguments, ranks, mpi=engine not in ("none", "ddp-silent", "torch"))
     if problem:
         return problem
     found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]
