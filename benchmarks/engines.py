@@ -3,8 +3,8 @@
 python benchmarks/engines.py                                  # 2 ranks, one thread each
 python benchmarks/engines.py --ranks 4 --models mlp --rounds 3 --out results.json
 
-Engines: `none` (every rank alone: what computing costs while the others compute too), `ddp-silent` (DDP that exchanges
-nothing: what no process group can be faster than), `torch` (DDP over Gloo), `mpi`,
+Engines: `none` (every rank alone: what computing costs while the others compute too), `none-kept` (the same with
+`hvdtrain.memory`), `ddp-silent` (DDP that exchanges nothing), `mpi-ddp` (DDP over the mpi4py group), `torch` (DDP over Gloo), `mpi`,
 `horovod` (our backend with its defaults), `horovod-plain` (hand-written, horovod.torch.DistributedOptimizer with
 Horovod's own defaults). Each engine is launched anew in every round, and the order changes, so that a slow minute of the
 machine meets all of them; the figure is the median over all steps of all rounds. The last line is one JSON object.
@@ -13,6 +13,7 @@ machine meets all of them; the figure is the median over all steps of all rounds
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -35,13 +36,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import hvdtrain
+from hvdtrain.memory import keep_freed_memory
 
 MODELS = {  # batch per rank, steps per round
     "mlp": (16, 40),
     "resnet18": (8, 12),
     "small": (16, 100),
 }
-ENGINES = ("none", "ddp-silent", "torch", "mpi", "horovod", "horovod-plain")
+ENGINES = ("none", "none-kept", "ddp-silent", "torch", "mpi-ddp", "mpi", "horovod", "horovod-plain")
 WARM_UP = 8
 
 
@@ -85,21 +87,26 @@ def prepare(
         optimizer.zero_grad()
         loss.item()
 
-    if engine == "none":
+    if engine == "none-kept":
+        keep_freed_memory()
+    if engine.startswith("none"):
         return int(os.environ.get("RANK", "0")), plain_step, lambda: None
-    if engine == "ddp-silent":
-        dist.init_process_group("gloo")
+    if engine in ("ddp-silent", "mpi-ddp"):
+        if engine == "mpi-ddp":
+            importlib.import_module("hvdtrain.mpi")  # registers the name
+        dist.init_process_group("gloo" if engine == "ddp-silent" else "mpi4py")
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        ddp.register_comm_hook(None, lambda state, bucket: _kept(bucket))  # DDP looks at the names
+        if engine == "ddp-silent":
+            ddp.register_comm_hook(None, lambda state, bucket: _kept(bucket))  # DDP looks at the names
 
-        def silent_step() -> None:
+        def ddp_step() -> None:
             loss = cross_entropy(ddp(x), y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()
 
-        return dist.get_rank(), silent_step, dist.destroy_process_group
+        return dist.get_rank(), ddp_step, dist.destroy_process_group
     if engine == "horovod-plain":
         import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
 
@@ -170,7 +177,7 @@ def measure(engine: str, name: str, ranks: int, steps: int, folder: Path) -> dic
     for old in folder.glob(f"{out.name}.*"):
         old.unlink()
     arguments = ["--worker", engine, "--models", name, "--steps", str(steps), "--out", str(out)]
-    problem = run_once(__file__, arguments, ranks, mpi=engine not in ("none", "ddp-silent", "torch"))
+    problem = run_once(__file__, arguments, ranks, mpi=engine.startswith(("mpi", "horovod")))
     if problem:
         return problem
     found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -162,8 +163,17 @@ def _be_deterministic() -> None:
 
 
 def _run_dir(config: TrainConfig, backend: Backend) -> Path:
-    chosen = config.run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
-    return Path(backend.broadcast_object(chosen))
+    chosen = Path(config.run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
+    if backend.rank == 0:
+        try:
+            chosen.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=chosen):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"--run-dir: nothing can be written in {chosen} ({error.strerror}); name a folder that this user may write in"
+            ) from error
+    return Path(backend.broadcast_object(str(chosen)))
 
 
 def _task(config: TrainConfig, backend: Backend) -> Task:

@@ -42,6 +42,7 @@ from hvdtrain.errors import (
 )
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.stuck import end_if_stuck
+from hvdtrain.memory import keep_freed_memory
 from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ class Backend(Communicator):
                 f"backend {self.name!r} cannot start a second time in one process; keep one `with` block around all work, or "
                 "start a new process"
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._connect()
         self._running = True
         atexit.register(self._leave_at_exit)

@@ -67,6 +67,10 @@ class HookedReplica(Replica):
         options: As for `Replica`.
     """
 
+    _by_order = (
+        False  # the engine matches operations by their order, not by name: packs are sent in the same on every rank
+    )
+
     def __init__(
         self,
         backend: Backend,
@@ -85,6 +89,7 @@ class HookedReplica(Replica):
         self._packs = make_packs(dense, carried, self.bucket_bytes, groups) if backend.world_size > 1 else []
         self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
         self._sent: list[Pack] = []
+        self._next = 0  # of the packs, the first that was not sent, where the order counts
         if self._packs:
             for parameter in dense:
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -102,6 +107,7 @@ class HookedReplica(Replica):
 
     def _begin_exchange(self) -> None:
         self._sent = []
+        self._next = 0
         for pack in self._packs:
             pack.missing = set(range(len(pack.parameters)))
             pack.work = None
@@ -142,8 +148,13 @@ class HookedReplica(Replica):
         pack.missing.discard(at)
         if pack.flat:
             self._copy_in(pack, at)
-        if not pack.missing:
-            self._dispatch(pack)
+        if not self._by_order:
+            if not pack.missing:
+                self._dispatch(pack)
+            return
+        while self._next < len(self._packs) and not self._packs[self._next].missing:
+            self._dispatch(self._packs[self._next])
+            self._next += 1
 
     def _dispatch(self, pack: Pack) -> None:
         device = self._backend.wire.device
@@ -186,13 +197,9 @@ class HookedReplica(Replica):
 
     def _complete_packs(self) -> set[int]:
         """Send what backward could not, zeros for the gradients that only other ranks have; return those nobody has."""
-        nobody: set[int] = set()
-        if self.options.find_unused_parameters:
-            used = torch.tensor([p.grad is not None for p in self._parameters])
-            everywhere = self._backend.all_reduce(used, "max").tolist()
-            nobody = {id(p) for p, found in zip(self._parameters, everywhere, strict=True) if not found}
-        elif unused := [p for p in self._parameters if p.grad is None]:
-            raise self._unused_error([self._names[id(p)] for p in unused])
+        used = torch.tensor([p.grad is not None for p in self._parameters])
+        if not self.options.find_unused_parameters and not bool(used.all()):
+            raise self._unused_error([self._names[id(p)] for p in self._parameters if p.grad is None])
         for pack in self._packs:
             if pack.work is not None:
                 continue
@@ -203,7 +210,10 @@ class HookedReplica(Replica):
                 if pack.flat:
                     self._copy_in(pack, at)
             self._dispatch(pack)
-        return nobody
+        if not self.options.find_unused_parameters:
+            return set()
+        everywhere = self._backend.all_reduce(used, "max").tolist()
+        return {id(p) for p, found in zip(self._parameters, everywhere, strict=True) if not found}
 
 
 def make_packs(
@@ -242,6 +252,9 @@ def make_packs(
             packs.append(pack)
         pack.parameters.append(parameter)
         open_packs[parameter.dtype] = (pack, filled + size)
+    # A pack can leave when its last gradient is there; where packs leave in order, none should wait for a later one.
+    place = {id(parameter): at for at, parameter in enumerate(parameters)}
+    packs.sort(key=lambda pack: place[id(pack.parameters[-1])])
     return packs
 
 

@@ -1,24 +1,35 @@
-"""The `mpi` backend: DistributedDataParallel over the mpi4py process group, on stock PyTorch."""
+"""The `mpi` backend: the mpi4py process group on stock PyTorch.
+
+On CPUs gradients leave from hooks, each large one as it lies: DistributedDataParallel copies all of them into its buckets,
+which costs as much there as half of the exchange. GPU gradients go through DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from hvdtrain.backends.ddp import TorchBackend
+from hvdtrain.backends.ddp import TorchBackend, TorchReplica
+from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.rendezvous import Meeting, Tell
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.wire import Work
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.mpi import Options, give_up, library, shut_down
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 _LAUNCHERS = ("mpirun", "srun", "horovodrun")
 
 
 class MpiBackend(TorchBackend):
-    """PyTorch's engine on MPI's wire; it differs from `TorchBackend` only in how it connects.
+    """PyTorch's engine on MPI's wire.
 
     Args:
         detection: Of mpirun, srun or horovodrun --mpi; or one process alone.
@@ -75,6 +86,10 @@ class MpiBackend(TorchBackend):
             self._real_watch.on_failure.append(give_up)
         dist.barrier()
 
+    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+        kind = MpiReplica if self.device.type == "cpu" else TorchReplica
+        return kind(self, model, optimizer, options)
+
     def _disconnect(self) -> None:
         super()._disconnect()
         shut_down()
@@ -87,3 +102,18 @@ class MpiBackend(TorchBackend):
         # MPI_Finalize would wait for ranks that are gone, and MPI_Abort reaches those that wait inside MPI.
         code = error.exit_code if isinstance(error, HvdtrainError) else getattr(error, "code", None)
         library.end_hard(code if isinstance(code, int) and code else 1)
+
+
+class MpiReplica(HookedReplica):
+    """Gradients in the process group's all-reduce."""
+
+    _suitable_bucket_bytes = 8 * 2**20
+    _engine_averages = False
+    _by_order = True
+
+    def __init__(self, backend: MpiBackend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
+        super().__init__(backend, module, optimizer, options, carried=lambda dtype: dtype)
+
+    def _send(self, pack: Pack) -> Work:
+        (tensor,) = pack.tensors
+        return self._backend.wire.all_reduce_(tensor, "sum")

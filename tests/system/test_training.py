@@ -190,6 +190,18 @@ def test_bad_input_is_one_clear_line(tmp_path, flags, message):
     assert ended.output.startswith("hvdtrain")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_dir_that_cannot_be_written_is_told_before_training(tmp_path, ranks):
+    (tmp_path / "file").touch()
+    ended = run(hvdtrain(ranks, "--run-dir", str(tmp_path / "file" / "run")))
+    assert ended.code != 0
+    assert "nothing can be written in" in ended.output
+    assert (
+        "Traceback (most recent call last):\n  File"
+        not in ended.output.split("ChildFailedError")[0].split("torchrun")[0]
+    )
+
+
 def test_local_under_torchrun_is_refused_with_what_would_work(tmp_path):
     from conftest import torchrun
 

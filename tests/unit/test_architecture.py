@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
     ["version", "errors"],
-    ["topology", "options"],
+    ["topology", "options", "memory"],
     ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
     ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.detect", "data.rank_loader", "components"],

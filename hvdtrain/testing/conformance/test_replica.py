@@ -207,6 +207,43 @@ def test_a_parameter_that_only_an_early_micro_batch_used_is_averaged(backend):
         replica.clear()
 
 
+class Turned(nn.Module):
+    """Layers side by side, which a rank may use in any order, and leave one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 2) for _ in range(4))
+
+    def forward(self, x, order):
+        return sum(self.layers[number](x) * (number + 1) for number in order)
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_ranks_may_complete_their_gradients_in_different_order(backend, leave_out):
+    torch.manual_seed(0)
+    model = Turned().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    replica = backend.replicate(model, optimizer, find_unused_parameters=leave_out, bucket_bytes=64)  # a pack a weight
+    alone = copy.deepcopy(model)
+    n = backend.world_size
+
+    def order_of(rank):
+        order = [(rank + step) % 4 for step in range(4)]
+        return order[leave_out:] if rank % 2 else order[::-1]
+
+    for _ in range(3):
+        x, _ = samples(2, 2 * backend.rank)
+        replica.backward(replica.model(x, order_of(backend.rank)).square().mean(), samples=2, total=2 * n)
+        replica.reduce_gradients()
+        alone.zero_grad()
+        for rank in range(n):
+            part, _ = samples(2, 2 * rank)
+            (alone(part, order_of(rank)).square().mean() / n).backward()
+        for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, expected.grad, **CLOSE)
+        replica.clear()
+
+
 def test_sparse_gradients_are_averaged(backend):
     torch.manual_seed(0)
     model = nn.EmbeddingBag(10, 3, mode="sum", sparse=True).double()
