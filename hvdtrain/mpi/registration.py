@@ -67,6 +67,10 @@ def register() -> None:
     if NAME.upper() in dist.Backend._plugins:
         return
     dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])
+    # PyTorch >= 2.15 hooks its flight recorder to groups of other backends than these, which fails on groups of Python.
+    recorded = getattr(sys.modules["torch.distributed.distributed_c10d"], "_FR_SELF_RECORDING_BACKENDS", None)
+    if isinstance(recorded, set):
+        recorded.add(NAME)
     handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
     torchs_own = handlers["env"]
 
