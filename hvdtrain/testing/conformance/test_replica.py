@@ -184,6 +184,20 @@ def test_unused_parameters_stay_untouched_and_partly_used_ones_are_averaged(back
     assert torch.equal(model.none.weight, unused)
 
 
+def test_an_unused_parameter_is_named_with_the_way_out(backend):
+    torch.manual_seed(0)
+    replica = replicate(backend, Branches().double())
+    x, _ = samples(2, 2 * backend.rank)
+    n = backend.world_size
+    replica.backward(replica.model(x, True).square().mean(), samples=2, total=2 * n)
+    if n == 1:  # nothing to exchange
+        replica.step()
+        return
+    with pytest.raises(TrainingError, match=r"depend on some parameters: none\.\w+, none.*--find-unused-parameters"):
+        replica.reduce_gradients()
+    assert backend.all_gather_object(backend.rank) == list(range(n))  # and the engine is none the worse
+
+
 def test_a_parameter_that_only_an_early_micro_batch_used_is_averaged(backend):
     torch.manual_seed(0)
     model = Branches().double()
