@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import ssl
 import subprocess
 from pathlib import Path
 
 import pytest
+from building import cpu_wheels, debian, host_settings, mirror
 from launching import ROOT
 
 NEEDED = {"buildah": "buildah", "debootstrap": "debootstrap"}
@@ -23,21 +23,7 @@ def _why_not() -> str:
             return f"there is no {program} (apt install {package})"
     if shutil.disk_usage("/var/tmp").free < 12 * 2**30:
         return "less than 12 GB are free"
-    return "" if _mirror() else "no Debian mirror is configured"
-
-
-def _apt() -> list[Path]:
-    return [
-        file
-        for file in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*.sources"))
-        if file.exists()
-    ]
-
-
-def _mirror() -> str:
-    text = "\n".join(file.read_text() for file in _apt())
-    found = re.search(r"^URIs: (\S+/debian/?)$|^deb (?:\[.*?\] )?(\S+/debian/?) ", text, re.M)
-    return (found[1] or found[2]) if found else ""
+    return "" if mirror() else "no Debian mirror is configured"
 
 
 reason = _why_not()
@@ -56,46 +42,17 @@ def buildah(*argv: str | Path, limit_s: float = 300) -> str:
     return ended.stdout
 
 
-def host_settings(folder: Path) -> list[str]:
-    """This machine's own way to its package registries, as volumes: nothing of it stays in the image."""
-    volumes = {}
-    bundle = ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
-    if Path(bundle).exists():
-        volumes[bundle] = "/opt/host-certificates.crt"
-    lines = ["[global]", *(["cert = /opt/host-certificates.crt"] if volumes else [])]
-    said = subprocess.run(["pip", "config", "list"], capture_output=True, text=True, check=False).stdout
-    for key, value in re.findall(r"\.([\w-]+)='(.*)'$", said, re.M):
-        if key in ("index-url", "extra-index-url", "find-links") and f"{key} = {value}" not in lines:
-            lines.append(f"{key} = {value}")
-            for local in re.findall(r"(?:file://)?(/[^\s:]+)", value):
-                if value.startswith(("file:", "/")) and Path(local).is_dir():
-                    volumes[f"/{Path(local).parts[1]}/{Path(local).parts[2]}"] = "/".join(Path(local).parts[:3])[1:]
-    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
-    volumes[str(folder / "pip.conf")] = "/etc/pip.conf"
-    (folder / "empty").write_text("")
-    volumes[str(folder / "empty")] = "/etc/apt/sources.list"
-    for file in _apt():
-        volumes[str(file)] = str(file)
-    return [word for source, target in volumes.items() for word in ("--volume", f"{source}:{target}:ro")]
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image")
     root = folder / "root"
-    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root, _mirror()], check=True, capture_output=True)
-    (root / "etc" / "apt" / "sources.list").write_text("deb http://deb.debian.org/debian bookworm main\n")
+    debian(root)
     base = buildah("from", "scratch").strip()
     buildah("add", "-q", base, root, "/")
     buildah("commit", "-q", base, "localhost/hvdtrain-test-base")
     buildah("rm", base)
     shutil.rmtree(root)
-    arguments = ["--build-arg", "BASE_IMAGE=localhost/hvdtrain-test-base"]
-    wheels = [
-        part for part in os.environ.get("PIP_FIND_LINKS", "").split() if list(Path(part).glob("torch-*+cpu*.whl"))
-    ]
-    if wheels:  # torchvision has no such file
-        arguments += ["--build-arg", f"TORCH_SOURCE=--find-links {wheels[0]}", "--build-arg", "EXTRAS=mpi"]
+    arguments = ["--build-arg", "BASE_IMAGE=localhost/hvdtrain-test-base", *cpu_wheels()]
     env = {
         **os.environ,
         "ENGINE": "buildah",
