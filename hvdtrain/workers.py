@@ -22,7 +22,7 @@ from typing import Any
 
 import cloudpickle
 
-from hvdtrain.backends import create
+from hvdtrain.backends import create, load, names
 from hvdtrain.errors import ConfigError, RankFailure
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
@@ -55,6 +55,8 @@ def spawn(
     """
     if nprocs < 1:
         raise ConfigError(f"spawn needs at least one rank, got nprocs={nprocs}")
+    if backend not in ("auto", *names()):
+        load(backend)  # says which there are
     job = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(prefix="hvdtrain-spawn-") as name:
         folder = Path(name)

@@ -62,6 +62,11 @@ def test_ranks_that_take_too_long_are_ended():
     assert time.monotonic() - began < 30
 
 
+def test_an_unknown_backend_is_refused_before_ranks_start():
+    with pytest.raises(ConfigError, match="gloo.*torch"):
+        hvdtrain.spawn(print, 2, "gloo")
+
+
 def test_an_impossible_number_of_ranks_is_refused():
     with pytest.raises(ConfigError, match="at least one rank"):
         hvdtrain.spawn(print, 0)
