@@ -63,7 +63,7 @@ def test_ranks_that_take_too_long_are_ended():
 
 
 def test_an_unknown_backend_is_refused_before_ranks_start():
-    with pytest.raises(ConfigError, match="gloo.*torch"):
+    with pytest.raises(ConfigError, match=r"gloo.*torch"):
         hvdtrain.spawn(print, 2, "gloo")
 
 
