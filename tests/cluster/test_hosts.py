@@ -116,7 +116,9 @@ def test_a_step_sends_hardly_more_than_a_ring_would_on_two_hosts(two, tmp_path, 
     assert min(parts) >= 0.9  # the counters are those of the wire that was used
 
 
-@pytest.mark.parametrize(("kind", "backend"), WIRED)
+@pytest.mark.parametrize(
+    ("kind", "backend"), [pytest.param(*each, marks=pytest.mark.slow if each[1] == "horovod" else ()) for each in WIRED]
+)
 def test_a_step_sends_hardly_more_than_a_ring_would_on_three_hosts(three, tmp_path, kind, backend):
     parts = of_the_ring(three, tmp_path, kind, backend)
     assert max(parts) <= 1.15
@@ -150,7 +152,7 @@ def test_a_hierarchical_all_reduce_sends_once_from_each_host(two, tmp_path):
         ("mpirun", "mpi"),
         pytest.param("horovodrun-gloo", "horovod", marks=pytest.mark.slow),
         pytest.param("horovodrun-mpi", "horovod", marks=pytest.mark.slow),
-        ("torchrun", "torch"),
+        pytest.param("torchrun", "torch", marks=pytest.mark.slow),
     ],
 )
 def test_a_host_that_is_cut_off_ends_the_others_within_the_timeout(tmp_path, kind, backend):
