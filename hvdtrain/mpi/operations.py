@@ -141,11 +141,15 @@ def reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
         _premultiply_(source, op, kind)
     how, piece = mpi_op(kind, tensor.dtype), max(1, PIECE_BYTES // tensor.element_size())
     for start in range(0, tensor.numel(), piece):
-        part = memory(source, start, min(piece, tensor.numel() - start))
-        if comm.rank == root:
-            comm.Reduce(MPI.IN_PLACE, part, how, root)
-        else:
+        count = min(piece, tensor.numel() - start)
+        part = memory(source, start, count)
+        if comm.rank != root:
             comm.Reduce(part, None, how, root)
+        elif root == 0:
+            comm.Reduce(MPI.IN_PLACE, part, how, root)
+        else:  # MPICH 4.0.2 reads MPI_IN_PLACE as an address if the root is not rank 0, and crashes
+            own = source.view(-1)[start : start + count].clone()
+            comm.Reduce(memory(own), part, how, root)
     if comm.rank == root:
         if source is not tensor:
             tensor.copy_(source)

@@ -27,7 +27,9 @@ def test_what_passed_still_passes_and_nothing_else_fails(tmp_path):
     if missing("mpirun", "mpi"):
         pytest.skip(missing("mpirun", "mpi"))
     out = tmp_path / "found.json"
-    ended = run([sys.executable, str(HERE / "driver.py"), "2", str(out)], timeout_s=1700)
+    # Not the inapplicable ones: some put a group of Gloo in the place of this one, and take others with them.
+    wanted = sorted([*KNOWN["passing"], *KNOWN["failing"]])
+    ended = run([sys.executable, str(HERE / "driver.py"), "2", str(out), *wanted], timeout_s=1700)
     assert ended.code == 0, ended.output
     found = json.loads(out.read_text())
     failing = {name: one["why"] for name, one in found.items() if one["outcome"] == "failing"}
