@@ -80,8 +80,8 @@ def prepare(
     engine: str, model: Any, optimizer: Any, x: Any, y: Any
 ) -> tuple[int, Callable[[], None], Callable[[], Any]]:
 
-    def plain_step() -> None:
-        loss = cross_entropy(model(x), y)
+    def plain_step(forward: Any = model) -> None:
+        loss = cross_entropy(forward(x), y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,15 +98,7 @@ def prepare(
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if engine == "ddp-silent":
             ddp.register_comm_hook(None, lambda state, bucket: _kept(bucket))  # DDP looks at the names
-
-        def ddp_step() -> None:
-            loss = cross_entropy(ddp(x), y)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loss.item()
-
-        return dist.get_rank(), ddp_step, dist.destroy_process_group
+        return dist.get_rank(), lambda: plain_step(ddp), dist.destroy_process_group
     if engine == "horovod-plain":
         import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.local import LocalReplica
 from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Wire, WireOp, Work
@@ -125,6 +126,8 @@ class TorchBackend(Backend):
         pass  # destroy_process_group may wait, with operations under way, for ranks that will never come
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+        if self.world_size == 1:  # nothing to exchange, and nothing to refuse
+            return LocalReplica(self, model, optimizer, options)
         return TorchReplica(self, model, optimizer, options)
 
     def _group(self, ranks: list[int]) -> Communicator | None:
@@ -185,9 +188,6 @@ class TorchReplica(Replica):
     def __init__(self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
         super().__init__(backend, module, optimizer, options)
         device = backend.device
-        self._ddp: DistributedDataParallel | None = None
-        if backend.world_size == 1:  # nothing to exchange, and nothing to refuse
-            return
         self._ddp = DistributedDataParallel(
             module,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -199,22 +199,19 @@ class TorchReplica(Replica):
         )
 
     def _wrapped(self) -> nn.Module:
-        return self.module if self._ddp is None else self._ddp
+        return self._ddp
 
     def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
         """Let DDP lay out its buckets, which it does after its first backward pass.
 
         Over three and more ranks a sum's rounding depends on where in a bucket a gradient lies.
         """
-        if self._ddp is not None:
-            (forward(self._ddp) * 0).backward()
-            self.clear()
+        (forward(self._ddp) * 0).backward()
+        self.clear()
 
     def _finish_exchange(self) -> None:
         # DDP has waited inside backward. What it notices only at the next forward, a parameter without a gradient,
         # would leave other ranks waiting until the time-out: ask it now.
-        if self._ddp is None:
-            return
         try:
             self._ddp.reducer._check_reducer_finalized()
         except RuntimeError as error:

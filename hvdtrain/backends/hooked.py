@@ -67,9 +67,8 @@ class HookedReplica(Replica):
         options: As for `Replica`.
     """
 
-    _by_order = (
-        False  # the engine matches operations by their order, not by name: packs are sent in the same on every rank
-    )
+    # Whether the engine matches operations by their order, not by name: packs are then sent in the same on every rank.
+    _by_order = False
 
     def __init__(
         self,
@@ -89,7 +88,6 @@ class HookedReplica(Replica):
         self._packs = make_packs(dense, carried, self.bucket_bytes, groups) if backend.world_size > 1 else []
         self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
         self._sent: list[Pack] = []
-        self._next = 0  # of the packs, the first that was not sent, where the order counts
         if self._packs:
             for parameter in dense:
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -107,7 +105,6 @@ class HookedReplica(Replica):
 
     def _begin_exchange(self) -> None:
         self._sent = []
-        self._next = 0
         for pack in self._packs:
             pack.missing = set(range(len(pack.parameters)))
             pack.work = None
@@ -152,9 +149,10 @@ class HookedReplica(Replica):
             if not pack.missing:
                 self._dispatch(pack)
             return
-        while self._next < len(self._packs) and not self._packs[self._next].missing:
-            self._dispatch(self._packs[self._next])
-            self._next += 1
+        for following in self._packs[len(self._sent) :]:
+            if following.missing:
+                return
+            self._dispatch(following)
 
     def _dispatch(self, pack: Pack) -> None:
         device = self._backend.wire.device

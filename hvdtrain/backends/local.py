@@ -70,7 +70,13 @@ class LocalReplica(Replica):
     """The only copy."""
 
     def __init__(
-        self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions, *, data_parallel: bool
+        self,
+        backend: Backend,
+        module: nn.Module,
+        optimizer: Optimizer,
+        options: ReplicaOptions,
+        *,
+        data_parallel: bool = False,
     ) -> None:
         super().__init__(backend, module, optimizer, options)
         split = data_parallel and torch.cuda.device_count() > 1

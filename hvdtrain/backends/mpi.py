@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hvdtrain.backends.ddp import TorchBackend, TorchReplica
+from hvdtrain.backends.ddp import TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.rendezvous import Meeting, Tell
 from hvdtrain.backends.replica import Replica, ReplicaOptions
@@ -87,8 +87,9 @@ class MpiBackend(TorchBackend):
         dist.barrier()
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
-        kind = MpiReplica if self.device.type == "cpu" else TorchReplica
-        return kind(self, model, optimizer, options)
+        if self.device.type == "cpu":
+            return MpiReplica(self, model, optimizer, options)
+        return super()._replicate(model, optimizer, options)
 
     def _disconnect(self) -> None:
         super()._disconnect()

@@ -163,11 +163,8 @@ def reduce_scatter(comm: Any, out: Tensor, tensor: Tensor, op: Any, kind: Any) -
     if not tensor.numel():
         return
     if tensor.dtype in HALVES:
-        reduced, parts, flat = (
-            _Halves(comm, out.numel(), tensor.dtype, kind, op),
-            tensor.view(comm.size, -1),
-            out.view(-1),
-        )
+        reduced = _Halves(comm, out.numel(), tensor.dtype, kind, op)
+        parts, flat = tensor.view(comm.size, -1), out.view(-1)
         for start in range(0, flat.numel(), reduced.length):
             columns = parts[:, start : start + reduced.length].contiguous()
             reduced(columns, flat[start : start + reduced.length])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import ssl
 import subprocess
 from pathlib import Path
@@ -23,6 +24,17 @@ def mirror() -> str:
     text = "\n".join(file.read_text() for file in apt_sources())
     found = re.search(r"^URIs: (\S+/debian/?)$|^deb (?:\[.*?\] )?(\S+/debian/?) ", text, re.M)
     return (found[1] or found[2]) if found else ""
+
+
+def why_no_base() -> str:
+    """Why no base image can be made here; "" if one can."""
+    if os.geteuid() != 0:
+        return "a base image by debootstrap needs root"
+    if shutil.which("debootstrap") is None:
+        return "there is no debootstrap (apt install debootstrap)"
+    if shutil.disk_usage("/var/tmp").free < 12 * 2**30:
+        return "less than 12 GB are free"
+    return "" if mirror() else "no Debian mirror is configured"
 
 
 def host_settings(folder: Path) -> list[str]:

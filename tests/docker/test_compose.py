@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from building import cpu_wheels, debian, host_settings, mirror
+from building import cpu_wheels, debian, host_settings, why_no_base
 from launching import ROOT
 
 from hvdtrain.version import __version__
@@ -35,17 +35,19 @@ def _answers(docker: str, **env: str) -> bool:
     return subprocess.run([docker, "info"], env={**os.environ, **env}, capture_output=True, check=False).returncode == 0
 
 
+def _compose(docker: str) -> list[str]:
+    """How compose is called: docker's plugin, or the program; [] if there is neither."""
+    if subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode == 0:
+        return [docker, "compose"]
+    return ["docker-compose"] if shutil.which("docker-compose") else []
+
+
 def _why_not() -> str:
-    if os.geteuid() != 0 or shutil.which("debootstrap") is None or not mirror():
-        return "a base image needs root, debootstrap and a Debian mirror"
+    if reason := why_no_base():
+        return reason
     if not _client() or not (_answers(_client()) or shutil.which("dockerd")):
         return "there is no Docker engine that can use BuildKit (apt install docker.io)"
-    plugin = subprocess.run([_client(), "compose", "version"], capture_output=True, check=False).returncode == 0
-    if not plugin and shutil.which("docker-compose") is None:
-        return "there is no docker compose (apt install docker-compose)"
-    if shutil.disk_usage("/var/tmp").free < 12 * 2**30:
-        return "less than 12 GB are free"
-    return ""
+    return "" if _compose(_client()) else "there is no docker compose (apt install docker-compose)"
 
 
 class Docker:
@@ -55,9 +57,7 @@ class Docker:
         self.docker = _client()
         self.env = {**os.environ, "HVDTRAIN_IMAGE": image, **({"DOCKER_HOST": host} if host else {})}
         self.env["PATH"] = f"{Path(self.docker).parent}:{self.env['PATH']}"
-        plugin = subprocess.run([self.docker, "compose", "version"], capture_output=True, check=False).returncode == 0
-        command = [self.docker, "compose"] if plugin else ["docker-compose"]
-        self._compose = [*command, "-p", "hvdtrain-test", "-f", str(ROOT / "docker" / "compose.yaml")]
+        self._compose = [*_compose(self.docker), "-p", "hvdtrain-test", "-f", str(ROOT / "docker" / "compose.yaml")]
 
     def run(self, *argv: str, limit_s: float = 180, good: bool = True) -> str:
         ended = subprocess.run(argv, env=self.env, capture_output=True, text=True, check=False, timeout=limit_s)

@@ -9,24 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from building import cpu_wheels, debian, host_settings, mirror
+from building import cpu_wheels, debian, host_settings, why_no_base
 from launching import ROOT
 
-NEEDED = {"buildah": "buildah", "debootstrap": "debootstrap"}
-
-
-def _why_not() -> str:
-    if os.geteuid() != 0:
-        return "a base image by debootstrap needs root"
-    for program, package in NEEDED.items():
-        if shutil.which(program) is None:
-            return f"there is no {program} (apt install {package})"
-    if shutil.disk_usage("/var/tmp").free < 12 * 2**30:
-        return "less than 12 GB are free"
-    return "" if mirror() else "no Debian mirror is configured"
-
-
-reason = _why_not()
+reason = why_no_base() or ("" if shutil.which("buildah") else "there is no buildah (apt install buildah)")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason), pytest.mark.timeout(3000)]
 
 

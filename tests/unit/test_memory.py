@@ -37,16 +37,14 @@ print(faults() - before)
 """
 
 
-def environment(**more):
-    return {name: value for name, value in os.environ.items() if name not in CHOICES} | more
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be told")
 def test_a_step_gets_no_new_pages():
+    environment = {name: value for name, value in os.environ.items() if name not in CHOICES}
+
     def faults(how):
         ended = subprocess.run(
             [sys.executable, "-c", FAULTS, how],
-            env=environment(),
+            env=environment,
             capture_output=True,
             text=True,
             timeout=60,
