@@ -318,6 +318,20 @@ class Backend(Communicator):
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
         return self._group(ranks)
 
+    def assemble(self, what: str) -> None:
+        """Return once every rank is here; every rank must call it, with the same words.
+
+        Not through the engine, which would take the first collective of a rank that is elsewhere for an answer. For the
+        beginning of work that people are tempted to do on one rank alone.
+
+        Args:
+            what: Names the work, in messages: "an evaluation at step 120".
+
+        Raises:
+            CollectiveError: A rank does something else, has left, or did not come in time; says which, and what it does.
+        """
+        self._watch.assemble(what, self.timeout_s)
+
     @contextmanager
     def region(self, label: str, what: str) -> Iterator[None]:
         """Mark an operation of the engine that all ranks must take part in, and name it if the engine fails."""

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hvdtrain.errors import RankFailure
+from hvdtrain.errors import CollectiveError, RankFailure
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
 _GRACE_S = 3.0  # how long a victim's main thread gets to unwind before the process ends
+_ASSEMBLY = "assembly"
+_ALL_THE_SAME = "every rank must make the same collective calls"
 _ACK_S = 3.0  # how long a failed rank stays so that the others can read its words
 
 
@@ -67,6 +69,9 @@ class NullWatch:
 
     def raise_if_failed(self) -> None:
         """Do nothing."""
+
+    def assemble(self, what: str, timeout_s: float) -> None:
+        """Do nothing: everybody is here."""
 
     def report(self, message: str, traceback: str) -> Failure | None:
         """Return None: there is nobody to tell."""
@@ -171,6 +176,55 @@ class Watch(NullWatch):
                 doing = f"in {record['what']}" if record["what"] else record["state"]
                 absent.append(f"rank {rank} on {record['host']} ({doing}; last heard of {silent:.0f} s ago)")
         return f"; missing: {', '.join(absent)}" if absent else ""
+
+    def assemble(self, what: str, timeout_s: float) -> None:
+        """Return once every rank has called it, with the same words.
+
+        The engine takes no part: a rank that does not come cannot answer this call with another collective.
+
+        Raises:
+            CollectiveError: A rank called it with other words, waits for this one in another operation, or did not come
+                within ``timeout_s``; says which ranks, and what they do.
+            RankFailure: Another rank failed.
+        """
+        with self.region(_ASSEMBLY, what, range(self._world_size)):
+            number = self._counts[_ASSEMBLY]
+            key = f"{_ASSEMBLY}/{number}"
+            self._store.set(f"{key}/{self._rank}", what)
+            keys = [f"{key}/{rank}" for rank in range(self._world_size)]
+            began = looked = time.monotonic()
+            pause = 0.0005
+            while not self._store.check(keys):
+                self.raise_if_failed()
+                if self.failure is not None:  # the thread has found a rank that left
+                    raise CollectiveError(self.failure.message)
+                now = time.monotonic()
+                if now - began > timeout_s:
+                    missing = self.missing(_ASSEMBLY, range(self._world_size))
+                    raise CollectiveError(f"rank {self._rank} waited {timeout_s:g} s in {what}{missing}")
+                if now - looked > self._interval_s:
+                    looked = now
+                    self._raise_if_elsewhere(what)
+                time.sleep(pause)
+                pause = min(0.05, pause * 1.5)
+            called = self._store.get(f"{key}/0").decode()
+            if number > 2:  # everybody has been through the one before the last
+                self._store.delete_key(f"{_ASSEMBLY}/{number - 2}/{self._rank}")
+        if called != what:
+            raise CollectiveError(f"rank 0 is at {called}, and rank {self._rank} at {what}; {_ALL_THE_SAME}")
+
+    def _raise_if_elsewhere(self, what: str) -> None:
+        """Fail if another rank is in an operation that cannot end without this rank, which has not begun it."""
+        for rank in range(self._world_size):
+            record = self._read(f"rank/{rank}") if rank != self._rank else None
+            if record is None or not record["what"] or self._rank not in (record["ranks"] or [self._rank]):
+                continue
+            label = record["label"]
+            if label != _ASSEMBLY and record["counts"][label] > self._counts.get(label, 0):
+                raise CollectiveError(
+                    f"rank {self._rank} is at {what}, and rank {rank} on {record['host']} is not: it waits in "
+                    f"{record['what']}; {_ALL_THE_SAME}"
+                )
 
     def report(self, message: str, traceback: str) -> Failure | None:
         """Record that this rank failed, unless another did before.
@@ -284,6 +338,8 @@ class Watch(NullWatch):
         record = {
             "counts": dict(self._counts),
             "what": waiting[1] if waiting else "",
+            "label": waiting[0] if waiting else "",
+            "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
             "state": self._state,
             "time": time.time(),
             "host": socket.gethostname(),
@@ -318,7 +374,7 @@ class Watch(NullWatch):
                 return (
                     f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) while "
                     f"rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; "
-                    "every rank must make the same collective calls"
+                    f"{_ALL_THE_SAME}"
                 )
         return ""
 
