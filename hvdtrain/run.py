@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -229,8 +229,8 @@ def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
 def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backend) -> Optimizer:
     build = getattr(task, "build_optimizer", None)
     if build is not None:
-        defaults = {field.name: field.default for field in fields(config)}
-        beside = [name for name in ("optimizer", "lr", "scale_lr") if getattr(config, name) != defaults[name]]
+        unset = TrainConfig()
+        beside = [name for name in ("optimizer", "lr", "scale_lr") if getattr(config, name) != getattr(unset, name)]
         if beside:
             raise ConfigError(
                 f"{type(task).__name__}.build_optimizer makes the optimizer, so --{beside[0].replace('_', '-')} would have no "

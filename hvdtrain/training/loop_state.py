@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -149,7 +150,8 @@ class LoopState:
                 len(loaded.rank_states),
                 backend.world_size,
             )
-        return loaded
+        everyone = [from_plain(state, None, "of_this_rank") for state in loaded.rank_states]
+        return replace(loaded, rank_states=everyone)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -228,12 +230,14 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
 def _state(part: Any) -> Any:
     if isinstance(part, Replica):
         return {"model": model_state(part.module), "optimizer": part.optimizer.state_dict()}
-    return part.state_dict()
+    return model_state(part) if isinstance(part, nn.Module) else part.state_dict()
 
 
 def _load(part: Any, state: Any) -> None:
     if isinstance(part, Replica):
         fill(part.module, state["model"], "the checkpoint")
         part.optimizer.load_state_dict(state["optimizer"])
+    elif isinstance(part, nn.Module):
+        fill(part, state, "the checkpoint")
     else:
         part.load_state_dict(state)

@@ -53,7 +53,7 @@ STAIRS = [
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm"],
+     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_trainer"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

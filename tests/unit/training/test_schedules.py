@@ -167,7 +167,7 @@ def test_a_plateau_is_stepped_with_the_loss_of_every_regular_evaluation(alone, r
             super().step(metrics)
 
     log = records()
-    _, one = trainer(alone, lambda o: Watched(o), "step", log, None)
+    _, one = trainer(alone, Watched, "step", log, None)
     one.fit(data(), data(), epochs=5, global_batch_size=4, eval_every=2)
     assert [record.epoch for record in log.evaluations] == [2, 4, 5]
     assert seen == [record.metrics["loss"] for record in log.evaluations[:2]]
