@@ -123,7 +123,7 @@ def test_two_calls_of_fit_are_one(alone):
 
 
 def test_one_process_draws_what_was_seeded(alone):
-    model, trainer = make(alone)
+    _model, trainer = make(alone)
     torch.manual_seed(7)
     trainer.fit(DATA, epochs=1, global_batch_size=11)
     found = torch.rand(3)
@@ -143,7 +143,7 @@ def test_another_seed_or_batch_size_than_the_checkpoints_is_told(tmp_path, alone
 
 
 def test_an_own_loops_checkpoint_is_refused_by_the_trainer(tmp_path, alone):
-    model, trainer = make(alone)
+    _model, trainer = make(alone)
     path = hvdtrain.LoopState(alone, trainer.replica).save(Checkpoints(tmp_path), 3)
     with pytest.raises(CheckpointError, match="written by another loop: it has no 'position'"):
         make(alone)[1].fit(DATA, global_batch_size=4, resume_from=path)
