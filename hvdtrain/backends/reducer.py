@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,15 +49,16 @@ class ReducerReplica(Replica):
         device = self._backend.device
         self._model = _WithTally(self.module, self._parameters, device)
         self._ddp = None  # the hooks of an earlier one go with it
-        self._ddp = DistributedDataParallel(
-            self._model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.options.find_unused_parameters,
-            static_graph=self.options.static_graph,
-            **_NO_COPY_OF_STATE,
-        )
+        with _versions_kept(self.module):
+            self._ddp = DistributedDataParallel(
+                self._model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.options.find_unused_parameters,
+                static_graph=self.options.static_graph,
+                **_NO_COPY_OF_STATE,
+            )
         self._first = True
         self._sparse = sparse_parameters(self.module)
 
@@ -137,6 +139,15 @@ class ReducerReplica(Replica):
         return torch.tensor(tally.values(), dtype=self._model.tally.dtype, device=self._model.tally.device).mul_(
             self._backend.world_size
         )
+
+
+@contextmanager
+def _versions_kept(module: nn.Module) -> Iterator[None]:
+    """Let a graph that was made before stay valid, where torch overwrites parameters with what they are already."""
+    with ExitStack() as stack:
+        for parameter in () if _NO_COPY_OF_STATE else module.parameters():
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+        yield
 
 
 def _roomy(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> int:
