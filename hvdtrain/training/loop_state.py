@@ -25,6 +25,7 @@ from hvdtrain.training.schedules import describe
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
+    from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class LoopState:
 
     Args:
         backend: A running backend.
-        replica: Its model and its optimizer are saved.
+        replica: Its model and its optimizer, if it has one, are saved.
         schedule: A learning-rate scheduler.
         scaler: A GradScaler.
         others: More that has `state_dict` and `load_state_dict`, by names of your choice: a loader of `Backend.loader`, whose
@@ -158,33 +159,37 @@ class LoopState:
     def _parts(self) -> dict[str, Any]:
         """What is saved of rank 0, by name; None for what this loop does not have."""
         return {
-            "optimizer": self._replica.optimizer,
+            "optimizer": _optimizer(self._replica),
             "schedule": self._schedule,
             "precision": self._scaler,
             **self._others,
         }
 
     def _kinds(self) -> dict[str, str]:
-        schedule = "" if self._schedule is None else describe(self._schedule)
-        return {"optimizer": type(self._replica.optimizer).__name__, "schedule": schedule}
+        optimizer = _optimizer(self._replica)
+        return {
+            "optimizer": "" if optimizer is None else type(optimizer).__name__,
+            "schedule": "" if self._schedule is None else describe(self._schedule),
+        }
 
     def _plain(self, name: str, part: Any) -> Any:
         if part is None:
             return None
-        return to_plain(_state(part), f"the {name}'s state", kept=(self._replica.optimizer, self._schedule))
+        return to_plain(_state(part), f"the {name}'s state", kept=(_optimizer(self._replica), self._schedule))
 
     def _check_kinds(self, loaded: Loaded) -> None:
         saved, own = loaded.training.get("kinds", {}), self._kinds()
         for name, kind in own.items():
             if saved.get(name, kind) == kind:
                 continue
-            if name == "schedule" and not (kind and saved[name]):
+            if not (kind and saved[name]):
                 _log.warning(
-                    "%s was written %s, and this run has %s: %s",
+                    "%s was written with %s %s, and this run has %s: %s",
                     loaded.path,
-                    f"with schedule {saved[name]}" if saved[name] else "without a schedule",
-                    f"schedule {kind}" if kind else "none",
-                    "it begins anew" if kind else "the learning rate stays as it was saved",
+                    name,
+                    saved[name] or "none",
+                    kind or "none",
+                    "it begins anew" if kind else "what was saved of it is left out",
                 )
                 continue
             raise CheckpointError(
@@ -227,16 +232,26 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
     module.train(was_training)
 
 
+def _optimizer(replica: Replica) -> Optimizer | None:
+    try:
+        return replica.optimizer
+    except ConfigError:
+        return None
+
+
 def _state(part: Any) -> Any:
     if isinstance(part, Replica):
-        return {"model": model_state(part.module), "optimizer": part.optimizer.state_dict()}
+        optimizer = _optimizer(part)
+        return {"model": model_state(part.module), "optimizer": None if optimizer is None else optimizer.state_dict()}
     return model_state(part) if isinstance(part, nn.Module) else part.state_dict()
 
 
 def _load(part: Any, state: Any) -> None:
     if isinstance(part, Replica):
         fill(part.module, state["model"], "the checkpoint")
-        part.optimizer.load_state_dict(state["optimizer"])
+        optimizer = _optimizer(part)
+        if optimizer is not None and state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
     elif isinstance(part, nn.Module):
         fill(part, state, "the checkpoint")
     else:

@@ -173,6 +173,15 @@ def test_a_scaler_goes_on_and_its_state_is_dropped_where_there_is_none(tmp_path,
     LoopState(alone, loop.replica).load(loop.checkpoints)
 
 
+def test_a_replica_without_an_optimizer_is_saved_and_loaded(tmp_path, alone):
+    models = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    one, other, again, other_again = (alone.replicate(model) for model in models)
+    path = LoopState(alone, one, other=other).save(Checkpoints(tmp_path), 1)
+    assert LoopState(alone, again, other=other_again).load(path) == 1
+    assert torch.equal(models[0].weight, models[2].weight)
+    assert torch.equal(models[1].weight, models[3].weight)
+
+
 def test_nothing_in_a_checkpoint_needs_unpickling(tmp_path, alone):
     loop = Loop(alone, tmp_path)
     loop.run(0, until=1)
