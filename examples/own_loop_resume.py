@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--stop-after", type=int, metavar="STEPS")
     options = parser.parse_args()
-    torch.manual_seed(0)  # on every rank alike: so are models and data
+    hvdtrain.seed_everything(0)  # on every rank alike: so are models and data
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
     with hvdtrain.init() as backend:
         model.to(backend.device)
