@@ -16,7 +16,7 @@ import socket
 import time
 import traceback
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -30,7 +30,8 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
-from hvdtrain.data.rank_loader import RankLoader
+from hvdtrain.data.rank_batches import RankBatches
+from hvdtrain.data.source import source_of
 from hvdtrain.errors import (
     BackendUnavailable,
     CollectiveError,
@@ -47,7 +48,7 @@ from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.utils.data import Dataset
+    from torch.utils.data import DataLoader, Dataset
 
 _log = logging.getLogger(__name__)
 
@@ -271,13 +272,19 @@ class Backend(Communicator):
 
     def loader(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[Any] | DataLoader[Any],
         *,
-        batch_size: int,
-        shuffle: bool = False,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
         seed: int = 0,
         workers: int = 0,
-    ) -> RankLoader:
+        collate: Callable[[list[Any]], Any] | None = None,
+        sampler: Iterable[Any] | None = None,
+        drop_last: bool = False,
+        last_batch: str = "keep",
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+    ) -> RankBatches:
         """Iterate over this rank's share of a data set, batch by batch, already on `device`.
 
         The global batch is ``batch_size * world_size`` samples, the last one as many as are left; each rank gets its
@@ -285,24 +292,44 @@ class Backend(Communicator):
         of length 0, so that all ranks make the same number of steps and no sample is lost or doubled.
 
         Args:
-            dataset: With ``__len__`` and ``__getitem__``.
+            dataset: With ``__len__`` and ``__getitem__``. Or a `torch.utils.data.DataLoader`, which says what the
+                arguments below leave open: its data set, batch size, shuffling or sampler, drop_last, collate function,
+                loader processes and what they are told. Its own random numbers (generator, a DistributedSampler's seed)
+                play no part, ``seed`` does; a DistributedSampler is not cut a second time.
             batch_size: Samples per rank and step.
             shuffle: A new order each epoch (each iteration over the loader is the next epoch), the same for every
-                world size.
-            seed: Of the order.
-            workers: DataLoader worker processes.
+                world size. None: as the DataLoader does; in the data set's order without one.
+            seed: Of the order, and of augmentation in loader processes.
+            workers: Loader processes per rank.
+            collate: Makes a batch out of a list of samples, as DataLoader's ``collate_fn``.
+            sampler: Gives the order of the whole data set in each epoch, for all ranks together, and every rank the
+                same: its random numbers depend on ``seed`` and the epoch, and the ranks compare its orders, for which
+                all must begin each epoch.
+            drop_last: DataLoader's word for ``last_batch="drop"``.
+            last_batch: What becomes of samples that do not fill a last global batch: "keep", "drop", or "merge" with
+                the one before.
+            pin_memory: None for yes where the device is a GPU.
+            persistent_workers: Loader processes outlive an epoch; None for yes.
+
+        Raises:
+            ConfigError: Arguments exclude each other, the data cannot be cut (a stream, batches made elsewhere), or
+                loader processes have no room.
         """
-        return RankLoader(
+        source = source_of(
             dataset,
             batch_size=batch_size,
-            world_size=self.world_size,
-            rank=self.rank,
-            device=self.device,
             shuffle=shuffle,
-            seed=seed,
+            sampler=sampler,
+            last_batch=last_batch,
+            drop_last=drop_last,
+            collate=collate,
             workers=workers,
-            local_world_size=self.topology.local_world_size,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
         )
+        if source.batch_size is None:
+            raise ConfigError("give batch_size=, the samples per rank and step")
+        return RankBatches(source, self, seed=seed)
 
     def group(self, ranks: Sequence[int]) -> Communicator | None:
         """Make a communicator for some of the ranks; every rank of the world must call it with the same list.

@@ -16,9 +16,11 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 STAIRS = [
     ["version", "errors"],
     ["topology", "options", "memory"],
-    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
-    ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
-    ["launch.detect", "data.rank_loader", "components"],
+    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.nested", "data.random_numbers"],
+    ["launch.launchers", "launch.stuck", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
+    ["launch.detect", "data.source", "components"],
+    ["data.rank_batches"],
+    ["data.same_data"],
     ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
@@ -34,7 +36,7 @@ STAIRS = [
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.state"],
-    ["training.checkpoint", "observe.logger", "optim.schedule", "training.precision", "training.models", "training.stopping"],
+    ["training.checkpoint", "observe.logger", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task"],
     ["training.position"],
     ["training.trainer"],
@@ -51,7 +53,7 @@ STAIRS = [
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm"],
+     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
