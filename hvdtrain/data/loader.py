@@ -8,6 +8,8 @@ loader here draws from the global random state of the process that makes it.
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,8 +107,9 @@ def look_at_samples(
     """Load single samples, as training loads them, and return what ``look`` says of each.
 
     Each is loaded under the same random numbers, on every rank and at every call; those of this process are as before.
-    Where training has loader processes, one loads these samples too: what a data set opens when it is first read must
-    not be opened in this process, and be inherited by all.
+    Where training has loader processes, the data set itself is not read here: what it opens when it is first read would
+    be handed down to all of them. A loader process reads it; or, where such a process begins with a copy and slowly
+    ("spawn", "forkserver"), a copy.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
@@ -116,9 +119,11 @@ def look_at_samples(
         processes: Their further arguments for `make_loader`.
     """
     batches = [IndexBatch([index], (2,)) for index in indices]  # the key of none that is trained on or evaluated
-    if workers:
+    if workers and _start_method(processes.get("multiprocessing_context")) == "fork":
         loader = make_loader(dataset, batches, workers=1, collate=look, persistent_workers=False, **processes)
         return list(loader)
+    if workers:
+        dataset = pickle.loads(pickle.dumps(dataset))
     seeded = _SeededBatches(dataset, 0)
     with untouched_random_numbers():
         return [look(seeded.__getitems__(batch)) for batch in batches]
@@ -182,6 +187,12 @@ class _TwoBatches:
     def _batch(self, samples: list[Any], length: int) -> Any:
         seed_process()  # a collate function may draw, and must draw the same for both
         return self._collate([_copied(samples[0]) for _ in range(length)])
+
+
+def _start_method(context: Any) -> str:
+    if isinstance(context, str):
+        return context
+    return str((context or multiprocessing).get_start_method())
 
 
 def _copied(sample: Any) -> Any:

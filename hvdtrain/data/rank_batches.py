@@ -122,6 +122,9 @@ class RankBatches:
             workers=source.workers,
             ranks=topology.local_world_size,
             index=self._first_index,
+            prefetch_factor=source.prefetch_factor,
+            worker_init=source.worker_init,
+            multiprocessing_context=source.multiprocessing_context,
         )
         self._sampler = PartitionSampler(self.partition, shuffle=source.shuffle, seed=seed)
         self._loader = _loader(source, self._sampler, ranks, seed)

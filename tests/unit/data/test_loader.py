@@ -21,6 +21,7 @@ from hvdtrain.data.loader import _SeededBatches, empty_batch, look_at_samples, m
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.errors import ConfigError
 
 # torch warns where there are fewer cores than loader processes; which process loads what is what is tested here.
@@ -231,6 +232,8 @@ def test_what_a_data_set_opens_is_opened_in_loader_processes_where_there_are_any
     dataset = Opened()
     look_at_samples(dataset, [0], len, workers=1)
     empty_batch(dataset, workers=1)
+    look_at_samples(dataset, [0], len, workers=1, multiprocessing_context="spawn")  # a copy is read
+    check_shared_memory(dataset, batch_size=1, workers=1, ranks=1)
     assert dataset.opened_in == 0
     empty_batch(dataset)
     assert dataset.opened_in == os.getpid()
