@@ -240,9 +240,11 @@ def test_what_a_data_set_opens_is_opened_in_loader_processes_where_there_are_any
 
 
 def ragged(samples: list[Tensor]) -> dict[str, Any]:
-    draws = torch.rand(int(torch.randint(1, 9, ())))
+    number = int(torch.randint(1, 10**6, ()))
     names = [sample.pop() for sample in ([float(s[0]), "name"] for s in samples)]
-    return {"x": torch.stack(samples), "names": names, "draws": draws}
+    return {"x": torch.stack(samples), "names": names, "number": float(number)} | {
+        "draws": [torch.zeros(number), torch.zeros(10**6 - number)]
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -252,7 +254,10 @@ def test_the_empty_batch_is_collated_as_any_other_and_no_random_number_is_drawn(
     assert torch.equal(torch.get_rng_state(), state)
     assert empty["x"].shape == (0, 4)
     assert empty["names"] == []
-    assert len(empty["draws"]) > 0
+    assert [len(one) for one in empty["draws"]] == [
+        empty["number"],
+        10**6 - empty["number"],
+    ]  # drawn alike for the batches that are compared
 
 
 def test_the_empty_batch_of_arrays_is_one_of_arrays() -> None:

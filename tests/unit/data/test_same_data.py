@@ -54,6 +54,17 @@ class OwnGenerator:
         return torch.full((4,), float(index) + (self.rng.random() < self.chance))
 
 
+class Seldom:
+    """Augmentation that comes out the same for the first samples, and for the next."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.calls = rank, 0
+
+    def __call__(self, index: int) -> Any:
+        self.calls += 1
+        return torch.full((4,), float(index) + (self.rank == 1 and self.calls in (1, 4)))
+
+
 def noisy(index: int) -> Any:
     return torch.rand(random.randint(2, 9)), np.random.rand(3), index
 
@@ -66,6 +77,7 @@ ALIKE: dict[str, Callable[[int], Any]] = {
     "augmented": lambda rank: Made(noisy),
     "augmented by itself": lambda rank: Made(OwnGenerator(rank, 0.5)),
     "augmented by itself now and then": lambda rank: Made(OwnGenerator(rank, 0.95)),
+    "augmented by itself seldom": lambda rank: Made(Seldom(rank)),
     "paths": lambda rank: Made(lambda i: {"path": f"/mnt/host{rank}/images/{i}.jpeg", "label": i}),
     "objects": lambda rank: Made(lambda i: object()),
     "empty": lambda rank: [],
