@@ -43,12 +43,10 @@ class RankStep:
 
     Attributes:
         samples: Of the global batch, over all ranks.
-        every_rank: Whether every rank has at least one of them.
         sizes: Samples of each of this rank's micro-batches; 0 for one that only keeps the ranks in step.
     """
 
     samples: int
-    every_rank: bool
     sizes: tuple[int, ...]
     _owner: RankBatches
     _loaded: Iterator[Any]
@@ -167,7 +165,6 @@ class RankBatches:
         for step in self.partition.steps(start_sample):
             yield RankStep(
                 samples=step.samples,
-                every_rank=step.every_rank,
                 sizes=self._sizes(step),
                 _owner=self,
                 _loaded=loaded,

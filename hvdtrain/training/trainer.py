@@ -288,7 +288,7 @@ class Trainer:
         replica, precision = self.replica, self.precision
         for number, (loaded, samples) in enumerate(step, 1):
             batch = precision.cast(loaded)
-            with replica.accumulate(last=number == len(step.sizes), overlap=step.every_rank or self._in_step):
+            with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 if samples:

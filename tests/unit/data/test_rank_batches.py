@@ -69,14 +69,11 @@ def test_each_iteration_is_the_next_epoch_unless_one_is_set() -> None:
 def test_micro_batches_come_with_their_sizes_and_empty_ones_keep_ranks_in_step() -> None:
     def steps(ranks: Turns) -> list[Any]:
         batches = RankBatches(source_of(numbers(13)), ranks, global_batch_size=8, accumulate=2, equal_passes=True)
-        return [
-            (step.samples, step.every_rank, [(len(batch[0]), size) for batch, size in step])
-            for step in batches.steps(0)
-        ]
+        return [(step.samples, [(len(batch[0]), size) for batch, size in step]) for step in batches.steps(0)]
 
     assert on_ranks(4, steps) == [
-        [(8, True, [(1, 1), (1, 1)]), (5, True, [(1, 1), (1, 1)])],
-        *[[(8, True, [(1, 1), (1, 1)]), (5, True, [(1, 1), (0, 0)])]] * 3,
+        [(8, [(1, 1), (1, 1)]), (5, [(1, 1), (1, 1)])],
+        *[[(8, [(1, 1), (1, 1)]), (5, [(1, 1), (0, 0)])]] * 3,
     ]
 
 
