@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.local import LocalReplica
-from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
+from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import settle
+from hvdtrain.ranks.rendezvous import Meeting
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -103,7 +103,7 @@ class TorchBackend(Backend):
 
     def _init_process_group(self, meeting: Meeting) -> None:
         topology = self.topology
-        os.environ.update(self._engine_settings)
+        settle(self._engine_settings)
         more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
         dist.init_process_group(
             self.process_group,
@@ -135,7 +135,7 @@ class TorchBackend(Backend):
         if self.rank not in ranks:
             return None
         return Communicator(
-            C10dWire(group, ranks, self._wire_device), self._real_watch, check=self._check, label=f"group {ranks}"
+            C10dWire(group, ranks, self._wire_device), self._watch, check=self._check, label=f"group {ranks}"
         )
 
 

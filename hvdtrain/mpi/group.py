@@ -20,12 +20,12 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from hvdtrain.backends.watch import NullWatch
 from hvdtrain.mpi import operations
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
 from hvdtrain.mpi.staging import Staging
+from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
