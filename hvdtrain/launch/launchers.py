@@ -120,6 +120,12 @@ def _spawn(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     return Found(topology=topology, reason=f"spawn: HVDTRAIN_RANK={topology.rank}", job=env["HVDTRAIN_JOB_ID"])
 
 
+def spawned(rank: int, world_size: int, job: str) -> dict[str, str]:
+    """The variables that `hvdtrain.spawn`, a launcher itself, gives to each of its ranks, all on one node."""
+    values = (rank, world_size, rank, world_size)
+    return {**dict(zip(_SPAWN, map(str, values), strict=True)), "HVDTRAIN_JOB_ID": f"spawn-{job}"}
+
+
 def _torchrun(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     # Everything is stated. "Nodes" are torchrun's agents, of which there may be two on one machine. The run id alone
     # is no job id: without --rdzv-id or --standalone it is "none" for everybody.

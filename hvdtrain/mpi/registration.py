@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
     from hvdtrain.mpi.group import MpiProcessGroup
+    from hvdtrain.mpi.operations import Levels
 
 _log = logging.getLogger(__name__)
 
@@ -180,10 +181,10 @@ def _ranks_in_mpi(store: dist.Store, rank: int, size: int, mine: int, timeout_s:
 
 def _communicator(
     mpi: ModuleType, members: Sequence[int], name: str, timeout_s: float, *, levels: bool
-) -> tuple[Intracomm, tuple[Intracomm, Intracomm | None] | None]:
+) -> tuple[Intracomm, Levels | None]:
     """A communicator of its own for a group, and with ``levels`` one of the node and one of the nodes' first ranks (None
     elsewhere). Only its members call."""
-    box: list[tuple[Intracomm, tuple[Intracomm, Intracomm | None] | None]] = []
+    box: list[tuple[Intracomm, Levels | None]] = []
 
     def run() -> None:
         group = mpi.COMM_WORLD.Get_group()
