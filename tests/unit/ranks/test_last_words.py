@@ -40,7 +40,9 @@ def test_the_first_speaks_and_the_others_are_its_victims(ranks, monkeypatch):
         assert isinstance(said[victim], RankFailure)
         assert said[victim].rank == 1
         assert "ValueError: planted" in said[victim].rank_traceback
-    assert ranks.ended == {}  # all watches were closed in time
+    assert not any(watch._thread.is_alive() for watch in ranks)
+    time.sleep(0.3)
+    assert ranks.ended == {}  # nobody was ended by its watch
 
 
 def test_an_engine_error_waits_for_the_one_whose_fault_it_was(ranks, monkeypatch):
@@ -50,10 +52,24 @@ def test_an_engine_error_waits_for_the_one_whose_fault_it_was(ranks, monkeypatch
     assert said[0].rank == 1
 
 
-def test_a_failed_rank_stays_until_its_words_were_read_and_no_longer(ranks):
+def test_a_failed_rank_stays_until_its_words_were_read_and_no_longer(ranks, monkeypatch):
     began = time.monotonic()
     assert conclude(ValueError("planted"), ranks.watches[1]) is None
-    assert time.monotonic() - began < last_words.ACK_S  # the watches of 0 and 2 acknowledge in their threads
+    assert time.monotonic() - began < last_words.ACK_S / 2  # the watches of 0 and 2 acknowledge in their threads
+    monkeypatch.setattr(last_words, "ACK_S", 0.5)
+    ranks.stores[0].delete_key("ack/2")
+    began = time.monotonic()
+    assert conclude(ValueError("planted"), ranks.watches[1]) is None
+    assert 0.5 <= time.monotonic() - began < 2
+
+
+def test_a_victim_stays_until_the_first_has_spoken(ranks):
+    ranks.watches[1].words.report("ValueError: planted", "")
+    threading.Timer(0.7, ranks.watches[1].words._have_spoken).start()
+    began = time.monotonic()
+    failure = conclude(KeyError("later"), ranks.watches[0])
+    assert failure is not None
+    assert 0.6 < time.monotonic() - began < 3
 
 
 def test_victims_wait_for_the_first_to_have_spoken_but_not_for_ever(ranks, monkeypatch):
