@@ -132,7 +132,7 @@ class HorovodBackend(Backend):
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return HorovodReplica(self, model, optimizer, options, config=self.config, waiter=self._waiter)
 
     def _group(self, ranks: list[int]) -> Communicator | None:

@@ -12,6 +12,7 @@ from hvdtrain.backends.hvd.library import hvd
 from hvdtrain.backends.hvd.waiting import Waiter
 from hvdtrain.backends.hvd.wire import HorovodWork
 from hvdtrain.backends.replica import ReplicaOptions
+from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
 from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError
@@ -37,7 +38,7 @@ class HorovodReplica(HookedReplica):
         self,
         backend: Backend,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         options: ReplicaOptions,
         *,
         config: HorovodConfig,
@@ -70,14 +71,13 @@ class HorovodReplica(HookedReplica):
             self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
 
-    def _exchange_deferred(self) -> None:
-        if not self._adasum or self._backend.world_size == 1:
-            super()._exchange_deferred()
-            return
-        raise ConfigError(
-            "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step; use a data set or "
-            "batch size that gives every rank samples"
-        )
+    def _scale(self, tally: Tally) -> None:
+        if self._adasum and tally.ranks < self._backend.world_size:
+            raise ConfigError(
+                "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step; use a data set or "
+                "batch size that gives every rank samples"
+            )
+        super()._scale(tally)
 
 
 class Bf16Sum:
