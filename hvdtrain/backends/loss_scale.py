@@ -59,7 +59,7 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], b
     scaler.unscale_(optimizer)
 
 
-def update(scaler: GradScaler, began: int, *, skipped: bool) -> None:
+def update_scaler(scaler: GradScaler, began: int, *, skipped: bool) -> None:
     """Update a scaler once for all replicas whose steps began before its last update.
 
     Args:

@@ -9,10 +9,13 @@ same in torch 2.4 to 2.15.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,8 +24,10 @@ from hvdtrain.backends.hooked import sparse_parameters
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.weighting import Tally
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
+# The replica has already copied rank 0's state; torch 2.4 cannot be told so.
+_NO_COPY_OF_STATE: dict[str, Any] = (
+    {"init_sync": False} if "init_sync" in inspect.signature(DistributedDataParallel).parameters else {}
+)
 
 
 class _WithTally(nn.Module):
@@ -44,15 +49,16 @@ class ReducerReplica(Replica):
         device = self._backend.device
         self._model = _WithTally(self.module, self._parameters, device)
         self._ddp = None  # the hooks of an earlier one go with it
-        self._ddp = DistributedDataParallel(
-            self._model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=self.bucket_bytes / 2**20,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.options.find_unused_parameters,
-            static_graph=self.options.static_graph,
-            init_sync=False,  # the replica has already copied rank 0's state
-        )
+        with _versions_kept(self.module):
+            self._ddp = DistributedDataParallel(
+                self._model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.options.find_unused_parameters,
+                static_graph=self.options.static_graph,
+                **_NO_COPY_OF_STATE,
+            )
         self._first = True
         self._sparse = sparse_parameters(self.module)
 
@@ -133,6 +139,35 @@ class ReducerReplica(Replica):
         return torch.tensor(tally.values(), dtype=self._model.tally.dtype, device=self._model.tally.device).mul_(
             self._backend.world_size
         )
+
+
+@contextmanager
+def _versions_kept(module: nn.Module) -> Iterator[None]:
+    """Let a graph that was made before stay valid, where torch overwrites parameters with what they are already."""
+    with ExitStack() as stack:
+        for parameter in () if _NO_COPY_OF_STATE else module.parameters():
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+        yield
+
+
+def _roomy(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> int:
+    """About ``bucket_bytes``, so that the last bucket is not full without the tally: it would travel alone.
+
+    Args:
+        parameters: In about the order in which backward completes them.
+        bucket_bytes: A bucket is closed by the gradient that makes it so large; the first one by DDP's own, smaller limit.
+    """
+    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    for percent in (100, 90, 110, 80, 120, 70, 130):
+        limit = bucket_bytes * percent // 100
+        filled, closes_at = 0, first
+        for parameter in parameters:
+            filled += parameter.nbytes
+            if filled >= closes_at:
+                filled, closes_at = 0, limit
+        if filled:
+            return limit
+    return bucket_bytes
 
 
 def _parameters_behind(loss: Tensor) -> Iterator[Tensor]:

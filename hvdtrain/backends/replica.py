@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends import loss_scale
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
+from hvdtrain.backends.loss_scale import unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting
@@ -247,7 +247,7 @@ class Replica(ABC):
         optimizer = self.optimizer
         self.reduce_gradients()
         if scaler is not None:
-            loss_scale.unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
+            unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
@@ -261,7 +261,7 @@ class Replica(ABC):
             else:
                 optimizer.step()
         if scaler is not None and update:
-            loss_scale.update(scaler, self._weighting.tally.began, skipped=skipped)
+            update_scaler(scaler, self._weighting.tally.began, skipped=skipped)
         self.clear()
         self._steps += 1
         return StepResult(norm, skipped)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from hvdtrain.backends import loss_scale
+from hvdtrain.backends.loss_scale import moment, now
 from hvdtrain.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Tally:
         uncounted: Backward passes without a total.
         counted: Backward passes with one.
         ranks: Ranks with a backward pass in this step.
-        began: `loss_scale.now` of the first of them, summed over these ranks.
+        began: `hvdtrain.backends.loss_scale.now` of the first of them, summed over these ranks.
     """
 
     samples: int = 0
@@ -79,7 +79,7 @@ class Weighting:
 
     def begin_backward(self) -> None:
         """The step's first backward pass on this rank comes now."""
-        self.tally.ranks, self.tally.began = 1, loss_scale.now()
+        self.tally.ranks, self.tally.began = 1, now()
 
     def weigh(self, samples: int, total: int | None, *, shared: bool) -> float:
         """Count a loss, and return what its gradient is multiplied by.
@@ -145,7 +145,7 @@ class Weighting:
         if summed.ranks == 0:
             return None
         if self.tally.ranks == 0:  # the losses of these gradients were scaled when the other ranks began
-            self.tally.began = loss_scale.moment(summed.began // summed.ranks, modulo=_BEGAN)
+            self.tally.began = moment(summed.began // summed.ranks, modulo=_BEGAN)
         if not summed.uncounted:
             return 1.0
         factor = (self._unit or 1.0) / summed.samples if summed.samples else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from hvdtrain.backends.base import Backend
+
+
+_replicas = itertools.count()  # of this process; every rank counts alike, so that packs of two replicas are told apart
 
 
 class HorovodReplica(HookedReplica):
@@ -45,6 +49,8 @@ class HorovodReplica(HookedReplica):
         waiter: Waiter,
     ) -> None:
         self._config, self._waiter = config, waiter
+        number = next(_replicas)
+        self._label = f"gradient.{number}" if number else "gradient"
         self._adasum = config.op == "adasum"
         self._engine_averages = (
             self._adasum
@@ -57,11 +63,11 @@ class HorovodReplica(HookedReplica):
 
     def _send(self, pack: Pack) -> Work:
         if self._config.compression == "bf16" and pack.tensors[0].dtype == torch.bfloat16:
-            return Bf16Sum(self._waiter, self._backend.world_size, pack.name, pack.tensors)
+            return Bf16Sum(self._waiter, self._backend.world_size, f"{self._label}.{pack.name}", pack.tensors)
         op = hvd.Adasum if self._adasum else hvd.Sum
         factor = self._config.gradient_predivide_factor
         scales = {} if factor == 1.0 else {"prescale_factor": 1.0 / factor, "postscale_factor": factor}
-        name = f"gradient.{pack.name}"
+        name = f"{self._label}.{pack.name}"
         if len(pack.tensors) == 1:
             handle = hvd.allreduce_async_(pack.tensors[0].view(-1), name=name, op=op, **scales)
         else:
