@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
@@ -33,6 +32,7 @@ from hvdtrain.errors import (
 )
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import given
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
@@ -380,7 +380,7 @@ class Backend(Communicator):
             end_if_stuck()
 
     def _all_met(self) -> None:
-        """Remove the file that told where to meet: every rank has read it, or never will."""
+        """Remove the file that says where to meet: every rank has read it, or never will."""
         if self._meeting is not None and self._meeting.file is not None:
             self._meeting.file.unlink(missing_ok=True)
 
@@ -397,7 +397,7 @@ class Backend(Communicator):
         if present == 0:
             raise BackendUnavailable(
                 f"--device {wanted}: this process sees no CUDA GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); use --device cpu, or start the container with its GPU runtime"
+                f"{given('CUDA_VISIBLE_DEVICES') or 'unset'}); use --device cpu, or start the container with its GPU runtime"
             )
         if device.index is not None:
             if device.index >= present:

@@ -42,7 +42,7 @@ class TorchBackend(Backend):
     def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
         super().__init__(detection, **options)
         self.process_group = self._choose_process_group(process_group)
-        self._engine_settings = self._told(self.all_reduce_family)
+        self._engine_settings = self._variables(self.all_reduce_family)
 
     @classmethod
     def unusable(cls) -> str:
@@ -70,7 +70,7 @@ class TorchBackend(Backend):
             )
         return wanted
 
-    def _told(self, family: str) -> dict[str, str]:
+    def _variables(self, family: str) -> dict[str, str]:
         """The variables that make the engine use a family of all-reduce algorithms; refuses what it has not."""
         if self.process_group == "nccl":
             return algorithms.nccl(family)

@@ -64,7 +64,7 @@ class MpiBackend(TorchBackend):
     def _choose_process_group(self, wanted: str) -> str:
         return wanted
 
-    def _told(self, family: str) -> dict[str, str]:
+    def _variables(self, family: str) -> dict[str, str]:
         return {}  # by library.load
 
     def _announce(self) -> Announce | None:

@@ -1,4 +1,4 @@
-"""Families of all-reduce algorithms, by the names of the literature, and the variables by which libraries are told.
+"""Families of all-reduce algorithms, by the names of the literature, and the variables by which libraries learn of them.
 
 ====================  =============================================================================================
 ring                  reduce-scatter and all-gather around a ring: fewest bytes, 2(N-1) messages one after the other
@@ -86,7 +86,7 @@ def mpi(wanted: str, topology: Topology) -> Iterator[dict[str, str]]:
 
 
 def check_mpi(wanted: str, library: str) -> None:
-    """Refuse a family that ``library``, an MPI library's name and version, was not told."""
+    """Refuse a family that ``library``, an MPI library's name and version, knows nothing of."""
     known: tuple[str, ...] = ("auto", "hierarchical")
     if library.startswith("Open MPI"):
         known = FAMILIES

@@ -33,7 +33,7 @@ def settle(values: Mapping[str, str]) -> None:
 
 
 def given(name: str) -> str | None:
-    """What a variable of a library was set to; None if it was not."""
+    """What a variable of a library, or of our own, was set to; None if it was not."""
     return os.environ.get(name)
 
 

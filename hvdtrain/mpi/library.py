@@ -18,7 +18,7 @@ from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, Laun
 from hvdtrain.launch import algorithms
 from hvdtrain.launch.cores import yielding
 from hvdtrain.launch.detect import Detection
-from hvdtrain.launch.environment import not_given, settle, variables
+from hvdtrain.launch.environment import given, not_given, settle, variables
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.ranks.exit import end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce, Place
@@ -184,7 +184,7 @@ def announce(detection: Detection, timeout_s: float, all_reduce: str = "auto") -
 
 def cuda_aware() -> bool:
     """Whether the MPI library takes GPU pointers; ``HVDTRAIN_MPI_CUDA=aware|staged`` overrules what it says itself."""
-    chosen = os.environ.get(CUDA_VARIABLE, "auto")
+    chosen = given(CUDA_VARIABLE) or "auto"
     if chosen not in ("auto", "aware", "staged"):
         raise HvdtrainError(f"{CUDA_VARIABLE}={chosen}: use auto, aware or staged")
     if chosen != "auto":

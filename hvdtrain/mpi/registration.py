@@ -7,7 +7,6 @@ rank 0's store is: rank 0 binds a free port first, nobody guesses one.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import weakref
@@ -22,7 +21,7 @@ import torch.distributed as dist
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import detect
-from hvdtrain.launch.environment import address_given, give_address
+from hvdtrain.launch.environment import address_given, give_address, given
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import library
 from hvdtrain.ranks import rendezvous
@@ -56,7 +55,7 @@ class Options:
     """
 
     watch: bool = True
-    check: bool = os.environ.get(CHECK_VARIABLE, "1") != "0"
+    check: bool = given(CHECK_VARIABLE) != "0"
     all_reduce: str = "auto"
 
 

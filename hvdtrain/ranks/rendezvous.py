@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import given
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Meeting:
         engine: For the engine's own rendezvous.
         watch: A connection of its own, for the watch thread.
         server: Keeps rank 0's server alive; None elsewhere.
-        file: The file that told the others, to be removed when the job ends; None where there was none.
+        file: In which the others read where rank 0 is, to be removed when the job ends; None where there was none.
     """
 
     engine: dist.Store
@@ -100,7 +101,7 @@ def meet(detection: Detection, timeout_s: float, announce: Announce | None = Non
 
 def needs_announcement(detection: Detection) -> bool:
     """Whether rank 0 must tell hosts that no address, no folder and no file of theirs tells where it is."""
-    return detection.topology.num_nodes > 1 and detection.address is None and DIRECTORY_VARIABLE not in os.environ
+    return detection.topology.num_nodes > 1 and detection.address is None and given(DIRECTORY_VARIABLE) is None
 
 
 def serve(timeout_s: float, *, one_node: bool = False, multi_tenant: bool = False) -> tuple[dist.TCPStore, Place]:
@@ -149,7 +150,7 @@ def _endpoint(store: dist.Store) -> tuple[str, int]:
 
 
 def _rendezvous_file(detection: Detection) -> Path:
-    chosen = os.environ.get(DIRECTORY_VARIABLE)
+    chosen = given(DIRECTORY_VARIABLE)
     if chosen:
         folder = Path(chosen)
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,7 @@ def _write(file: Path, content: object) -> None:
 
 
 def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
-    """Read rank 0's file and connect; a stale file of an earlier job is told by its nonce and read again."""
+    """Read rank 0's file and connect; a stale file of an earlier job is known by its nonce, and read again."""
     end = time.monotonic() + timeout_s
     seen = "it did not appear"
     while time.monotonic() < end:
@@ -208,7 +209,7 @@ def dial(place: Place, rank: int, timeout_s: float) -> tuple[dist.Store, str, in
     Raises:
         LaunchError: Nothing there is rank 0's store; names the addresses that were tried.
     """
-    end = time.monotonic() + min(timeout_s, 60.0)  # it listened before it said so
+    end = time.monotonic() + min(timeout_s, 60.0)  # it listens before it says so
     while time.monotonic() < end:
         reached = _try(place, end)
         if reached is not None:
@@ -223,7 +224,7 @@ def dial(place: Place, rank: int, timeout_s: float) -> tuple[dist.Store, str, in
 
 def _try(place: Place, end: float) -> tuple[dist.Store, str, int] | None:
     port = int(place["port"])
-    # From another host 127.0.0.1 is not rank 0's; what answers there is told by its nonce.
+    # From another host 127.0.0.1 is not rank 0's; what answers there is known by its nonce.
     local = ["127.0.0.1"] if place.get("of") == socket.gethostname() else []
     for host in [*local, *place["hosts"]]:
         if not _listens(host, port):

@@ -82,12 +82,7 @@ HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
     "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.operations", "mpi.messages", "mpi.group"},
 }
-ENVIRONMENT = {
-    "launch.detect", "launch.environment",  # launchers' variables, and libraries'
-    "ranks.rendezvous", "mpi.library", "mpi.registration",  # a variable of our own each
-    "backends.base",  # a GPU that cannot be seen: what hides it
-    "memory", "run", "workers",
-}  # fmt: skip
+ENVIRONMENT = {"launch.detect", "launch.environment", "memory", "run", "workers"}  # of what runs on ranks
 
 
 def modules(package: Path) -> dict[str, Path]:
