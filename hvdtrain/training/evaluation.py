@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.loader import to_device
 from hvdtrain.errors import ConfigError
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.task import Learning
@@ -92,7 +91,7 @@ def evaluate(
     replica: Replica,
     task: Learning,
     precision: Precision,
-    batches: Iterable[tuple[int, Any]],
+    batches: Iterable[tuple[Any, int]],
 ) -> dict[str, float]:
     """Compute a task's mean metrics; every rank must call it.
 
@@ -101,7 +100,7 @@ def evaluate(
         replica: Its inference model is evaluated, in evaluation mode, with rank 0's buffers.
         task: Its `metrics` are computed.
         precision: Of the forward pass.
-        batches: This rank's share of the data: samples and batch.
+        batches: This rank's share of the data: each batch, on the device, with the number of its samples.
 
     Raises:
         ConfigError: On every rank: the metrics of some rank's batch cannot be averaged over the samples.
@@ -112,10 +111,9 @@ def evaluate(
     model.eval()
     sums = MetricSums(backend.device)
     with torch.no_grad():
-        for samples, batch in batches:
-            batch = precision.cast(to_device(batch, backend.device, non_blocking=True))  # noqa: PLW2901
+        for loaded, samples in batches:
             with precision.autocast():
-                sums.add(task.metrics(model, batch), samples)
+                sums.add(task.metrics(model, precision.cast(loaded)), samples)
             if sums.problem:
                 break
     model.train(was_training)

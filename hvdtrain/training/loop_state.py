@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints, Loaded, Saved, fill, load, model_state
 from hvdtrain.training.plain_state import from_plain, is_stateful, to_plain
-from hvdtrain.training.random_numbers import random_state, same_random_numbers, set_random_state
+from hvdtrain.training.random_numbers import random_state, set_random_state
 from hvdtrain.training.schedules import describe
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
     was_training = module.training
     module.train()
     buffers = [buffer.clone() for buffer in module.buffers()]
-    with same_random_numbers():
+    with untouched_random_numbers():
         replica.rehearse(forward)
     with torch.no_grad():
         for buffer, before in zip(module.buffers(), buffers, strict=True):

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
@@ -57,16 +55,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached))
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Put every random generator back afterwards to where it was."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
 
 
 class OwnRandomNumbers:

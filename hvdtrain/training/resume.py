@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.partition import BatchPartition
-from hvdtrain.errors import CheckpointError
+from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints, Saved
 from hvdtrain.training.checkup import Tally
 from hvdtrain.training.loop_state import LoopState
@@ -64,9 +64,8 @@ def resume(
         position.epoch_tally = Tally(*ranks[backend.rank]["tally"])
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
-    if position.samples % partition.global_batch_size and position.samples != partition.length:
-        raise CheckpointError(
-            f"{loaded.path} stopped after {position.samples} samples of an epoch, which is no whole number of global batches of "
-            f"{partition.global_batch_size}; resume with the global batch size it was written with"
-        )
+    try:
+        partition.step_at(position.samples)
+    except ConfigError as error:
+        raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path

@@ -7,8 +7,9 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import ConfigError
-from hvdtrain.training.random_numbers import OwnRandomNumbers, same_random_numbers, seed_everything
+from hvdtrain.training.random_numbers import OwnRandomNumbers, seed_everything
 
 
 def data(length=22):
@@ -95,7 +96,7 @@ def test_ranks_augment_differently(backend):
 
 
 def test_ranks_that_were_seeded_apart_keep_their_numbers(backend):
-    with same_random_numbers():
+    with untouched_random_numbers():
         seed_everything(5, backend.rank)
         expected = torch.rand(4)
         seed_everything(5, backend.rank)
@@ -105,7 +106,7 @@ def test_ranks_that_were_seeded_apart_keep_their_numbers(backend):
 
 
 def test_own_numbers_go_on_unless_something_was_drawn_or_seeded_between(backend):
-    with same_random_numbers():
+    with untouched_random_numbers():
         own = OwnRandomNumbers(backend)
         torch.manual_seed(9)
         with own:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import hvdtrain
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.training.random_numbers import (
     OwnRandomNumbers,
     random_state,
-    same_random_numbers,
     seed_everything,
     set_random_state,
 )
@@ -24,7 +24,7 @@ def draw():
 
 @pytest.fixture(autouse=True)
 def leave_no_trace():
-    with same_random_numbers():
+    with untouched_random_numbers():
         yield
 
 

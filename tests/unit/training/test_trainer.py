@@ -136,7 +136,7 @@ def test_another_seed_or_batch_size_than_the_checkpoints_is_told(tmp_path, alone
     checkpoints = Checkpoints(tmp_path)
     make(alone, checkpoints=checkpoints)[1].fit(DATA, epochs=2, global_batch_size=4, max_steps=1)
     with pytest.raises(
-        CheckpointError, match="after 4 samples of an epoch, which is no whole number of global batches of 3"
+        CheckpointError, match="in the middle of an epoch: cannot continue after 4 of 11 samples: no global batch of 3"
     ):
         make(alone, seed=5)[1].fit(DATA, epochs=1, global_batch_size=3, resume_from=checkpoints.find(alone))
     assert "was written with --seed 0, this run has 5" in caplog.text
