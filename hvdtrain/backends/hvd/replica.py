@@ -77,6 +77,10 @@ class HorovodReplica(HookedReplica):
             self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
 
+    def _send_tally(self, tensor: Tensor) -> Work:
+        name = f"{self._label}.tally"  # one name for all steps: Horovod's cache knows it from the second on
+        return HorovodWork(self._waiter, hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step")
+
     def _scale(self, tally: Tally) -> None:
         if self._adasum and tally.ranks < self._backend.world_size:
             raise ConfigError(
