@@ -35,14 +35,16 @@ from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.options import Component
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
-from hvdtrain.training.checkpoint import Checkpoints
-from hvdtrain.training.state import seed_everything
+from hvdtrain.training.checkpoint import Checkpoints, Saved, model_state
+from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
 from hvdtrain.training.trainer import FitResult, Trainer
 from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
+
+_WHICH = {"auto": "latest"}  # what --resume says, and `Checkpoints.find`
 
 
 def run_training(config: TrainConfig) -> Summary:
@@ -61,19 +63,20 @@ def run_training(config: TrainConfig) -> Summary:
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
         run_dir = _run_dir(config, backend)
-        seed_everything(config.seed)  # the same on every rank: models are built alike, whatever the world size
+        seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = _task(config, backend)
         model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
-        seed_everything(config.seed, backend.rank + 1)
         model.to(backend.device)
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
         steps_per_epoch = max(1, math.ceil(len(train_data) / batch))  # type: ignore[arg-type]
-        optimizer = _optimizer(config, model, backend)
+        optimizer = _optimizer(config, task, model, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
-        resume_from = _resume_from(config, backend, checkpoints)
+        resume_from = (
+            None if config.resume == "never" else checkpoints.find(backend, _WHICH.get(config.resume, config.resume))
+        )
         logger = _logger(config, backend, console, run_dir, resume_from)
         trainer = Trainer(
             backend,
@@ -111,7 +114,14 @@ def run_training(config: TrainConfig) -> Summary:
         finally:
             logger.close()
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
-        if backend.rank == 0:
+        finished = result.resumed_from is not None and result.samples == 0
+        if backend.rank == 0 and finished and (run_dir / "summary.json").exists():
+            console.print(
+                f"{run_dir} holds a finished run, {result.epochs} epochs and {result.steps} steps: nothing was left to train, and "
+                "its summary.json stays. For more give --epochs or --max-steps, for a new run another --run-dir",
+                highlight=False,
+            )
+        elif backend.rank == 0:
             write_summary(summary, run_dir / "summary.json")
             show_summary(summary, console, run_dir)
     return summary
@@ -217,7 +227,22 @@ def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
     return config.batch_size * config.accumulate * backend.world_size
 
 
-def _optimizer(config: TrainConfig, model: nn.Module, backend: Backend) -> Optimizer:
+def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backend) -> Optimizer:
+    build = getattr(task, "build_optimizer", None)
+    if build is not None:
+        unset = TrainConfig()
+        beside = [name for name in ("optimizer", "lr", "scale_lr") if getattr(config, name) != getattr(unset, name)]
+        if beside:
+            raise ConfigError(
+                f"{type(task).__name__}.build_optimizer makes the optimizer, so --{beside[0].replace('_', '-')} would have no "
+                "effect; leave one of them out"
+            )
+        optimizer = build(model)
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"{type(task).__name__}.build_optimizer made a {type(optimizer).__name__}, not a torch optimizer"
+            )
+        return optimizer
     found = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
     lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
     optimizer = found([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -253,27 +278,19 @@ def _schedule(
     return schedule, "step"
 
 
-def _resume_from(config: TrainConfig, backend: Backend, checkpoints: Checkpoints) -> str | None:
-    """The checkpoint to continue from, as rank 0 sees it."""
-    if config.resume == "never":
-        return None
-    if config.resume != "auto":
-        return backend.broadcast_object(config.resume)
-    found = checkpoints.latest() if backend.rank == 0 else None
-    return backend.broadcast_object(None if found is None else str(found))
-
-
-def _logger(config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: str | None) -> Logger:
+def _logger(
+    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: Saved | None
+) -> Logger:
     if backend.rank != 0:
         return NullLogger()
-    resumed_step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from and resume_from[-1].isdigit() else 0
+    resumed_step = resume_from.step if resume_from else 0
     return FanOut([ProgressLogger(console, config.epochs), JsonlLogger(run_dir / "metrics.jsonl", resumed_step)])
 
 
 def _summary(
     config: TrainConfig, backend: Backend, model: nn.Module, result: FitResult, batch: int, wall_seconds: float
 ) -> Summary:
-    state = model.state_dict()
+    state = model_state(model)
     parameters = dict(model.named_parameters())
     return Summary(
         backend=backend.name,
@@ -290,7 +307,7 @@ def _summary(
         eval_loss=result.eval_metrics.get("loss"),
         eval_accuracy=result.eval_metrics.get("accuracy"),
         eval_metrics=result.eval_metrics,
-        samples_per_second=result.samples / result.train_seconds if result.train_seconds else 0.0,
+        samples_per_second=result.samples / result.train_seconds if result.train_seconds else math.nan,
         wall_seconds=wall_seconds,
         seed=config.seed,
         precision=config.precision,

@@ -39,7 +39,7 @@ from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
-from hvdtrain.ranks.watch import NullWatch, Watch
+from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -333,17 +333,39 @@ class Backend(Communicator):
             The texts, in rank order.
 
         Raises:
-            CollectiveError: A rank left, or did not come within the timeout; names it and what it does instead.
+            CollectiveError: A rank left, waits for this one in another operation, or did not come within the timeout; names
+                it and what it does instead.
             RankFailure: Another rank failed meanwhile.
         """
         if self.world_size == 1:
             return [mine]
         if self._meeting is None:
             raise CollectiveError("the backend is not running: use it inside `with hvdtrain.init() as backend:`")
-        return exchange(
-            self._meeting.watch, self._watch, f"agreement/{next(self._agreements)}", mine,
+        number, store = next(self._agreements), self._meeting.watch
+        texts = exchange(
+            store, self._watch, f"agreement/{number}", mine,
             rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
         )  # fmt: skip
+        for name in (str(self.rank), *(["all"] if self.rank == 0 else [])):  # everybody is through the one before
+            store.delete_key(f"agreement/{number - 1}/{name}")
+        return texts
+
+    def assemble(self, what: str) -> None:
+        """Return once every rank is here; every rank must call it, with the same words.
+
+        Beside the engine, which would take the first collective of a rank that is elsewhere for an answer. For the
+        beginning of work that people are tempted to do on one rank alone.
+
+        Args:
+            what: Names the work, in messages: "an evaluation after step 120".
+
+        Raises:
+            CollectiveError: A rank does something else, has left, or did not come in time; says which, and what it does.
+        """
+        texts = self.agree_beside(what, what)
+        for rank, theirs in enumerate(texts):
+            if theirs != texts[0]:
+                raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 

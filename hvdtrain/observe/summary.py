@@ -94,13 +94,17 @@ def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
     if summary.skipped_steps:
         rows.append(("skipped steps", str(summary.skipped_steps)))
     rows += [
-        ("speed", f"{summary.samples_per_second:,.0f} samples/s; {summary.wall_seconds:.1f} s in all"),
+        ("speed", f"{_rate(summary.samples_per_second)}{summary.wall_seconds:.1f} s in all"),
         ("parameters", f"{summary.parameters:,}, sha256 {summary.parameters_sha256[:12]}"),
         ("written to", str(run_dir)),
     ]
     width = max(len(label) for label, _ in rows) + 2
     for label, value in rows:
         console.print(f"{label:<{width}}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _rate(samples_per_second: float) -> str:
+    return "" if math.isnan(samples_per_second) else f"{samples_per_second:,.0f} samples/s; "
 
 
 def _clean(value: Any) -> Any:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+ALL_THE_SAME = "every rank must make the same collective calls"
 _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
 
 
@@ -62,6 +63,10 @@ class NullWatch:
 
     def raise_if_failed(self) -> None:
         """Do nothing."""
+
+    def elsewhere(self, label: str) -> str:
+        """Return ""."""
+        return ""
 
     def leave(self, timeout_s: float) -> None:
         """Do nothing."""
@@ -152,6 +157,21 @@ class Watch(NullWatch):
                 absent.append(f"rank {rank} on {record['host']} ({doing}; last heard of {silent:.0f} s ago)")
         return f"; missing: {', '.join(absent)}" if absent else ""
 
+    def elsewhere(self, label: str) -> str:
+        """Describe a rank that is in another operation, which cannot end without this rank and which it has not begun.
+
+        Args:
+            label: Of the operation that this rank is in: a rank in one of these is not elsewhere.
+        """
+        for rank in range(self._world_size):
+            record = self._read(f"rank/{rank}") if rank != self._rank else None
+            if record is None or not record["what"] or self._rank not in (record["ranks"] or [self._rank]):
+                continue
+            other = record["label"]
+            if other != label and record["counts"][other] > self._counts.get(other, 0):
+                return f"rank {rank} on {record['host']} is not: it waits in {record['what']}; {ALL_THE_SAME}"
+        return ""
+
     def leave(self, timeout_s: float) -> None:
         """Say that this rank is done, and return when all are, so that the store outlives everybody's use of it.
 
@@ -207,6 +227,8 @@ class Watch(NullWatch):
         record = {
             "counts": dict(self._counts),
             "what": waiting[1] if waiting else "",
+            "label": waiting[0] if waiting else "",
+            "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
             "state": self._state,
             "time": time.time(),
             "host": socket.gethostname(),
@@ -237,7 +259,7 @@ class Watch(NullWatch):
                 return (
                     f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) while "
                     f"rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; "
-                    "every rank must make the same collective calls"
+                    f"{ALL_THE_SAME}"
                 )
         return ""
 
