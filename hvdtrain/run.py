@@ -26,6 +26,7 @@ from hvdtrain.config import HorovodConfig, TrainConfig
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
+from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger
 from hvdtrain.observe.progress import ProgressLogger
@@ -118,7 +119,7 @@ def run_training(config: TrainConfig) -> Summary:
 
 def _console(backend: Backend) -> Console:
     # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
-    forwarded = backend.topology.launcher in ("mpirun", "srun", "horovodrun")
+    forwarded = may_join_by_mpi(backend.topology.launcher)
     return Console(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
 
 

@@ -15,15 +15,16 @@ import hashlib
 import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, Literal, TypeVar, cast, get_args, overload
 
 import torch
 from torch import Tensor
 
-from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.backends.wire import Done, Wire, WireOp, Work
-from hvdtrain.errors import CollectiveError, RankFailure
+from hvdtrain.errors import CollectiveError, HvdtrainError
+from hvdtrain.ranks.last_words import is_engine_error
+from hvdtrain.ranks.watch import NullWatch
 
 ReduceOp = Literal["sum", "mean", "min", "max", "product"]
 T = TypeVar("T")
@@ -92,10 +93,10 @@ class Communicator:
     """
 
     def __init__(
-        self, wire: Wire | None = None, watch: Watch | None = None, *, check: bool = False, label: str = "world"
+        self, wire: Wire | None = None, watch: NullWatch | None = None, *, check: bool = False, label: str = "world"
     ) -> None:
         self._wire = wire
-        self._watch: Watch | NullWatch = watch or NullWatch()
+        self._watch = watch or NullWatch()
         self._check = check
         self._label = label
 
@@ -107,6 +108,36 @@ class Communicator:
                 "the backend is not running: use it inside `with hvdtrain.init() as backend:`, or between start() and stop()"
             )
         return self._wire
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group, 0 <= rank < world_size."""
+        return self.wire.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks in the group."""
+        return self.wire.size
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The world's ranks that form the group, in the group's order."""
+        return self.wire.ranks
+
+    @contextmanager
+    def region(self, label: str, what: str) -> Iterator[None]:
+        """Mark an operation of the engine that all ranks must take part in, and name it if the engine fails.
+
+        Args:
+            label: Operations of one label are counted, to find the ranks that have not begun this one.
+            what: The operation, for messages.
+
+        Raises:
+            CollectiveError: In place of the engine's own error; names the operation and the ranks that are missing.
+            RankFailure: Another rank has failed.
+        """
+        with self._region(label, what, is_engine_error):
+            yield
 
     # -- reductions ---------------------------------------------------------------------------------------------------
 
@@ -313,7 +344,7 @@ class Communicator:
         buffer = self._encode(tensor)
         guard = self._guard(name, tensor, op)
         if buffer.numel() == 0:
-            return Pending(Done(), lambda: tensor.detach().clone(), NullWatch.region)
+            return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with guard:
             work = self.wire.all_reduce_(buffer, wire_op)
         return Pending(
@@ -327,7 +358,7 @@ class Communicator:
         wire = self.wire
         copy = tensor.detach().to(wire.device, copy=True, memory_format=torch.contiguous_format).reshape(-1)
         if copy.numel() == 0:
-            return Pending(Done(), lambda: tensor.detach().clone(), NullWatch.region)
+            return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with self._guard(name, tensor):
             work = wire.broadcast_(copy.view(torch.uint8), src)
 
@@ -429,26 +460,31 @@ class Communicator:
         called = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in texts.tolist()]
         raise CollectiveError(f"the ranks called different collectives: {_by_rank(wire.ranks, called)}")
 
-    @contextmanager
-    def _guard(self, name: str, tensor: Tensor | None, op: str = "", *, again: bool = False) -> Iterator[None]:
-        """Tell the watch what this rank waits for, and name it when the engine fails."""
+    def _guard(
+        self, name: str, tensor: Tensor | None, op: str = "", *, again: bool = False
+    ) -> AbstractContextManager[None]:
+        """The region of one collective, in which nothing but the engine can fail."""
         what = name + (f"(op={op})" if op else "")
         if tensor is not None:
             what += f" of {tensor.dtype} {tuple(tensor.shape)}"
-        wire = self.wire
-        with self._watch.region(self._label, what, wire.ranks, again=again):
+        return self._region(self._label, f"{what} over {self._label} ({self.wire.size} ranks)", _any_error, again=again)
+
+    @contextmanager
+    def _region(
+        self, label: str, what: str, is_engines: Callable[[BaseException], bool], *, again: bool = False
+    ) -> Iterator[None]:
+        ranks = self.ranks
+        with self._watch.region(label, what, ranks, again=again):
             try:
                 yield
             except RuntimeError as error:
-                if isinstance(error, (RankFailure, CollectiveError)):
+                if isinstance(error, HvdtrainError) or not is_engines(error):
                     raise
-                failure = self._watch.failure
-                if failure is not None and failure.rank == wire.ranks[wire.rank]:  # the watch knows better
+                rank, failure = ranks[self.rank], self._watch.failure
+                if failure is not None and failure.rank == rank:  # the watch knows better
                     raise CollectiveError(failure.message) from error
-                missing = self._watch.missing(self._label, wire.ranks)
-                raise CollectiveError(
-                    f"{what} over {self._label} ({wire.size} ranks) failed on rank {wire.ranks[wire.rank]}{missing}: {error}"
-                ) from error
+                missing = self._watch.missing(label, ranks)
+                raise CollectiveError(f"{what} failed on rank {rank}{missing}: {error}") from error
 
 
 class _AllReduce(torch.autograd.Function):
@@ -475,6 +511,10 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         return ctx.communicator.reduce_scatter([g.detach() for g in grads], "sum"), None
+
+
+def _any_error(error: BaseException) -> bool:
+    return True
 
 
 def _differentiate(tensor: object) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from hvdtrain.backends import horovod_stamp
+from hvdtrain.backends.hvd import stamp as horovod_stamp
 from hvdtrain.cli.flags import build, config_text, help_text, read_flags
 from hvdtrain.cli.voice import say
 from hvdtrain.horovod_build.installing import Outcome, ahead, install, look

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from hvdtrain.backends.horovod_stamp import FILE, Stamp
+from hvdtrain.backends.hvd.stamp import FILE, Stamp
 from hvdtrain.horovod_build.failure import BuildError
 
 LOCK_S = 7200.0

@@ -23,17 +23,17 @@ from hvdtrain.mpi.lane import MpiWork
 class MpiMessage(MpiWork):
     """A message between two ranks, in pieces that MPI can count; `wait` drives it."""
 
-    def __init__(self, what: str, tensor: Tensor, host: Any, timeout_s: float) -> None:
+    def __init__(self, what: str, tensor: Tensor, host: Tensor, timeout_s: float) -> None:
         super().__init__(what, [tensor], timeout_s)
         self._host = host
-        self._requests: list[Any] = []
+        self._requests: list[MPI.Request] = []
         self._sizes: list[int] = []
         self._sends = False
         self._deadline = time.monotonic() + timeout_s
         self._poll_turn = threading.Lock()
         self.on_arrival: Callable[[], None] = lambda: None
 
-    def begin(self, comm: Any, peer: int, tag: int, *, sends: bool) -> None:
+    def begin(self, comm: MPI.Intracomm, peer: int, tag: int, *, sends: bool) -> None:
         """Start it."""
         flat = as_bytes(self._host)
         self._sends = sends

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.utils._pytree import tree_map
 
+from hvdtrain.data.nested import cast_floating
 from hvdtrain.errors import ConfigError
 
 _PARAMETER_DTYPE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
@@ -44,9 +44,7 @@ class Precision:
 
     def cast(self, batch: Any) -> Any:
         """Return a batch whose floating-point tensors have the type that the model's parameters have (fp64 only)."""
-        if self.dtype != torch.float64:
-            return batch
-        return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
+        return cast_floating(batch, self.dtype) if self.dtype == torch.float64 else batch
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""

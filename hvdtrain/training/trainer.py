@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.loader import empty_batch, make_loader, to_device
-from hvdtrain.data.partition import BatchPartition, Step
-from hvdtrain.data.samplers import EvalSampler, PartitionSampler
-from hvdtrain.data.shared_memory import check_shared_memory
+from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches
+from hvdtrain.data.same_data import check_same_data
+from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.checkpoint import Checkpoints, load
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.position import Position
 from hvdtrain.training.precision import Precision
+from hvdtrain.training.same_call import check_same_call
 from hvdtrain.training.state import random_state, same_random_numbers, set_random_state
 from hvdtrain.training.task import Learning, Supervised
 
@@ -155,7 +157,6 @@ class Trainer:
         self._pending_loss: tuple[int, Tensor, int] | None = None  # step, loss, samples: not yet looked at (GPU)
         self._gradient_norm: Tensor | None = None
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
-        self._empty_batch: Any = None
         self._train_seconds = 0.0
         self._samples = 0
 
@@ -163,8 +164,8 @@ class Trainer:
 
     def fit(
         self,
-        train_data: Dataset[Any],
-        eval_data: Dataset[Any] | None = None,
+        train_data: Dataset[Any] | DataLoader[Any],
+        eval_data: Dataset[Any] | DataLoader[Any] | None = None,
         *,
         epochs: int = 1,
         max_steps: int | None = None,
@@ -172,13 +173,17 @@ class Trainer:
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         eval_every: int = 1,
+        last_batch: str = "keep",
+        drop_last: bool = False,
         resume_from: str | None = None,
     ) -> FitResult:
         """Train for some epochs; every rank must call it with the same arguments.
 
         Args:
-            train_data: With ``__len__`` and ``__getitem__``; the same on every rank.
-            eval_data: Likewise; evaluated every ``eval_every`` epochs and at the end.
+            train_data: With ``__len__`` and ``__getitem__``; the same whole data on every rank, in a new random order
+                each epoch. Or a DataLoader: of it are taken the data set, batch size, shuffling or sampler, drop_last,
+                collate function and loader processes, and not its random numbers (see `Backend.loader`).
+            eval_data: Likewise; evaluated every ``eval_every`` epochs and at the end, each sample once.
             epochs: Passes over the data, those before a resume included.
             max_steps: End after so many optimizer steps, if that is earlier.
             batch_size: Samples per rank and micro-batch; or
@@ -186,39 +191,57 @@ class Trainer:
                 size. A rank's share may differ by one sample.
             eval_batch_size: Samples per rank and batch of an evaluation.
             eval_every: Epochs between evaluations.
+            last_batch: What becomes of samples that do not fill a last global batch: "keep" trains on them as a shorter
+                one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
+            drop_last: DataLoader's word for ``last_batch="drop"``.
             resume_from: A checkpoint folder to continue from.
 
         Raises:
+            ConfigError: An argument cannot work, or the ranks were given different arguments or data.
             NonFiniteLoss: The loss became NaN or infinite (unless ``on_nan="skip"``).
             Preempted: Some rank was asked to stop; a checkpoint has been saved, if there is a place for it.
         """
-        partition = self._partition(train_data, batch_size, global_batch_size)
-        topology = self.backend.topology
-        check_shared_memory(
-            train_data,
-            batch_size=-(-partition.global_batch_size // (topology.world_size * self._accumulate)),
-            workers=self._workers,
-            ranks=topology.local_world_size,
+        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last)
+        eval_source = None if eval_data is None else self._source(eval_data)
+        self._check_call(
+            source,
+            eval_source,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size or (None if global_batch_size else source.batch_size),
+            global_batch_size=global_batch_size,
+            eval_batch_size=eval_batch_size or (eval_source.batch_size if eval_source else None),
+            eval_every=eval_every,
+            resuming=resume_from is not None,
         )
-        sampler = PartitionSampler(partition, shuffle=True, seed=self._seed)
-        loader = self._loader(train_data, sampler)
-        if self._in_step:
-            with same_random_numbers():
-                self._empty_batch = empty_batch(train_data, self._collate)
+        if batch_size is not None and global_batch_size is not None:
+            raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
+        batches = RankBatches(
+            source if batch_size is None else replace(source, batch_size=batch_size),
+            self.backend,
+            global_batch_size=global_batch_size,
+            accumulate=self._accumulate,
+            seed=self._seed,
+            equal_passes=self._in_step,
+        )
+        partition = batches.partition
+        if self._in_step and partition.needs_empty_batches:
+            batches.prepare_empty()
         total_steps = min(epochs * partition.steps_per_epoch, max_steps or math.inf)
-        eval_batch_size = eval_batch_size or max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
+        per_rank = max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
+        eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         if resume_from is not None:
             self._resume(resume_from, partition)
             if self.position.steps < total_steps:
-                self._rehearse(loader, sampler, partition)
+                self._rehearse(batches)
         self._checkup.begin(self.position.steps)
         position, metrics = self.position, dict(self.position.eval_metrics)
         while position.epoch < epochs and position.steps < total_steps:
-            self._train_epoch(loader, sampler, partition, int(total_steps))
+            self._train_epoch(batches, int(total_steps))
             self._finish_epoch_schedule()
             ended = position.epoch >= epochs or position.steps >= total_steps
-            if eval_data is not None and (ended or position.epoch % eval_every == 0):
-                metrics = self.evaluate(eval_data, batch_size=eval_batch_size)
+            if eval_source is not None and (ended or position.epoch % eval_every == 0):
+                metrics = self._evaluate(eval_source, eval_batch_size)
                 position.eval_metrics = metrics
                 self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=metrics))
                 if isinstance(self._schedule, ReduceLROnPlateau):
@@ -236,16 +259,13 @@ class Trainer:
             resumed_from=resume_from,
         )
 
-    def _train_epoch(
-        self, loader: DataLoader[Any], sampler: PartitionSampler, partition: BatchPartition, total_steps: int
-    ) -> None:
+    def _train_epoch(self, batches: RankBatches, total_steps: int) -> None:
         position = self.position
+        epoch_samples = batches.partition.samples_per_epoch
         self.replica.module.train()
-        sampler.set_position(position.epoch, position.samples)
-        batches = iter(loader)
-        for step in partition.steps(position.samples):
+        for step in batches.steps(position.epoch, position.samples):
             began = time.perf_counter()
-            self._train_step(step, batches)
+            self._train_step(step)
             position.advance(step.samples)
             self._train_seconds += time.perf_counter() - began
             self._samples += step.samples
@@ -253,25 +273,23 @@ class Trainer:
                 self._hold_checkup(total_steps)
             if self._checkpoint_every and position.steps % self._checkpoint_every == 0:
                 self._save()
-            if position.steps >= total_steps and position.samples < partition.length:
+            if position.steps >= total_steps and position.samples < epoch_samples:
                 break
         self._look_at_pending_loss()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, float(position.epoch_tally.samples)], dtype=torch.float64)
         ).tolist()
         position.train_loss = Tally(whole[0], int(whole[1])).mean
-        if position.samples >= partition.length:
+        if position.samples >= epoch_samples:
             position.finish_epoch()
 
-    def _train_step(self, step: Step, batches: Iterator[Any]) -> None:
+    def _train_step(self, step: RankStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
-        micro_batches = self._micro_batches(step)
-        for number, samples in enumerate(micro_batches, 1):
-            batch = next(batches) if samples else self._empty_batch
-            batch = precision.cast(to_device(batch, self.backend.device, non_blocking=True))
-            with replica.accumulate(last=number == len(micro_batches), overlap=step.every_rank or self._in_step):
-                with precision.autocast():
+        for number, (loaded, samples) in enumerate(step, 1):
+            batch = precision.cast(loaded)
+            with replica.accumulate(last=number == len(step.sizes)):
+                with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 if samples:
                     self._note_loss(loss, samples)
@@ -286,37 +304,41 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self, data: Dataset[Any], *, batch_size: int = 64) -> dict[str, float]:
+    def evaluate(self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
-            data: With ``__len__`` and ``__getitem__``; the same on every rank.
-            batch_size: Samples per rank and batch.
+            data: As for `fit`; of a DataLoader, drop_last and shuffling play no part.
+            batch_size: Samples per rank and batch; else the DataLoader's, or 64.
 
         Returns:
             Each metric's mean over all samples, the same on every rank.
 
         Raises:
-            ConfigError: The data set is empty.
+            ConfigError: The data set is empty, or differs between the ranks.
         """
-        length = len(data)  # type: ignore[arg-type]
+        source = self._source(data)
+        check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
+        return self._evaluate(source, batch_size or source.batch_size or 64)
+
+    @torch.no_grad()
+    def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
+        length = source.length
         if length == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         backend, replica = self.backend, self.replica
-        sampler = EvalSampler(length, batch_size=batch_size, world_size=backend.world_size, rank=backend.rank)
         replica.sync_buffers()
         model = replica.inference_model
         was_training = model.training
         model.eval()
         sums: dict[str, Tensor] = {}
-        for indices, batch in zip(sampler, self._loader(data, sampler), strict=True):
-            batch = self.precision.cast(to_device(batch, backend.device, non_blocking=True))  # noqa: PLW2901
+        for loaded, samples in evaluation_batches(source, backend, batch_size=batch_size, seed=self._seed):
+            batch = self.precision.cast(loaded)
             with self.precision.autocast():
                 found = self.task.metrics(model, batch)
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=backend.device)) + (
-                    value.detach().double() * len(indices)
+                    value.detach().double() * samples
                 )
         model.train(was_training)
         # Rank 0 has a sample if anybody has, so it knows the names; a rank without samples adds zeros.
@@ -327,33 +349,38 @@ class Trainer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _partition(self, data: Dataset[Any], batch_size: int | None, global_batch_size: int | None) -> BatchPartition:
-        if (batch_size is None) == (global_batch_size is None):
-            raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
-        backend = self.backend
-        return BatchPartition(
-            length=len(data),  # type: ignore[arg-type]
-            global_batch_size=global_batch_size or (batch_size or 0) * backend.world_size * self._accumulate,
-            world_size=backend.world_size,
-            rank=backend.rank,
-            accumulate=self._accumulate,
+    def _source(self, data: Any, shuffle: bool = False, last_batch: str = "keep", drop_last: bool = False) -> Source:
+        """What to load: as a DataLoader says, and else as this Trainer was told."""
+        own = isinstance(data, DataLoader | RankBatches)
+        said = source_of(
+            data.source if isinstance(data, RankBatches) else data,
+            shuffle=None if own else shuffle,
+            last_batch=last_batch,
+            drop_last=drop_last,
         )
+        return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
 
-    def _loader(self, data: Dataset[Any], sampler: Any) -> DataLoader[Any]:
-        return make_loader(
-            data,
-            sampler,
-            workers=self._workers,
-            pin_memory=self.backend.device.type == "cuda",
-            seed=self._seed,
-            timeout_s=self.backend.timeout_s if self._workers else 0,
-            collate=self._collate,
+    def _check_call(self, source: Source, eval_source: Source | None, **arguments: Any) -> None:
+        """Refuse, on every rank, what would leave the ranks waiting for each other or training on the wrong samples."""
+        check_same_call(
+            self.backend,
+            "fit",
+            arguments
+            | {
+                "eval_data given": eval_source is not None,
+                "last_batch": source.last_batch,
+                "shuffle": source.shuffle,
+                "accumulate": self._accumulate,
+                "seed": self._seed,
+                "precision": self.precision.name,
+                "log_every": self._checkup.log_every,
+                "checkpoints given": self._checkpoints is not None,
+                "checkpoint_every": self._checkpoint_every,
+            },
         )
-
-    def _micro_batches(self, step: Step) -> list[int]:
-        """How many samples each of this rank's micro-batches has; with empty ones if the model needs ranks in step."""
-        sizes = [len(positions) for positions in step.micro_batches]
-        return sizes + [0] * (step.passes - len(sizes)) if self._in_step else sizes
+        check_same_data(source, self.backend, seed=self._seed, name="train_data")
+        if eval_source is not None:
+            check_same_data(eval_source, self.backend, seed=self._seed, name="eval_data")
 
     def _note_loss(self, loss: Tensor, samples: int) -> None:
         """Count a micro-batch's loss. On a GPU it is looked at one micro-batch later, when it is there anyway."""
@@ -470,23 +497,21 @@ class Trainer:
             sums = [state["tally"] for state in states] if backend.rank == 0 else []
             tally = Tally(sum(s[0] for s in sums), sum(s[1] for s in sums))
         self.position.load_state_dict(training["position"], tally)
-        if self.position.samples % partition.global_batch_size:
-            raise CheckpointError(
-                f"{path} stopped after {self.position.samples} samples of an epoch, which is no whole number of global batches of "
-                f"{partition.global_batch_size}; resume with the global batch size it was written with"
-            )
+        try:
+            partition.step_at(self.position.samples)
+        except ConfigError as error:
+            raise CheckpointError(f"{path} stopped in the middle of an epoch: {error}") from error
 
-    def _rehearse(self, loader: DataLoader[Any], sampler: PartitionSampler, partition: BatchPartition) -> None:
+    def _rehearse(self, batches: RankBatches) -> None:
         """Run one forward and backward pass for the engine's sake, and leave everything as it was."""
-        step = partition.step(0)
-        if not step.every_rank:
+        if not batches.partition.step(0).every_rank:
             return
         module = self.replica.module
         module.train()
         buffers = [buffer.clone() for buffer in module.buffers()]
         with same_random_numbers():
-            sampler.set_position(0)
-            batch = self.precision.cast(to_device(next(iter(loader)), self.backend.device))
+            first, _ = next(iter(next(batches.steps(0))))
+            batch = self.precision.cast(first)
 
             def forward(model: nn.Module) -> Tensor:
                 with self.precision.autocast():

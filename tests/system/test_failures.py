@@ -1,4 +1,4 @@
-"""Promise 7: one rank fails, all end within seconds, non-zero, and the first failing rank's words are what is read."""
+"""One rank fails, all end within seconds, non-zero, and the first failing rank's words are what is read."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdtrain.backends import horovod_stamp
-from hvdtrain.backends.horovod_stamp import FILE, Stamp, extension_suffix, installed, torch_version, why_not
+from hvdtrain.backends.hvd import stamp as horovod_stamp
+from hvdtrain.backends.hvd.stamp import FILE, Stamp, extension_suffix, installed, torch_version, why_not
 
 STAMP = Stamp(
     horovod="0.28.1", torch=torch.__version__, python=extension_suffix(), cxx_standard=20, compiler="g++ 12.2.0",
@@ -124,7 +124,7 @@ def test_torchs_version_is_the_one_it_says_itself():
 
 def test_asking_imports_neither_torch_nor_horovod():
     code = (
-        "import sys; from hvdtrain.backends.horovod_stamp import why_not; why_not()\n"
+        "import sys; from hvdtrain.backends.hvd.stamp import why_not; why_not()\n"
         "sys.exit(bool({'torch', 'horovod'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

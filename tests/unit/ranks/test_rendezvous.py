@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from hvdtrain.backends import rendezvous
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
+from hvdtrain.ranks import rendezvous
 from hvdtrain.topology import Topology
 
 
@@ -147,17 +147,11 @@ class KeyValue(BaseHTTPRequestHandler):
 def test_horovodruns_server_carries_the_word(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), KeyValue) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", "127.0.0.1")
-        monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", str(server.server_port))
-        monkeypatch.setattr(rendezvous, "_told", iter([1] * 10))
-        other = rendezvous.tell_by_horovodrun(1, "job", 1.0)
+        monkeypatch.setattr(rendezvous, "_announcements", iter([1] * 10))
+        place = f"127.0.0.1:{server.server_port}"
+        other = rendezvous.announce_by_horovodrun(place, 1, "job", 1.0)
         with pytest.raises(LaunchError, match="rank 1 waited 1 s for rank 0's address from horovodrun"):
             other(None)
-        rendezvous.tell_by_horovodrun(0, "job", 5.0)({"port": 3})
-        assert rendezvous.tell_by_horovodrun(1, "job", 5.0)(None) == {"port": 3}
+        rendezvous.announce_by_horovodrun(place, 0, "job", 5.0)({"port": 3})
+        assert rendezvous.announce_by_horovodrun(place, 1, "job", 5.0)(None) == {"port": 3}
         server.shutdown()
-
-
-def test_without_horovodrun_there_is_no_such_server(monkeypatch):
-    monkeypatch.delenv("HOROVOD_GLOO_RENDEZVOUS_ADDR", raising=False)
-    assert rendezvous.tell_by_horovodrun(0, "job", 1.0) is None

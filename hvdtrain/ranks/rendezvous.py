@@ -30,15 +30,19 @@ import torch.distributed as dist
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import given
 
 _log = logging.getLogger(__name__)
 
-_told = itertools.count()
+_announcements = itertools.count()  # over horovodrun's server, of this process; every rank counts alike
 _meetings = itertools.count()  # of this process; every rank counts alike
 
 DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
-Tell = Callable[[Any], Any]
-"""Given rank 0's message there, and None elsewhere, returns the message on every rank; raises LaunchError if it cannot."""
+Place = dict[str, Any]
+"""Where rank 0's store is: "hosts", names and addresses to be tried; "port"; "of", rank 0's host; "nonce", by which the
+store is known."""
+Announce = Callable[[Place | None], Place]
+"""Given the place on rank 0, and None elsewhere, returns it on every rank; raises LaunchError if it cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Meeting:
         engine: For the engine's own rendezvous.
         watch: A connection of its own, for the watch thread.
         server: Keeps rank 0's server alive; None elsewhere.
-        file: The file that told the others, to be removed when the job ends; None where there was none.
+        file: In which the others read where rank 0 is, to be removed when the job ends; None where there was none.
     """
 
     engine: dist.Store
@@ -58,13 +62,13 @@ class Meeting:
     file: Path | None
 
 
-def meet(detection: Detection, timeout_s: float, tell: Tell | None = None) -> Meeting:
+def meet(detection: Detection, timeout_s: float, announce: Announce | None = None) -> Meeting:
     """Connect this rank with all others.
 
     Args:
         detection: The topology, and what the environment says about an address.
         timeout_s: How long to wait for rank 0, in seconds.
-        tell: How rank 0's address comes to the others without a shared folder; None for a file.
+        announce: How rank 0's address comes to the others without a shared folder; None for a file.
 
     Raises:
         LaunchError: Rank 0 could not be reached; the message says where it was looked for.
@@ -77,20 +81,15 @@ def meet(detection: Detection, timeout_s: float, tell: Tell | None = None) -> Me
         base = _env_store(detection, timeout)
         host, port = _endpoint(base)
     elif topology.rank == 0:
-        server = base = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        host, port = "127.0.0.1", base.port
-        if topology.world_size > 1:
-            nonce = secrets.token_hex(8)
-            base.set("nonce", nonce)
-            hosts = ["127.0.0.1"] if topology.num_nodes == 1 else own_addresses()
-            content = {"hosts": hosts, "port": port, "nonce": nonce, "of": socket.gethostname()}
-            if tell is not None:
-                tell(content)
-            else:
-                file = _rendezvous_file(detection)
-                _write(file, content)
-    elif tell is not None:
-        base, host, port = _dial(tell(None), detection, timeout_s)
+        server, place = serve(timeout_s, one_node=topology.num_nodes == 1)
+        base, host, port = server, "127.0.0.1", place["port"]
+        if topology.world_size > 1 and announce is not None:
+            announce(place)
+        elif topology.world_size > 1:
+            file = _rendezvous_file(detection)
+            _write(file, place)
+    elif announce is not None:
+        base, host, port = dial(announce(None), topology.rank, timeout_s)
     else:
         base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
     second = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -98,6 +97,32 @@ def meet(detection: Detection, timeout_s: float, tell: Tell | None = None) -> Me
     return Meeting(
         dist.PrefixStore(f"{prefix}/engine", base), dist.PrefixStore(f"{prefix}/watch", second), server, file
     )
+
+
+def needs_announcement(detection: Detection) -> bool:
+    """Whether rank 0 must tell hosts that no address, no folder and no file of theirs tells where it is."""
+    return detection.topology.num_nodes > 1 and detection.address is None and given(DIRECTORY_VARIABLE) is None
+
+
+def serve(timeout_s: float, *, one_node: bool = False, multi_tenant: bool = False) -> tuple[dist.TCPStore, Place]:
+    """Open rank 0's store on a free port.
+
+    Args:
+        timeout_s: Of what is asked of the store, in seconds.
+        one_node: All ranks are on this node.
+        multi_tenant: Whoever opens a store at the same port in this process gets this one.
+
+    Returns:
+        The store, which must be kept, and where the others find it.
+    """
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+        multi_tenant=multi_tenant,
+    )  # fmt: skip
+    nonce = secrets.token_hex(8)
+    store.set("nonce", nonce)
+    hosts = ["127.0.0.1"] if one_node else _own_addresses()
+    return store, {"hosts": hosts, "port": store.port, "nonce": nonce, "of": socket.gethostname()}
 
 
 def _env_store(detection: Detection, timeout: timedelta) -> dist.Store:
@@ -125,7 +150,7 @@ def _endpoint(store: dist.Store) -> tuple[str, int]:
 
 
 def _rendezvous_file(detection: Detection) -> Path:
-    chosen = os.environ.get(DIRECTORY_VARIABLE)
+    chosen = given(DIRECTORY_VARIABLE)
     if chosen:
         folder = Path(chosen)
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,17 +175,17 @@ def _write(file: Path, content: object) -> None:
 
 
 def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
-    """Read rank 0's file and connect; a stale file of an earlier job is told by its nonce and read again."""
+    """Read rank 0's file and connect; a stale file of an earlier job is known by its nonce, and read again."""
     end = time.monotonic() + timeout_s
-    found = "it did not appear"
+    seen = "it did not appear"
     while time.monotonic() < end:
         try:
-            content = json.loads(file.read_text())
+            place = json.loads(file.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             time.sleep(0.02)
             continue
-        found = f"it names {', '.join(content['hosts'])} port {content['port']}, where rank 0's store does not answer"
-        reached = _try(content, end)
+        seen = f"it names {', '.join(place['hosts'])} port {place['port']}, where rank 0's store does not answer"
+        reached = _try(place, end)
         if reached is not None:
             return reached
         time.sleep(0.1)
@@ -171,73 +196,85 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
         else ""
     )
     raise LaunchError(
-        f"rank {topology.rank} waited {timeout_s:g} s for rank 0's address in {file}: {found}. Did rank 0 start?{shared}"
+        f"rank {topology.rank} waited {timeout_s:g} s for rank 0's address in {file}: {seen}. Did rank 0 start?{shared}"
     )
 
 
-def _dial(content: dict[str, Any], detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
-    """Connect to where rank 0 said it is."""
-    end = time.monotonic() + min(timeout_s, 60.0)  # it listened before it said so
+def dial(place: Place, rank: int, timeout_s: float) -> tuple[dist.Store, str, int]:
+    """Connect this rank to where rank 0 said it is.
+
+    Returns:
+        The store, and host and port under which it was reached.
+
+    Raises:
+        LaunchError: Nothing there is rank 0's store; names the addresses that were tried.
+    """
+    end = time.monotonic() + min(timeout_s, 60.0)  # it listens before it says so
     while time.monotonic() < end:
-        reached = _try(content, end)
+        reached = _try(place, end)
         if reached is not None:
             return reached
         time.sleep(0.1)
     raise LaunchError(
-        f"rank {detection.topology.rank} on {socket.gethostname()} reaches rank 0 on {content['of']} at none of "
-        f"{', '.join(content['hosts'])} port {content['port']}: open the ports between the hosts, or set MASTER_ADDR and "
+        f"rank {rank} on {socket.gethostname()} reaches rank 0 on {place['of']} at none of "
+        f"{', '.join(place['hosts'])} port {place['port']}: open the ports between the hosts, or set MASTER_ADDR and "
         "MASTER_PORT to an address of rank 0's host and a free port that the others reach"
     )
 
 
-def _try(content: dict[str, Any], end: float) -> tuple[dist.Store, str, int] | None:
-    port = int(content["port"])
-    # From another host 127.0.0.1 is not rank 0's; what answers there is told by its nonce.
-    local = ["127.0.0.1"] if content.get("of") == socket.gethostname() else []
-    for host in [*local, *content["hosts"]]:
-        if not listens(host, port):
+def _try(place: Place, end: float) -> tuple[dist.Store, str, int] | None:
+    port = int(place["port"])
+    # From another host 127.0.0.1 is not rank 0's; what answers there is known by its nonce.
+    local = ["127.0.0.1"] if place.get("of") == socket.gethostname() else []
+    for host in [*local, *place["hosts"]]:
+        if not _listens(host, port):
             continue
         try:
             timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            if store.check(["nonce"]) and store.get("nonce").decode() == content["nonce"]:
+            if store.check(["nonce"]) and store.get("nonce").decode() == place["nonce"]:
                 return store, host, port
         except (dist.DistError, RuntimeError) as error:
             _log.debug("store at %s:%d: %s", host, port, error)
     return None
 
 
-def tell_by_horovodrun(rank: int, job: str, timeout_s: float) -> Tell | None:
-    """Through the key-value server over HTTP that ``horovodrun --gloo`` runs for its ranks; None where there is none."""
-    address, port = (os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}") for part in ("ADDR", "PORT"))
-    if not address or not port:
-        return None
+def announce_by_horovodrun(server: str, rank: int, job: str, timeout_s: float) -> Announce:
+    """Through the key-value server over HTTP that ``horovodrun --gloo`` runs for its ranks.
+
+    Args:
+        server: Its "host:port", `Detection.horovodrun_server`.
+        rank: This rank.
+        job: A name that no other job of that server has.
+        timeout_s: How long to wait for rank 0, in seconds.
+    """
     # The server is on the launcher's own network: no proxy that the environment names leads there.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    url = f"http://{address}:{port}/hvdtrain/{job}-{next(_told)}"
+    url = f"http://{server}/hvdtrain/{job}-{next(_announcements)}"
 
-    def tell(content: Any) -> Any:
+    def announce(place: Place | None) -> Place:
         end = time.monotonic() + timeout_s
         while True:
             try:
-                if rank == 0:
-                    request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
+                if place is not None:
+                    request = urllib.request.Request(url, data=json.dumps(place).encode(), method="PUT")
                     opener.open(request, timeout=10).close()
-                    return content
+                    return place
                 with opener.open(url, timeout=10) as answer:
-                    return json.loads(answer.read())
+                    said: Place = json.loads(answer.read())
+                    return said
             except OSError as error:  # 404 until rank 0 has said it
                 if time.monotonic() > end:
                     raise LaunchError(
-                        f"rank {rank} waited {timeout_s:g} s for rank 0's address from horovodrun at {address}:{port}: "
+                        f"rank {rank} waited {timeout_s:g} s for rank 0's address from horovodrun at {server}: "
                         f"{error}. Did rank 0 start?"
                     ) from error
                 time.sleep(0.05)
 
-    return tell
+    return announce
 
 
-def listens(host: str, port: int) -> bool:
+def _listens(host: str, port: int) -> bool:
     """Whether something accepts connections there; waits two seconds at most."""
     try:
         with socket.create_connection((host, port), timeout=2):
@@ -246,9 +283,9 @@ def listens(host: str, port: int) -> bool:
         return False
 
 
-def own_addresses() -> list[str]:
+def _own_addresses() -> list[str]:
     """The names and IPv4 addresses under which other nodes may reach this one, the host name first."""
-    found = [socket.gethostname()]
+    addresses = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():
             try:
@@ -259,5 +296,5 @@ def own_addresses() -> list[str]:
                 continue  # an interface without an IPv4 address
             address = socket.inet_ntoa(packed[20:24])
             if not address.startswith("127."):
-                found.append(address)
-    return found
+                addresses.append(address)
+    return addresses

@@ -4,58 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from watching import until
 
-from hvdtrain.backends.watch import Watch
 from hvdtrain.errors import RankFailure
-
-
-class Ranks:
-    """A world of watches that share a store; their processes' ends are noted instead."""
-
-    def __init__(self, size: int) -> None:
-        self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.ended: dict[int, int] = {}
-        self.watches = [self._watch(rank, size) for rank in range(size)]
-
-    def _watch(self, rank: int, size: int) -> Watch:
-        store = dist.TCPStore(
-            "127.0.0.1", self.server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
-        watch = Watch(store, rank, size, interval_s=0.05, exit_process=lambda code: self.ended.__setitem__(rank, code))
-        watch.start()
-        return watch
-
-    def __iter__(self):
-        return iter(self.watches)
-
-    def close(self) -> None:
-        for watch in self.watches:
-            watch.close()
-
-
-@pytest.fixture
-def ranks():
-    made = Ranks(3)
-    yield made
-    made.close()
-
-
-def until(true, limit_s: float = 10) -> None:
-    end = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_the_first_failure_counts_and_all_hear_of_it(ranks):
     zero, one, two = ranks
-    assert one.report("ValueError: first", "its traceback") is not None
+    assert one.words.report("ValueError: first", "its traceback") is not None
     until(lambda: zero.failure and two.failure)
-    second = two.report("ValueError: second", "another")
+    second = two.words.report("ValueError: second", "another")
     assert second is not None
     assert (second.rank, second.message, second.traceback) == (1, "ValueError: first", "its traceback")
     with pytest.raises(RankFailure, match=r"rank 1 on .* failed first: ValueError: first") as caught:
@@ -68,7 +28,7 @@ def test_listeners_are_told_and_a_rank_that_does_not_unwind_is_ended(ranks):
     zero, one, _ = ranks
     told: list[str] = []
     zero.on_failure.append(told.append)
-    one.report("ValueError: first", "")
+    one.words.report("ValueError: first", "")
     until(lambda: told)
     assert "rank 1" in told[0]
     until(lambda: 0 in ranks.ended)
@@ -89,7 +49,7 @@ def test_ranks_that_have_not_begun_an_operation_are_missing(ranks):
 
 
 def test_a_rank_that_left_is_named_to_those_that_wait_for_it(ranks, monkeypatch):
-    monkeypatch.setattr("hvdtrain.backends.watch._STUCK_S", 0.2)
+    monkeypatch.setattr("hvdtrain.ranks.watch._STUCK_S", 0.2)
     zero, one, two = ranks
 
     def leave() -> None:
@@ -131,14 +91,6 @@ def test_a_rank_that_does_not_come_at_the_end_is_named_after_the_time_out(ranks)
         zero.leave(1.0)
     thread.join(20)
     assert "[2]" in raised[0]
-
-
-def test_victims_wait_for_the_first_to_have_spoken_but_not_for_ever(ranks):
-    zero, one, _ = ranks
-    one._have_spoken()
-    began = time.monotonic()
-    zero.let_speak()
-    assert time.monotonic() - began < 1
 
 
 def test_a_lost_store_ends_the_rank(ranks):

@@ -1,4 +1,4 @@
-"""Families of all-reduce algorithms, by the names of the literature, and the variables by which libraries are told.
+"""Families of all-reduce algorithms, by the names of the literature, and the variables by which libraries learn of them.
 
 ====================  =============================================================================================
 ring                  reduce-scatter and all-gather around a ring: fewest bytes, 2(N-1) messages one after the other
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.launch.environment import given, given_like
 from hvdtrain.topology import Topology
 
 FAMILIES = ("auto", "ring", "tree", "rabenseifner", "hierarchical")
@@ -85,7 +86,7 @@ def mpi(wanted: str, topology: Topology) -> Iterator[dict[str, str]]:
 
 
 def check_mpi(wanted: str, library: str) -> None:
-    """Refuse a family that ``library``, an MPI library's name and version, was not told."""
+    """Refuse a family that ``library``, an MPI library's name and version, knows nothing of."""
     known: tuple[str, ...] = ("auto", "hierarchical")
     if library.startswith("Open MPI"):
         known = FAMILIES
@@ -95,7 +96,7 @@ def check_mpi(wanted: str, library: str) -> None:
 
 
 def _user_tunes() -> bool:
-    return any(name.startswith("OMPI_MCA_coll") for name in os.environ)
+    return given_like("OMPI_MCA_coll")
 
 
 def _rules(size: int, algorithm: int, from_bytes: int) -> str:
@@ -107,8 +108,7 @@ def _rules(size: int, algorithm: int, from_bytes: int) -> str:
 
 def _checked(wanted: str, values: Mapping[str, str]) -> dict[str, str]:
     for name, value in values.items():
-        if os.environ.get(name, value) != value:
-            raise ConfigError(
-                f"--all-reduce {wanted} sets {name}={value}, but {name}={os.environ[name]} is set; drop one"
-            )
+        set_already = given(name)
+        if set_already not in (None, value):
+            raise ConfigError(f"--all-reduce {wanted} sets {name}={value}, but {name}={set_already} is set; drop one")
     return dict(values)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.backends import algorithms
 from hvdtrain.backends.local import LocalBackend
 from hvdtrain.config import TrainConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import detect
 from hvdtrain.topology import Topology
 
