@@ -21,8 +21,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
-from hvdtrain.components import resolve
-from hvdtrain.config import HorovodConfig, TrainConfig
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
@@ -31,7 +29,9 @@ from hvdtrain.observe.logger import FanOut, Logger, NullLogger
 from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
-from hvdtrain.options import Component
+from hvdtrain.settings.components import resolve
+from hvdtrain.settings.config import HorovodConfig, TrainConfig
+from hvdtrain.settings.options import Component
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.checkpoint import Checkpoints

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hvdtrain.backends import horovod_stamp
-from hvdtrain.cli.flags import build, config_text, help_text, read_flags
 from hvdtrain.cli.voice import say
 from hvdtrain.horovod_build.installing import Outcome, ahead, install, look
 from hvdtrain.horovod_build.wishes import Wishes
+from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
 
 _USAGE = "hvdtrain install-horovod [FLAG VALUE ...]"

@@ -15,10 +15,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
     ["version", "errors"],
-    ["topology", "options", "memory"],
-    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
+    ["topology", "memory", "file_lock", "settings.wording", "settings.yaml_text"],
+    ["settings.options"],
+    ["settings.layers", "settings.horovod_config", "settings.components"],
+    ["settings.config", "settings.flags"],
+    ["launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
     ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
-    ["launch.detect", "data.rank_loader", "components"],
+    ["launch.detect", "data.rank_loader"],
     ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
@@ -44,8 +47,7 @@ STAIRS = [
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
-    ["cli.yaml_text", "cli.voice"],
-    ["cli.flags"],
+    ["cli.voice"],
     ["cli.commands", "cli.train", "cli.install_horovod"],
     ["cli"],
     ["__main__"],
@@ -60,6 +62,7 @@ PUBLIC_DOORS = {
     "horovod_build",
     "training",
     "observe",
+    "settings",
     "optim",
     "testing",
     "testing.conformance",
@@ -119,7 +122,7 @@ def test_imports_flow_down_the_stairs():
     ("module", "line", "message"),
     [
         ("backends/base.py", "from hvdtrain.training.trainer import Trainer", "backends.base imports training.trainer"),
-        ("topology.py", "def f():\n    import hvdtrain.config", "topology imports config"),
+        ("topology.py", "def f():\n    import hvdtrain.settings.config", "topology imports settings.config"),
         ("training/trainer.py", "import horovod.torch", "training.trainer imports horovod"),
         ("stray.py", "", "stray is on no stair"),
     ],
@@ -138,7 +141,7 @@ def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "module", ["hvdtrain", "hvdtrain.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
+    "module", ["hvdtrain", "hvdtrain.settings.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
 )
 def test_importing_does_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -8,9 +8,9 @@ import pytest
 
 from hvdtrain.backends import algorithms
 from hvdtrain.backends.local import LocalBackend
-from hvdtrain.config import TrainConfig
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
+from hvdtrain.settings.config import TrainConfig
 from hvdtrain.topology import Topology
 
 RULES = "OMPI_MCA_coll_tuned_dynamic_rules_filename"
