@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.named import NamedData, load_data
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.observe import run_folder
 from hvdtrain.observe.jsonl import JsonlLogger
@@ -261,6 +261,10 @@ def _resume_from(config: TrainConfig, backend: Backend, checkpoints: Checkpoints
     if config.resume == "never":
         return None
     if config.resume != "auto":
+        if backend.rank == 0 and not Path(config.resume).is_dir():
+            raise CheckpointError(
+                f"--resume: there is no folder {config.resume}; name one like RUN_DIR/checkpoints/step-00000120"
+            )
         return backend.broadcast_object(config.resume)
     latest = checkpoints.latest() if backend.rank == 0 else None
     return backend.broadcast_object(None if latest is None else str(latest))

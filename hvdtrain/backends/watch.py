@@ -4,7 +4,7 @@ Each rank keeps one record in a key-value store (a `torch.distributed.Store`, ne
 has begun, and what it is waiting for. One thread a rank publishes it and reads the others' last words. Out of that come
 
 * *the first failure*: the rank that fails writes its traceback; whoever comes second ends quietly as its victim, also
-  when its main thread is stuck inside an engine call (promise 7);
+  when its main thread is stuck inside an engine call;
 * *the missing ranks*: a time-out names the ranks that did not come, and what they are doing instead;
 * *the early leaver*: a rank that left the program cannot take part in a collective it never began, so whoever waits for
   it is told within seconds instead of at the time-out.

@@ -223,7 +223,7 @@ def _check_arguments(target: Callable[..., Any], component: Component, flag: str
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters, or None for a builtin that does not tell."""
+    """The parameters, or None for a builtin that does not say."""
     try:
         return inspect.signature(target).parameters
     except (TypeError, ValueError):

@@ -65,7 +65,7 @@ class Option:
         choices: The only values (strings) there are.
         at_least, above, at_most, below: Bounds of a number.
         names: Short names of a component; with ``prefixes`` those that carry a tail ("imagefolder:DIR").
-        more_names: Whether other short names may exist that only an import can tell ("AdamW" of torch.optim).
+        more_names: Whether other short names may exist that only an import can show ("AdamW" of torch.optim).
         excludes: Fields that cannot be given together with this one.
         implied: The component meant when this one is None.
         duration: A number of seconds that may be written "90s", "5m", "2h".
