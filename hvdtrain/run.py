@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
@@ -70,7 +71,7 @@ def run_training(config: TrainConfig) -> Summary:
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
-        steps_per_epoch = _steps_per_epoch(config, len(train_data), batch)  # type: ignore[arg-type]
+        steps_per_epoch = _steps_per_epoch(config, train_data, batch)
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, model, backend)
@@ -203,7 +204,14 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     return lambda: cast(nn.Module, build(**extra))
 
 
-def _steps_per_epoch(config: TrainConfig, samples: int, batch: int) -> int:
+def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int:
+    try:
+        samples = len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(
+            f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
+            "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
+        ) from error
     whole, rest = divmod(samples, batch)
     return max(1, whole + bool(rest) if config.last_batch == "keep" else whole)
 

@@ -90,6 +90,12 @@ def test_no_epochs_without_evaluation_data_are_refused() -> None:
         run_training(TrainConfig(task=task, epochs=0, backend="local", device="cpu"))
 
 
+def test_training_data_without_a_length_are_refused_with_a_way_out() -> None:
+    task = Component(f"{__name__}:Stream")
+    with pytest.raises(ConfigError, match=r"\(generator\) have no length, .* __len__ and __getitem__"):
+        run_training(TrainConfig(task=task, backend="local", device="cpu"))
+
+
 class NothingToEvaluate:
     def build_model(self) -> Any:
         import torch
@@ -107,6 +113,11 @@ class NothingToEvaluate:
 
     def eval_data(self) -> None:
         return None
+
+
+class Stream(NothingToEvaluate):
+    def train_data(self) -> Any:
+        return ([1.0] for _ in range(3))
 
 
 def test_the_configuration_in_the_folder_runs_the_same_again(
