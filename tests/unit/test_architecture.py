@@ -15,10 +15,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
     ["version", "errors"],
-    ["topology", "options", "memory"],
-    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.nested", "data.random_numbers"],
+    ["topology", "memory", "file_lock", "settings.wording", "settings.yaml_text"],
+    ["settings.options"],
+    ["settings.layers", "settings.horovod_config", "settings.components"],
+    ["settings.config", "settings.flags"],
+    ["settings.record"],
+    ["launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.nested", "data.random_numbers"],
     ["launch.launchers", "launch.stuck", "launch.algorithms", "launch.cores", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
-    ["launch.detect", "data.source", "components"],
+    ["launch.detect", "data.source"],
     ["data.rank_batches"],
     ["data.same_data"],
     ["ranks.last_words"],
@@ -47,7 +51,7 @@ STAIRS = [
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.random_numbers", "training.plain_state"],
-    ["training.checkpoint", "observe.logger", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
+    ["training.checkpoint", "observe.logger", "observe.whole_file", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules"],
     ["training.position", "training.loop_state", "training.evaluation"],
@@ -59,8 +63,7 @@ STAIRS = [
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
-    ["cli.yaml_text", "cli.voice"],
-    ["cli.flags"],
+    ["cli.voice"],
     ["cli.commands", "cli.train", "cli.install_horovod"],
     ["cli"],
     ["__main__"],
@@ -79,6 +82,7 @@ PUBLIC_DOORS = {
     "horovod_build",
     "training",
     "observe",
+    "settings",
     "optim",
     "testing",
     "testing.conformance",
@@ -240,7 +244,7 @@ def test_launchers_variables_are_read_in_one_place(tmp_path):
     ("module", "line", "message"),
     [
         ("backends/base.py", "from hvdtrain.training.trainer import Trainer", "backends.base imports training.trainer"),
-        ("topology.py", "def f():\n    import hvdtrain.config", "topology imports config"),
+        ("topology.py", "def f():\n    import hvdtrain.settings.config", "topology imports settings.config"),
         ("training/trainer.py", "import horovod.torch", "training.trainer imports horovod"),
         ("stray.py", "", "stray is on no stair"),
     ],
@@ -255,7 +259,7 @@ def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "module", ["hvdtrain", "hvdtrain.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
+    "module", ["hvdtrain", "hvdtrain.settings.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
 )
 def test_importing_does_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -20,11 +20,11 @@ from hvdtrain.backends.hvd.stamp import why_not
 from hvdtrain.backends.hvd.waiting import Waiter, shut_down
 from hvdtrain.backends.hvd.wire import HorovodWire
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks.exit import code_of, end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

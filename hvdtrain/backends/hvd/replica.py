@@ -15,8 +15,8 @@ from hvdtrain.backends.hvd.wire import HorovodWork
 from hvdtrain.backends.replica import ReplicaOptions
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

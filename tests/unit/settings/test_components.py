@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdtrain.components import resolve
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component
+from hvdtrain.settings.components import resolve
+from hvdtrain.settings.options import Component
 
 OPTIM = {"where": ("torch.optim",), "flag": "--optimizer", "provided": ("params", "lr")}
 
@@ -126,7 +126,7 @@ def test_a_module_of_the_users_that_fails_is_told_with_its_place(
 def test_a_missing_torchvision_is_told_with_the_command_that_installs_it(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "from hvdtrain.components import resolve; from hvdtrain.options import Component\n"
+        "from hvdtrain.settings.components import resolve; from hvdtrain.settings.options import Component\n"
         "resolve(Component('torchvision.models.resnet18'), flag='--model')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -139,7 +139,7 @@ def test_a_torchvision_of_another_torch_is_told_with_the_remedy(tmp_path: Path) 
     (tmp_path / "torchvision" / "__init__.py").write_text(text)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from hvdtrain.components import resolve; from hvdtrain.options import Component\n"
+        "from hvdtrain.settings.components import resolve; from hvdtrain.settings.options import Component\n"
         "resolve(Component('torchvision.models.resnet18'), flag='--model')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
