@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -264,3 +265,12 @@ def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
 def test_importing_does_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_test_file_is_left_out_or_hides_another():
+    tests = PACKAGE.parent / "tests"
+    files = [file for file in tests.rglob("test_*.py") if file.relative_to(tests).parts[0] != "ranks"]
+    assert len({file.name for file in files}) == len(files)  # pytest imports them by name
+    configured = (PACKAGE.parent / "pyproject.toml").read_text()
+    left_out = ast.literal_eval(re.search(r"^norecursedirs = (\[.*\])", configured, re.M)[1])
+    assert not {part for file in files for part in file.relative_to(tests).parts} & set(left_out)

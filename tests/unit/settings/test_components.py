@@ -68,7 +68,7 @@ def test_a_torchvision_model_refuses_an_argument_with_the_nearest_one() -> None:
         ("torch.optim:SDG", "--optimizer: torch.optim has no 'SDG'; did you mean 'SGD'?"),
         ("torch.optm:SGD", "--optimizer: torch has no 'optm'; did you mean 'optim'?"),
         ("torch.optim.SGD.stepp", "--optimizer: SGD has no 'stepp'; did you mean 'step'?"),
-        ("zqxw_nothing.like:This", "there is no module 'zqxw_nothing'; install it, or run from the folder that holds"),
+        ("qqqzzz_q.like:This", "there is no module 'qqqzzz_q'; install it, or run from the folder that holds"),
         ("adamm", r"--optimizer does not know 'adamm'; did you mean 'Adam(W|ax)?'\?.* package.module:Name"),
         ("torch.optim", "--optimizer 'torch.optim' is a module, which cannot be called"),
         ("torch.pi.__doc__", "cannot be called|has no"),
