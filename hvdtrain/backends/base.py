@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import socket
+import threading
 import time
 import traceback
 from abc import abstractmethod
@@ -27,6 +28,7 @@ from torch import nn
 
 from hvdtrain.backends.algorithms import FAMILIES
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.watch import NullWatch, Watch
@@ -101,6 +103,7 @@ class Backend(Communicator):
         self._running = False
         self._ended = False
         self._meeting: Meeting | None = None
+        self._local_first: LocalFirst | None = None
         self._launcher_freed = False
 
     # -- facts --------------------------------------------------------------------------------------------------------
@@ -119,6 +122,11 @@ class Backend(Communicator):
     def local_rank(self) -> int:
         """This process's rank among those on its node."""
         return self.topology.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """The number of ranks on this process's node."""
+        return self.topology.local_world_size
 
     @classmethod
     def unusable(cls) -> str:
@@ -173,7 +181,7 @@ class Backend(Communicator):
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
         self._disconnect()
-        self._wire, self._watch, self._meeting = None, NullWatch(), None
+        self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
         atexit.unregister(self._leave_at_exit)
 
     def abort(self, error: BaseException) -> RankFailure | None:
@@ -316,7 +324,51 @@ class Backend(Communicator):
         ranks = list(ranks)
         if not ranks or sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] >= self.world_size:
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
-        return self._group(ranks)
+        group = self._group(ranks)
+        if group is not None:
+            group._forbidden = self._forbidden
+        return group
+
+    @contextmanager
+    def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:
+        """Let local rank 0 of each node run the block first, and the node's other ranks when it is done.
+
+        For what one rank prepares for its node: a download, a cache. Every rank of a node must enter; ranks of different
+        nodes do not wait for each other. Collectives and messages are refused inside, since the ranks are not in it
+        together. Blocks may be nested.
+
+        Args:
+            timeout_s: How long the others wait, in seconds; None for the backend's own.
+
+        Raises:
+            RankFailure: On the others: the first rank's block raised, and that ended the job.
+            CollectiveError: On the others: the first rank's block raised and the exception was caught there, or it did not
+                end in time.
+        """
+        if not self._running:
+            self.wire  # noqa: B018 - says that it is not
+        turns, thread = self._local_first, threading.get_ident()
+        outer = self._forbidden.get(thread)
+        number = turns.begin() if turns is not None else 0
+        first = self.local_rank == 0
+        if turns is not None and not first:
+            turns.wait(number, self.timeout_s if timeout_s is None else timeout_s)
+        self._forbidden[thread] = (
+            "no collective and no message works inside `with backend.local_rank_first():`, which the ranks enter one after "
+            "the other; move it behind the block"
+        )
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            del self._forbidden[thread]
+            if outer is not None:
+                self._forbidden[thread] = outer
+            if turns is not None and first:
+                turns.end(number, failure)
 
     @contextmanager
     def region(self, label: str, what: str) -> Iterator[None]:
@@ -367,6 +419,7 @@ class Backend(Communicator):
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
+        self._local_first = LocalFirst(meeting.engine, self.topology, watch)
         try:
             self._compare_versions(meeting.engine)
         except BaseException:

@@ -27,9 +27,10 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.horovod_stamp import installed, short_library, why_not
+from hvdtrain.backends.pairs import Pairs
 from hvdtrain.backends.rendezvous import Tell, tell_by_horovodrun
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.wire import Wire, WireOp, Work
+from hvdtrain.backends.wire import Then, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import variables
@@ -156,6 +157,7 @@ class HorovodBackend(Backend):
         self._process_sets: dict[tuple[int, ...], Any] = {}
         self._groups_made = 0
         self._rendezvous_server: Any = None
+        self.pairs: Pairs
 
     @classmethod
     def unusable(cls) -> str:
@@ -203,6 +205,9 @@ class HorovodBackend(Backend):
         except BaseException:
             self._watch.close()
             raise
+        self.pairs = Pairs(
+            meeting.engine, self.rank, self.timeout_s, self._watch, one_node=self.topology.num_nodes == 1
+        )
         self._wire = HorovodWire(self, range(self.world_size), hvd.global_process_set, "world")
 
     def _init(self, way: dict[str, str]) -> None:
@@ -249,6 +254,7 @@ class HorovodBackend(Backend):
         return by_horovod
 
     def _disconnect(self) -> None:
+        self.pairs.close()
         _shut_down(self.timeout_s)
         if self._rendezvous_server is not None:
             self._rendezvous_server.stop()
@@ -422,7 +428,7 @@ class HorovodBackend(Backend):
         if self.rank not in ranks:
             return None
         label = f"group {ranks}"
-        wire = HorovodWire(self, ranks, process_set, f"group{self._groups_made}")
+        wire = HorovodWire(self, ranks, process_set, f"group{self._groups_made}", self._groups_made)
         return Communicator(wire, self._real_watch, check=self._check, label=label)
 
 
@@ -466,8 +472,11 @@ class HorovodWire(Wire):
 
     _OPS: ClassVar[dict[str, int]] = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max, "product": hvd.Product}
 
-    def __init__(self, backend: HorovodBackend, ranks: Sequence[int], process_set: Any, label: str) -> None:
+    def __init__(
+        self, backend: HorovodBackend, ranks: Sequence[int], process_set: Any, label: str, channel: int = 0
+    ) -> None:
         super().__init__(list(ranks).index(backend.rank), ranks, backend.wire_device)
+        self._channel = channel
         self._backend = backend
         self._set = process_set
         self._label = label
@@ -515,6 +524,15 @@ class HorovodWire(Wire):
     def barrier(self) -> Work:
         """Start an all-reduce of one element: Horovod's own barrier cannot be waited for with a bound."""
         return self.all_reduce_(torch.zeros(1, dtype=torch.int32, device=self.device), "sum")
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Pass them beside Horovod, which has no messages between two ranks; GPU tensors come through the CPU."""
+        to, source = (None if peer is None else self.ranks[peer] for peer in (dst, src))
+        if self.device.type == "cpu":
+            return self._backend.pairs.send_receive(sent, to, out, source, self._channel)
+        room = None if out is None else torch.empty_like(out, device="cpu")
+        work = self._backend.pairs.send_receive(None if sent is None else sent.cpu(), to, room, source, self._channel)
+        return work if out is None or room is None else Then(work, lambda: out.copy_(room))
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
         """Start hvd.reducescatter_async for sums; for the rest Horovod has none."""

@@ -20,6 +20,10 @@ STAIRS = [
     ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.detect", "data.rank_loader", "components"],
     ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.algorithms"],
+    ["backends.forms", "backends.local_first", "backends.pairs"],
+    ["backends.member"],
+    ["backends.rooted"],
+    ["backends.messages"],
     ["backends.communicator"],
     ["backends.agreement", "backends.replica"],
     ["backends.base", "backends.hooked", "backends.horovod_stamp"],
@@ -51,7 +55,8 @@ STAIRS = [
     ["__main__"],
     ["testing.plugin", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop", "testing.conformance.test_sync_batch_norm"],
+     "testing.conformance.test_stop", "testing.conformance.test_rooted", "testing.conformance.test_messages",
+     "testing.conformance.test_local_rank_first", "testing.conformance.test_sync_batch_norm"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
