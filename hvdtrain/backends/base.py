@@ -13,12 +13,11 @@ import os
 import platform
 import re
 import socket
-import threading
 import time
 import traceback
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -347,28 +346,14 @@ class Backend(Communicator):
         """
         if not self._running:
             self.wire  # noqa: B018 - says that it is not
-        turns, thread = self._local_first, threading.get_ident()
-        outer = self._forbidden.get(thread)
-        number = turns.begin() if turns is not None else 0
-        first = self.local_rank == 0
-        if turns is not None and not first:
-            turns.wait(number, self.timeout_s if timeout_s is None else timeout_s)
-        self._forbidden[thread] = (
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        turn = nullcontext() if self._local_first is None else self._local_first.block(limit)
+        reason = (
             "no collective and no message works inside `with backend.local_rank_first():`, which the ranks enter one after "
             "the other; move it behind the block"
         )
-        failure: BaseException | None = None
-        try:
+        with turn, self._without_engine(reason):
             yield
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            del self._forbidden[thread]
-            if outer is not None:
-                self._forbidden[thread] = outer
-            if turns is not None and first:
-                turns.end(number, failure)
 
     @contextmanager
     def region(self, label: str, what: str) -> Iterator[None]:

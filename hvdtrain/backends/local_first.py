@@ -9,6 +9,8 @@ import itertools
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -38,6 +40,7 @@ class LocalFirst:
     def __init__(self, store: dist.Store, topology: Topology, watch: NullWatch) -> None:
         node = topology.node_rank if topology.launcher in _STATED else socket.gethostname()
         self._node = f"node {node}"
+        self._label = f"local_rank_first on {self._node}"
         self._store = dist.PrefixStore(f"local-first/{node}", store)
         self._topology = topology
         self._watch = watch
@@ -45,31 +48,54 @@ class LocalFirst:
         if topology.local_rank == 0:
             self._store.set("first", str(topology.rank))
 
-    def begin(self) -> int:
-        """Count a block; every rank of the node counts alike. Returns its number."""
-        number = next(self._blocks)
-        if self._topology.local_rank == 0:
-            with self._region(()):  # counted, so that the others see that it has begun
-                pass
-        return number
-
-    def end(self, number: int, error: BaseException | None = None) -> None:
-        """On local rank 0: let the others go on, or tell them why they must not."""
-        said = _DONE if error is None else f"{type(error).__name__}: {error}"
-        self._store.set(f"block/{number}", json.dumps(said))
-
-    def wait(self, number: int, timeout_s: float) -> None:
-        """On the other ranks: return when local rank 0 has ended its block.
+    @contextmanager
+    def block(self, timeout_s: float) -> Iterator[None]:
+        """Run a block on local rank 0, and then on the node's other ranks, which wait ``timeout_s`` seconds at most.
 
         Raises:
-            RankFailure: Its block failed, and that ended the job.
-            CollectiveError: Its block failed, and it goes on; or it did not end within ``timeout_s`` seconds.
+            RankFailure: On the others: the first rank's block failed, and that ended the job.
+            CollectiveError: On the others: it failed, and that rank goes on; or it did not end in time.
         """
+        number = next(self._blocks)  # every rank of the node counts alike
+        if self._topology.local_rank != 0:
+            self._wait(number, timeout_s)
+            yield
+            return
+        with self._watch.region(self._label, "local_rank_first", ()):  # counted: the others see that it has begun
+            pass
+        try:
+            yield
+        except BaseException as error:
+            self._end(number, f"{type(error).__name__}: {error}")
+            raise
+        self._end(number, _DONE)
+
+    def _end(self, number: int, said: str) -> None:
+        try:
+            self._store.set(f"block/{number}", json.dumps(said))
+        except dist.DistError as error:
+            if said == _DONE:
+                raise self._lost(error) from error
+
+    def _wait(self, number: int, timeout_s: float) -> None:
+        try:
+            said = self._await_end(number, timeout_s)
+        except dist.DistError as error:
+            raise self._lost(error) from error
+        if said == _DONE:
+            return
+        self._watch.wait_for_failure(_HEAR_S)
+        self._watch.raise_if_failed()
+        raise CollectiveError(f"local_rank_first: the block of local rank 0 on {self._node} failed: {said}")
+
+    def _await_end(self, number: int, timeout_s: float) -> str:
         first = int(self._store.get("first"))
         end, pause = time.monotonic() + timeout_s, _FIRST_PAUSE_S
-        with self._region((first,)):
+        with self._watch.region(self._label, "local_rank_first", (first,)):
             while not self._store.check([f"block/{number}"]):
                 self._watch.raise_if_failed()
+                if self._watch.failure is not None:  # this rank's own words: the first has left the program
+                    raise CollectiveError(self._watch.failure.message)
                 if time.monotonic() > end:
                     absent = self._watch.missing(self._label, (first,))
                     raise CollectiveError(
@@ -78,16 +104,11 @@ class LocalFirst:
                     )
                 time.sleep(pause)
                 pause = min(_LAST_PAUSE_S, pause * 1.5)
-        said = json.loads(self._store.get(f"block/{number}"))
-        if said == _DONE:
-            return
-        self._watch.wait_for_failure(_HEAR_S)
-        self._watch.raise_if_failed()
-        raise CollectiveError(f"local_rank_first: the block of rank {first}, the first on {self._node}, failed: {said}")
+        said: str = json.loads(self._store.get(f"block/{number}"))
+        return said
 
-    @property
-    def _label(self) -> str:
-        return f"local_rank_first on {self._node}"
-
-    def _region(self, ranks: tuple[int, ...]):  # type: ignore[no-untyped-def]
-        return self._watch.region(self._label, "local_rank_first", ranks)
+    def _lost(self, error: Exception) -> CollectiveError:
+        return CollectiveError(
+            f"local_rank_first: rank {self._topology.rank} lost the connection to rank 0's store ({error}); rank 0 has most "
+            "likely died"
+        )

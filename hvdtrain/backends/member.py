@@ -220,6 +220,20 @@ class Member:
         raise CollectiveError(f"the ranks called different collectives: {by_rank(wire.ranks, called)}")
 
     @contextmanager
+    def _without_engine(self, reason: str) -> Iterator[None]:
+        """Refuse, for ``reason``, whatever this thread would do with the engine."""
+        thread = threading.get_ident()
+        outer = self._forbidden.get(thread)
+        self._forbidden[thread] = reason
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._forbidden[thread]
+            else:
+                self._forbidden[thread] = outer
+
+    @contextmanager
     def _guard(self, name: str, tensor: Tensor | None, op: str = "", *, again: bool = False) -> Iterator[None]:
         """Tell the watch what this rank waits for, and name it when the engine fails."""
         what = name + (f"(op={op})" if op else "")

@@ -83,6 +83,8 @@ class Pairs:
         end = time.monotonic() + self._timeout_s
         while not store.check([f"here/{peer}"]):
             self._watch.raise_if_failed()
+            if self._watch.failure is not None:  # this rank's own words: the peer has left the program
+                raise RuntimeError(self._watch.failure.message)
             if time.monotonic() > end:
                 raise RuntimeError(f"timed out: rank {peer} did not come within {self._timeout_s:g} s")
             time.sleep(_POLL_S)

@@ -195,9 +195,12 @@ class Watch(NullWatch):
     def wait_for_failure(self, timeout_s: float) -> Failure | None:
         """Give another rank's failure ``timeout_s`` seconds to arrive, and return it."""
         end = time.monotonic() + timeout_s
-        while self.failure is None and time.monotonic() < end:
-            self._look()
-            time.sleep(0.05)
+        try:
+            while self.failure is None and time.monotonic() < end:
+                self._look()
+                time.sleep(0.05)
+        except Exception as error:
+            _log.debug("the store went away: %s", error)
         return self.failure
 
     def leave(self, timeout_s: float) -> None:
