@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,17 +19,28 @@ if TYPE_CHECKING:
 _Row = tuple[str, str]  # name, description
 
 
-def check_same_structure(communicator: Communicator, module: nn.Module, optimizer: Optimizer | None = None) -> None:
+def check_same_structure(
+    communicator: Communicator,
+    module: nn.Module,
+    optimizer: Optimizer | None = None,
+    contents: Sequence[nn.Parameter] = (),
+) -> None:
     """Compare names, shapes, dtypes and trainability over the ranks.
 
     One small exchange when all is well.
+
+    Args:
+        communicator: All ranks.
+        module: The model.
+        optimizer: Its parameter groups are compared too.
+        contents: Parameters that must hold the same numbers already.
 
     Raises:
         ModelMismatch: On every rank; names the first differing parameter, buffer or setting, and the ranks.
     """
     if communicator.wire.size == 1:
         return
-    rows = _describe(module, optimizer)
+    rows = _describe(module, optimizer, {id(p) for p in contents})
     digest = torch.tensor(list(hashlib.sha256(repr(rows).encode()).digest()), dtype=torch.uint8)
     if all(torch.equal(d, digest) for d in communicator.all_gather(digest)):
         # Equal to mine is not yet equal for all: but equality is transitive, and each rank compares with all.
@@ -43,12 +55,13 @@ def check_same_structure(communicator: Communicator, module: nn.Module, optimize
             raise ModelMismatch(
                 f"the ranks hold different models: at position {position}, rank 0 has {_say(at[0])}, "
                 f"rank{'s' if len(differing) > 1 else ''} {', '.join(map(str, differing))} {_say(at[rank])}. "
-                "Build the model the same way on every rank (no branch on the rank, one configuration)"
+                "Build the model the same way on every rank (no branch on the rank, one configuration; parts added later from the same "
+                "seed, or followed by replica.copy_from_rank_zero())"
             )
     raise ModelMismatch(f"the ranks hold different models ({len(reference)} rows compared)")
 
 
-def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, optimizer: Optimizer) -> None:
+def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, optimizer: Optimizer | None) -> None:
     """Overwrite parameters, buffers (the non-persistent too) and optimizer state with rank 0's.
 
     The optimizer is never stepped: on a fresh optimizer there is no state to copy, and a step would move the weights.
@@ -61,30 +74,39 @@ def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, opt
             communicator.broadcast_(flat)
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
-    _copy_optimizer(communicator, optimizer)
+    if optimizer is not None:
+        _copy_optimizer(communicator, optimizer)
 
 
-def average_sparse(communicator: Communicator, parameter: nn.Parameter, factor: float) -> Tensor:
-    """Sum a sparse gradient over the ranks (one of which may have none) and multiply it by ``factor``."""
+def empty_sparse(parameter: nn.Parameter) -> Tensor:
+    """A sparse gradient without a row."""
+    return torch.sparse_coo_tensor(
+        torch.empty((1, 0), dtype=torch.int64, device=parameter.device),
+        parameter.new_empty((0, *parameter.shape[1:])),
+        parameter.shape,
+        check_invariants=False,
+    )
+
+
+def sum_sparse(communicator: Communicator, parameter: nn.Parameter) -> Tensor:
+    """Sum a sparse gradient over the ranks, some of which may have none."""
     grad = parameter.grad
     if grad is None:
-        grad = torch.sparse_coo_tensor(
-            torch.empty((1, 0), dtype=torch.int64, device=parameter.device),
-            parameter.new_empty((0, *parameter.shape[1:])),
-            parameter.shape,
-            check_invariants=False,
-        )
+        grad = empty_sparse(parameter)
     if not grad.is_sparse:
         grad = grad.to_sparse(1)
     grad = grad.coalesce()
     indices = torch.cat(communicator.all_gather(grad.indices().t().contiguous())).t()
     values = torch.cat(communicator.all_gather(grad.values()))
-    return torch.sparse_coo_tensor(indices, values * factor, parameter.shape, check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False).coalesce()
 
 
-def _describe(module: nn.Module, optimizer: Optimizer | None) -> list[_Row]:
+def _describe(module: nn.Module, optimizer: Optimizer | None, contents: set[int]) -> list[_Row]:
     rows = [
-        (f"parameter {name!r}", f"{p.dtype} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}")
+        (
+            f"parameter {name!r}",
+            f"{p.dtype} {tuple(p.shape)}{'' if p.requires_grad else ' frozen'}{_content(p) if id(p) in contents else ''}",
+        )
         for name, p in module.named_parameters()
     ]
     rows += [(f"buffer {name!r}", f"{b.dtype} {tuple(b.shape)}") for name, b in module.named_buffers()]
@@ -97,6 +119,11 @@ def _describe(module: nn.Module, optimizer: Optimizer | None) -> list[_Row]:
     return rows
 
 
+def _content(parameter: nn.Parameter) -> str:
+    data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return f" with content {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:8]}"
+
+
 def _at(rows: list[_Row], position: int) -> _Row | None:
     return rows[position] if position < len(rows) else None
 
@@ -105,7 +132,7 @@ def _say(row: _Row | None) -> str:
     return "nothing" if row is None else f"{row[0]} {row[1]}"
 
 
-def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends.algorithms import FAMILIES
+from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
@@ -250,7 +251,7 @@ class Backend(Communicator):
     def replicate(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None = None,
         *,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
@@ -262,7 +263,8 @@ class Backend(Communicator):
 
         Args:
             model: On `device`, built the same way on every rank.
-            optimizer: Over parameters of ``model``. It stays yours: schedulers, hooks and state_dict work as ever.
+            optimizer: Over parameters of ``model``. It stays yours: schedulers, hooks and state_dict work as ever. None to
+                use the averaged gradients yourself, between `Replica.reduce_gradients` and `Replica.clear`.
             find_unused_parameters: See `ReplicaOptions`.
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
@@ -274,6 +276,8 @@ class Backend(Communicator):
         options = ReplicaOptions(
             find_unused_parameters=find_unused_parameters, static_graph=static_graph, bucket_bytes=bucket_bytes
         )
+        if self.world_size == 1:
+            return self._replicate_alone(model, optimizer, options)
         return self._replicate(model, optimizer, options)
 
     def loader(
@@ -385,12 +389,16 @@ class Backend(Communicator):
         """Release what can be released without the other ranks; ``error`` is what ends this one."""
 
     @abstractmethod
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
-        """Make the engine's replica."""
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        """Make the engine's replica, of several."""
 
     @abstractmethod
     def _group(self, ranks: list[int]) -> Communicator | None:
         """Make a communicator of valid, ascending ranks."""
+
+    def _replicate_alone(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        """Make the replica of a world of one: there is nothing to exchange."""
+        return LocalReplica(self, model, optimizer, options)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.backends.local import LocalReplica
+from hvdtrain.backends.reducer import ReducerReplica
 from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
@@ -125,10 +123,8 @@ class TorchBackend(Backend):
     def _kill(self, error: BaseException) -> None:
         pass  # destroy_process_group may wait, with operations under way, for ranks that will never come
 
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
-        if self.world_size == 1:  # nothing to exchange, and nothing to refuse
-            return LocalReplica(self, model, optimizer, options)
-        return TorchReplica(self, model, optimizer, options)
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        return ReducerReplica(self, model, optimizer, options)
 
     def _group(self, ranks: list[int]) -> Communicator | None:
         group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
@@ -195,45 +191,3 @@ class C10dWire(Wire):
         if work is None:
             raise HvdtrainError("torch.distributed returned no work: this rank is not in the group")
         return work
-
-
-class TorchReplica(Replica):
-    """DistributedDataParallel, with the buffers of rank 0."""
-
-    def __init__(self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
-        super().__init__(backend, module, optimizer, options)
-        device = backend.device
-        self._ddp = DistributedDataParallel(
-            module,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=self.bucket_bytes / 2**20,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=options.find_unused_parameters,
-            static_graph=options.static_graph,
-            **_without_initial_broadcast(),
-        )
-
-    def _wrapped(self) -> nn.Module:
-        return self._ddp
-
-    def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
-        """Let DDP lay out its buckets, which it does after its first backward pass.
-
-        Over three and more ranks a sum's rounding depends on where in a bucket a gradient lies.
-        """
-        (forward(self._ddp) * 0).backward()
-        self.clear()
-
-    def _finish_exchange(self) -> None:
-        # DDP has waited inside backward. What it notices only at the next forward, a parameter without a gradient,
-        # would leave other ranks waiting until the time-out: ask it now.
-        try:
-            self._ddp.reducer._check_reducer_finalized()
-        except RuntimeError as error:
-            unused = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-            raise self._unused_error(unused) from error
-
-
-def _without_initial_broadcast() -> dict[str, Any]:
-    """The replica has already copied rank 0's state; torch >= 2.3 can be told so."""
-    return {"init_sync": False} if "init_sync" in inspect.signature(DistributedDataParallel).parameters else {}

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.agreement import average_sparse
+from hvdtrain.backends.agreement import sum_sparse
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
 from hvdtrain.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
     from hvdtrain.backends.base import Backend
 
@@ -74,23 +76,16 @@ class HookedReplica(Replica):
         self,
         backend: Backend,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         options: ReplicaOptions,
         *,
         carried: Callable[[torch.dtype], torch.dtype],
         groups: int | None = None,
     ) -> None:
-        super().__init__(backend, module, optimizer, options)
+        self._carried, self._groups = carried, groups
         self._armed = False
-        self._names = {id(p): name for name, p in module.named_parameters()}
-        self._sparse = _sparse_parameters(module)
-        dense = [p for p in reversed(self._parameters) if id(p) not in self._sparse and p.numel()]
-        self._packs = make_packs(dense, carried, self.bucket_bytes, groups) if backend.world_size > 1 else []
-        self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
-        self._sent: list[Pack] = []
-        if self._packs:
-            for parameter in dense:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self._hooks: list[RemovableHandle] = []
+        super().__init__(backend, module, optimizer, options)
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -100,38 +95,54 @@ class HookedReplica(Replica):
 
     # -- Replica ------------------------------------------------------------------------------------------------------
 
-    def _wrapped(self) -> nn.Module:
-        return self.module  # the hooks sit on its parameters
+    def _set_up(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._names = {id(p): name for name, p in self.module.named_parameters()}
+        self._sparse = sparse_parameters(self.module)
+        dense = [p for p in reversed(self._parameters) if id(p) not in self._sparse and p.numel()]
+        self._packs = make_packs(dense, self._carried, self.bucket_bytes, self._groups)
+        self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
+        self._sent: list[Pack] = []
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in dense]
 
-    def _begin_exchange(self) -> None:
+    def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
+        self._expect(tally)
+        loss.backward(weight, retain_graph=retain_graph)
+
+    def _send_after(self, tally: Tally, empty: bool) -> None:
+        self._expect(tally)  # `_finish` sends all
+
+    def _finish(self, empty: bool) -> Tensor:
+        self._armed = False
+        nobody = self._complete_packs(empty)
+        for pack in self._sent:
+            if isinstance(pack.work, StagedWork):
+                pack.work.advance()
+        for pack in self._sent:
+            assert pack.work is not None
+            pack.work.wait()
+            self._unpack(pack)
+        for parameter in self._parameters:
+            if id(parameter) in self._sparse:
+                parameter.grad = sum_sparse(self._backend, parameter)
+            if id(parameter) in nobody:
+                parameter.grad = None
+        self._tally_work.wait()
+        return self._summed
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _expect(self, tally: Tally) -> None:
+        """Let gradients leave as they come, and the tally first."""
+        wire = self._backend.wire
+        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=wire.device)
+        self._tally_work = wire.all_reduce_(self._summed, "sum")
         self._sent = []
         for pack in self._packs:
             pack.missing = set(range(len(pack.parameters)))
             pack.work = None
         self._armed = True
-
-    def _finish_exchange(self) -> None:
-        self._armed = False
-        if self._backend.world_size == 1:
-            return
-        with self._backend.region("gradients", f"gradient exchange of step {self._steps}"):
-            nobody = self._complete_packs()
-            for pack in self._sent:
-                if isinstance(pack.work, StagedWork):
-                    pack.work.advance()
-            for pack in self._sent:
-                assert pack.work is not None
-                pack.work.wait()
-                self._unpack(pack)
-            for parameter in self._parameters:
-                if id(parameter) in self._sparse:
-                    average = average_sparse(self._backend, parameter, 1.0)
-                    parameter.grad = None if id(parameter) in nobody else average
-        for parameter in self._parameters:
-            if id(parameter) in nobody:
-                parameter.grad = None
-
-    # -- inside -------------------------------------------------------------------------------------------------------
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self._armed:
@@ -193,10 +204,10 @@ class HookedReplica(Replica):
             if parameter.grad.data_ptr() != tensor.data_ptr() or parameter.grad.dtype != tensor.dtype:
                 parameter.grad.copy_(tensor)
 
-    def _complete_packs(self) -> set[int]:
+    def _complete_packs(self, empty: bool) -> set[int]:
         """Send what backward could not, zeros for the gradients that only other ranks have; return those nobody has."""
-        used = torch.tensor([p.grad is not None for p in self._parameters])
-        if not self.options.find_unused_parameters and not bool(used.all()):
+        used = [p.grad is not None for p in self._parameters]
+        if not (empty or self.options.find_unused_parameters or all(used)):
             raise self._unused_error([self._names[id(p)] for p in self._parameters if p.grad is None])
         for pack in self._packs:
             if pack.work is not None:
@@ -210,7 +221,7 @@ class HookedReplica(Replica):
             self._dispatch(pack)
         if not self.options.find_unused_parameters:
             return set()
-        everywhere = self._backend.all_reduce(used, "max").tolist()
+        everywhere = self._backend.all_reduce(torch.tensor(used), "max").tolist()
         return {id(p) for p, found in zip(self._parameters, everywhere, strict=True) if not found}
 
 
@@ -263,7 +274,7 @@ def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(found.values())
 
 
-def _sparse_parameters(module: nn.Module) -> set[int]:
+def sparse_parameters(module: nn.Module) -> set[int]:
     """Parameters whose gradients are sparse; known beforehand, so that a rank without a gradient knows it too."""
     return {
         id(part.weight)

@@ -30,6 +30,7 @@ from hvdtrain.backends.horovod_stamp import installed, short_library, why_not
 from hvdtrain.backends.pairs import Pairs
 from hvdtrain.backends.rendezvous import Tell, tell_by_horovodrun
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Then, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, CollectiveError, ConfigError, HvdtrainError, LaunchError, RankFailure
 from hvdtrain.launch.detect import Detection
@@ -409,7 +410,7 @@ class HorovodBackend(Backend):
         """Where Horovod takes tensors: the GPU if it was built with NCCL, else the CPU."""
         return self.device if self._gpu else torch.device("cpu")
 
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return HorovodReplica(self, model, optimizer, options)
 
     def _group(self, ranks: list[int]) -> Communicator | None:
@@ -563,7 +564,7 @@ class HorovodReplica(HookedReplica):
     _backend: HorovodBackend
 
     def __init__(
-        self, backend: HorovodBackend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions
+        self, backend: HorovodBackend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
     ) -> None:
         self._adasum = backend.op == "adasum"
         self._engine_averages = (
@@ -592,14 +593,13 @@ class HorovodReplica(HookedReplica):
             backend, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
 
-    def _exchange_deferred(self) -> None:
-        if not self._adasum or self._backend.world_size == 1:
-            super()._exchange_deferred()
-            return
-        raise ConfigError(
-            "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step; use a data set or "
-            "batch size that gives every rank samples"
-        )
+    def _scale(self, tally: Tally) -> None:
+        if self._adasum and tally.ranks < self._backend.world_size:
+            raise ConfigError(
+                "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step; use a data set or "
+                "batch size that gives every rank samples"
+            )
+        super()._scale(tally)
 
 
 class Bf16Sum:

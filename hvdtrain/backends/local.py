@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends import algorithms
+from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.replica import Replica, ReplicaOptions
@@ -59,36 +60,14 @@ class LocalBackend(Backend):
     def _kill(self, error: BaseException) -> None:
         pass
 
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
-        return LocalReplica(self, model, optimizer, options, data_parallel=self._data_parallel)
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        return self._replicate_alone(model, optimizer, options)
+
+    def _replicate_alone(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        replica = LocalReplica(self, model, optimizer, options)
+        if self._data_parallel and torch.cuda.device_count() > 1:
+            replica.split_over_gpus()
+        return replica
 
     def _group(self, ranks: list[int]) -> Communicator | None:
         return Communicator(SelfWire(self.device), label=f"group {ranks}")
-
-
-class LocalReplica(Replica):
-    """The only copy."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        module: nn.Module,
-        optimizer: Optimizer,
-        options: ReplicaOptions,
-        *,
-        data_parallel: bool = False,
-    ) -> None:
-        super().__init__(backend, module, optimizer, options)
-        split = data_parallel and torch.cuda.device_count() > 1
-        self._model: nn.Module = nn.DataParallel(module) if split else module
-
-    def _wrapped(self) -> nn.Module:
-        return self._model
-
-    @property
-    def inference_model(self) -> nn.Module:
-        """The model, over all GPUs where it is split over them."""
-        return self._model
-
-    def _finish_exchange(self) -> None:
-        pass

@@ -87,7 +87,7 @@ class MpiBackend(TorchBackend):
             self._real_watch.on_failure.append(give_up)
         dist.barrier()
 
-    def _replicate(self, model: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> Replica:
+    def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         if self.device.type == "cpu":
             return MpiReplica(self, model, optimizer, options)
         return super()._replicate(model, optimizer, options)
@@ -129,7 +129,9 @@ class MpiReplica(HookedReplica):
     _engine_averages = False
     _by_order = True
 
-    def __init__(self, backend: MpiBackend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
+    def __init__(
+        self, backend: MpiBackend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
+    ) -> None:
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: dtype)
 
     def _send(self, pack: Pack) -> Work:

@@ -1,4 +1,4 @@
-"""What an optimizer must be, and must not do behind a replica's back. It replaces and wraps nothing of the optimizer.
+"""What an optimizer must be, and must not do behind a replica's back. It replaces and wraps nothing of torch's optimizers.
 
 A step on gradients that were never exchanged lets the ranks drift apart without a word, so a hook on the optimizer refuses
 it; a closure runs backward inside `step`, after the exchange, and is refused as well, on every engine and on one process.
@@ -6,45 +6,80 @@ it; a closure runs backward inside `step`, after the exchange, and is refused as
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from hvdtrain.errors import ConfigError, TrainingError
 
-__all__ = ["check_optimizer", "guard_steps"]
-
-_guarded: weakref.WeakKeyDictionary[Optimizer, Callable[[], str]] = weakref.WeakKeyDictionary()
+__all__ = ["Guard", "check_optimizer", "check_parameters", "guard_steps"]
 
 
-def check_optimizer(
-    module: nn.Module, optimizer: Optimizer, parameters: list[nn.Parameter], device: torch.device
-) -> None:
-    """Refuse what cannot be trained on many ranks.
+class Guard(Protocol):
+    """Who decides about an optimizer's steps."""
 
-    Args:
-        module: The model.
-        optimizer: The user's.
-        parameters: Those of the model that are trained.
-        device: This rank's.
+    def why_no_step(self) -> str:
+        """Say why a step must not be taken now; "" if it may."""
+        ...
+
+    def note_step(self) -> None:
+        """A step has been taken."""
+        ...
+
+
+_guarded: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Guard]] = weakref.WeakKeyDictionary()
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse what is no optimizer, or one that exchanges cannot be fitted into.
 
     Raises:
-        ConfigError: Nothing to train, parameters on another device or of another model, or an optimizer that needs a
-            closure.
+        ConfigError: It lacks what optimizers have, or needs a closure.
     """
-    if not parameters:
-        raise ConfigError("the model has no parameter that requires grad: there is nothing to train")
+    lacking = [
+        name for name in ("param_groups", "step", "state_dict", "load_state_dict") if not hasattr(optimizer, name)
+    ]
+    if lacking:
+        raise ConfigError(
+            f"{type(optimizer).__name__} cannot be used as an optimizer: it has no {', '.join(lacking)}; a wrapper must offer what "
+            "torch.optim.Optimizer does, or hand its inner optimizer to replicate()"
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
             f"{type(optimizer).__name__} needs a closure that it calls several times a step, and a replica exchanges gradients "
             "once a step; use an optimizer whose step() takes none, such as SGD or AdamW"
         )
+
+
+def check_parameters(
+    module: nn.Module, optimizer: Optimizer | None, trained: list[nn.Parameter], device: torch.device
+) -> None:
+    """Refuse parameters that cannot be trained on many ranks.
+
+    Args:
+        module: The model.
+        optimizer: The user's; None for none.
+        trained: Those of the model that require gradients.
+        device: This rank's.
+
+    Raises:
+        ConfigError: Nothing to train, or parameters without a shape, on another device or of another model.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"{name!r} has no shape yet: it belongs to a lazy module; run the model once on a sample batch, on every rank, before "
+                "the optimizer is made and the model replicated"
+            )
+    if not trained:
+        raise ConfigError("the model has no parameter that requires grad: there is nothing to train")
     for name, parameter in module.named_parameters():
         if parameter.device.type != device.type or (device.index is not None and parameter.device != device):
             raise ConfigError(
@@ -52,7 +87,7 @@ def check_optimizer(
                 "before you make the optimizer"
             )
     known = {id(p) for p in module.parameters()}
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate([] if optimizer is None else optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in known:
                 raise ConfigError(
@@ -62,18 +97,35 @@ def check_optimizer(
                 )
 
 
-def guard_steps(optimizer: Optimizer, why_not: Callable[[], str]) -> None:
-    """Refuse steps of an optimizer that would make the ranks differ.
+def guard_steps(optimizer: Optimizer, guard: Guard) -> None:
+    """Refuse steps of an optimizer that would make the ranks differ, and tell the guard of the others.
 
     Args:
         optimizer: The user's; of several guards the newest counts.
-        why_not: Says why a step must not be taken now; "" if it may. A bound method is held weakly.
+        guard: Held weakly.
     """
     new = optimizer not in _guarded
-    reference = weakref.WeakMethod(why_not)
-    _guarded[optimizer] = lambda: found() if (found := reference()) is not None else ""
-    if new:
+    _guarded[optimizer] = weakref.ref(guard)
+    if not new:
+        return
+    if _runs_hooks(optimizer):
         optimizer.register_step_pre_hook(_check_step)
+        optimizer.register_step_post_hook(_note_step)
+        return
+    plain = optimizer.step  # a wrapper that never called Optimizer.__init__, or is none: torch's hooks do not reach it
+
+    @functools.wraps(plain)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        _check_step(optimizer, args, kwargs)
+        result = plain(*args, **kwargs)
+        _note_step(optimizer, args, kwargs)
+        return result
+
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and bool(getattr(type(optimizer).step, "hooked", False))
 
 
 def _check_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,6 +135,13 @@ def _check_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             "optimizer.step(closure): a closure would run backward after the gradients were exchanged; call "
             "replica.backward(loss, samples=...) and replica.step() instead"
         )
-    problem = _guarded[optimizer]() if optimizer in _guarded else ""
+    guard = _guarded[optimizer]() if optimizer in _guarded else None
+    problem = guard.why_no_step() if guard is not None else ""
     if problem:
         raise TrainingError(problem)
+
+
+def _note_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    guard = _guarded[optimizer]() if optimizer in _guarded else None
+    if guard is not None:
+        guard.note_step()

@@ -1,27 +1,34 @@
 """A model and its optimizer as this rank holds them, and the one way to train them on every engine.
 
 `Replica` owns what must not differ between engines: how a loss is weighted, when gradients are complete, what clipping
-and a GradScaler see, what happens to a parameter that nobody used. Engines fill in how gradients are exchanged while
-the backward pass runs. The order of calls in one step is fixed and checked::
+and a GradScaler see, what happens to a parameter that nobody used, or that was frozen meanwhile. Engines fill in how
+gradients are exchanged while the backward pass runs. The model is called as the user likes: nothing hangs on the forward
+pass. One step is::
 
-    accumulate() { forward, backward() } ... once per micro-batch, the last with last=True
+    backward() ... once per micro-batch, all but the last inside `accumulate(last=False)`
     reduce_gradients()      # step() does it when it has not been called
-    step()
+    step()                  # or the user's own optimizer.step() and zero_grad()
+
+On a rank without samples in a step, `step` alone takes part in it.
 """
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.agreement import average_sparse, check_same_structure, copy_state_from_rank_zero
-from hvdtrain.backends.optimizer_guard import check_optimizer, guard_steps
+from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
+from hvdtrain.backends.loss_scale import unscale, update_scaler
+from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
+from hvdtrain.backends.watched import Watched
+from hvdtrain.backends.weighting import Tally, Weighting
 from hvdtrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -61,52 +68,78 @@ class StepResult:
     skipped: bool
 
 
+class _Phase(enum.Enum):
+    EMPTY = "no backward pass yet"
+    GATHERING = "backward has run, none of it was the last"
+    LEAVING = "the last backward pass has begun the exchange"
+    EXCHANGED = "every gradient is the average"
+    STEPPED = "the optimizer has used it"
+
+
 class Replica(ABC):
     """One rank's copy of the model, kept equal to the others'.
 
     Attributes:
         module: The user's own model.
-        optimizer: The user's own optimizer; its hooks, state_dict and schedulers work as ever.
+        optimizer: The user's own optimizer; its hooks, state_dict and schedulers work as ever. None if there is none.
     """
 
     _suitable_bucket_bytes = 25 * 2**20
     _engine_averages = True  # the engine divides the ranks' sum by the world size while it exchanges
 
-    def __init__(self, backend: Backend, module: nn.Module, optimizer: Optimizer, options: ReplicaOptions) -> None:
+    def __init__(
+        self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
+    ) -> None:
         self.module = module
-        self.optimizer = optimizer
         self.options = options
+        self._optimizer = optimizer
         self._backend = backend
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-        check_optimizer(module, optimizer, self._parameters, backend.device)
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        self._watched = Watched(module, optimizer)
+        check_parameters(module, optimizer, self._parameters, backend.device)
         check_same_structure(backend, module, optimizer)
         copy_state_from_rank_zero(backend, module, optimizer)
+        self._phase = _Phase.EMPTY
         self._steps = 0
-        self._exchanged = False  # reduce_gradients has run in this step
-        self._complete = False  # the last micro-batch has been through backward
+        self._weighting = Weighting(backend, backend.world_size if self._engine_averages else 1)
         self._last = True
         self._overlap = True
-        self._deferred = False  # this step's gradients are exchanged after, not during, backward
-        self._started = False  # backward has run in this step
-        self._samples: int | None = None  # samples of this rank so far in this step, if the total is unknown
-        guard_steps(optimizer, self._why_no_step)
+        self._begin_step()
+        self._set_up()
+        if optimizer is not None:
+            guard_steps(optimizer, self)
 
     # -- the verbs ----------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        """What to call for the forward pass; inside `accumulate` where there is one."""
-        return self._wrapped() if self._last and self._overlap else self.module
+        """What to call for the forward pass, in whatever way: the user's own model, or its methods and parts."""
+        return self.module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's own optimizer.
+
+        Raises:
+            ConfigError: The replica was made without one.
+        """
+        if self._optimizer is None:
+            raise ConfigError(
+                "this replica was made without an optimizer: give backend.replicate(model, optimizer) one, or call "
+                "replica.reduce_gradients(), use the gradients, and call replica.clear()"
+            )
+        return self._optimizer
 
     @contextmanager
     def accumulate(self, *, last: bool = True, overlap: bool = True) -> Iterator[None]:
-        """Surround the forward and backward pass of one micro-batch.
+        """Surround `backward` of one micro-batch; the forward pass may be inside or outside.
 
         Args:
-            last: This is the step's last micro-batch on this rank: gradients are exchanged. Ranks may have different
-                numbers of micro-batches.
-            overlap: Exchange while backward runs, which needs a backward pass on every rank. False, on every rank, for
-                a step in which some ranks have no sample: then the exchange happens in `reduce_gradients`.
+            last: This is the step's last micro-batch on this rank: gradients are exchanged while its backward pass runs.
+                Ranks may have different numbers of micro-batches. If none was the last, they are exchanged in
+                `reduce_gradients`.
+            overlap: False to exchange in `reduce_gradients` all the same.
         """
         if not last and self.options.static_graph:
             # DDP counts how often each gradient comes in its first step, and takes earlier micro-batches for another graph.
@@ -117,42 +150,46 @@ class Replica(ABC):
         finally:
             self._last = self._overlap = True
 
-    def backward(self, loss: Tensor, *, samples: int, total: int | None = None) -> None:
+    def backward(self, loss: Tensor, *, samples: int, total: int | None = None, retain_graph: bool = False) -> None:
         """Add the gradient of ``loss`` to ``.grad``, weighted by its samples.
+
+        Several calls of one step add up. With ``total``, the step's gradient is the sum of ``samples / total`` times each
+        loss's gradient, over calls and ranks. Without, it is that of the mean over all samples that were counted.
 
         Args:
             loss: The mean over this micro-batch's samples (possibly scaled by a GradScaler); a scalar.
             samples: How many samples that is; 0 is allowed and adds nothing.
             total: Samples of the whole global batch, over all ranks and micro-batches, if it is known. If not, the
-                ranks' counts are summed in `reduce_gradients` (one small exchange).
+                ranks' counts are summed with the gradients.
+            retain_graph: Another loss of the same forward pass follows: keep the graph, and count the samples once, so
+                that the losses' gradients add. Every call but the last is inside ``accumulate(last=False)``.
 
         Raises:
-            TrainingError: Out of order, or some calls of a step gave ``total`` and others did not.
+            TrainingError: Out of order; gradients are there that no backward() of this step made; some calls of a step
+                gave ``total`` and others did not; the loss is no scalar or depends on no parameter.
         """
-        if self._exchanged or self._complete:
-            raise TrainingError(
-                "backward() after this step's last micro-batch; call step() first, or mark the earlier micro-batches with "
-                "`with replica.accumulate(last=False):`"
-            )
-        deferred = not self._overlap
-        if self._started and deferred != self._deferred:
-            raise TrainingError("every micro-batch of a step must have the same overlap=")
-        if self._started and (total is None) != (self._samples is not None):
-            raise TrainingError("give total= to every backward() of a step, or to none")
-        self._deferred = deferred
-        if total is None:
-            self._samples = (self._samples or 0) + samples
-            weight = float(samples)
-        else:
-            weight = samples / total * self._divisor
-        if self._last and not deferred:
-            self._begin_exchange()
-            with self._backend.region("gradients", f"backward and gradient exchange of step {self._steps}"):
-                (loss * weight).backward()
-        else:
-            (loss * weight).backward()
-        self._started = True
-        self._complete = self._last
+        self._check_loss(loss)
+        if self._phase is not _Phase.GATHERING:
+            self._begin_or_refuse()
+        leaving = self._last and self._overlap
+        if leaving:
+            self._follow_changes()
+        weight = self._weighting.weigh(samples, total, shared=retain_graph and not leaving)
+        self._phase = _Phase.GATHERING
+        if leaving:
+            weight *= self._settle_unit()
+        try:
+            if leaving:
+                self._phase = _Phase.LEAVING
+                with self._exchanging():
+                    self._send_during(loss, loss.new_full(loss.shape, weight), self._weighting.tally, retain_graph)
+            else:
+                loss.backward(loss.new_full(loss.shape, weight), retain_graph=retain_graph)
+        except RuntimeError as error:
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def reduce_gradients(self) -> None:
         """Complete the exchange: every ``.grad`` is the gradient averaged over the samples of the global batch.
@@ -160,73 +197,84 @@ class Replica(ABC):
         A parameter that no rank used keeps ``.grad is None``. On a rank without a sample in this step this is the only
         call before `step`.
         """
-        if self._exchanged:
+        if self._is_over():
+            self._begin_step()
+        if self._phase in (_Phase.EXCHANGED, _Phase.STEPPED):
             return
-        if not self._started:  # a rank without samples: only a deferred exchange can include it
-            self._deferred = True
-        elif not self._complete:
-            raise TrainingError(
-                "reduce_gradients() before the step's last micro-batch: none was marked accumulate(last=True)"
-            )
-        if self._deferred:
-            self._exchange_deferred()
-        else:
-            self._finish_exchange()
-        if self._samples is not None:
-            counted = self._backend.all_reduce(torch.tensor(float(self._samples), dtype=torch.float64))
-            factor = self._divisor / max(1.0, float(counted))
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        self._exchanged = True
+        empty = self._phase is _Phase.EMPTY
+        if empty:
+            self._refuse_foreign_gradients()
+        if self._phase is not _Phase.LEAVING:
+            self._follow_changes()
+            self._settle_unit()
+            self._weighting.close()
+            with self._exchanging():
+                self._send_after(self._weighting.tally, empty)
+        for parameter in self._watched.frozen:
+            if parameter.grad is not None:
+                raise TrainingError(
+                    f"{self._name(parameter)!r} was frozen after the forward pass of this step, and has a gradient that was not exchanged; "
+                    "freeze before the forward pass, or call replica.clear() first"
+                )
+        with self._exchanging():
+            summed = self._finish(empty)
+        if empty or self._weighting.tally.uncounted or summed.device.type == "cpu":  # else a GPU need not be waited for
+            self._scale(Tally.of(summed.tolist()))
+        self._phase = _Phase.EXCHANGED
+        self._left_gradients = bool(self._gradients())
 
     def step(
-        self, *, clip_norm: float | None = None, scaler: GradScaler | None = None, skip_nonfinite: bool = False
+        self,
+        *,
+        clip_norm: float | None = None,
+        scaler: GradScaler | None = None,
+        update: bool = True,
+        skip_nonfinite: bool = False,
     ) -> StepResult:
         """Exchange what is left, clip, update the parameters, and clear the gradients.
 
         Args:
             clip_norm: Scale the averaged gradient to at most this L2 norm.
-            scaler: The GradScaler that scaled the losses; it is unscaled before clipping, stepped and updated.
+            scaler: The GradScaler that scaled the losses; it is unscaled before clipping, stepped and updated. Several
+                replicas may share one: it is updated once for all losses that were scaled before the first stepped.
+            update: False to leave ``scaler.update()`` to the caller.
             skip_nonfinite: Do not update when the averaged gradient has a NaN or an infinity. All ranks see the same
                 gradient, so all skip.
 
         Returns:
             The gradient norm, if it was computed, and whether the update was skipped.
         """
+        optimizer = self.optimizer
         self.reduce_gradients()
         if scaler is not None:
-            scaler.unscale_(self.optimizer)
+            unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
         elif skip_nonfinite:
             norm = self.gradient_norm()
         skipped = skip_nonfinite and norm is not None and not bool(torch.isfinite(norm))
-        if scaler is not None:
-            before = scaler.get_scale()
-            if not skipped:
-                scaler.step(self.optimizer)
-            scaler.update()
-            skipped = skipped or scaler.get_scale() < before
-        elif not skipped:
-            self.optimizer.step()
+        if not skipped:
+            if scaler is not None:
+                scaler.step(optimizer)
+                skipped = self._phase is not _Phase.STEPPED  # the scaler found an infinity
+            else:
+                optimizer.step()
+        if scaler is not None and update:
+            update_scaler(scaler, self._weighting.tally.began, skipped=skipped)
         self.clear()
         self._steps += 1
         return StepResult(norm, skipped)
 
     def clear(self) -> None:
         """Forget this step's gradients (set to None) and begin a new step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._parameters:  # those that the optimizer does not hold
+        for parameter in self._watched.held:
             parameter.grad = None
-        self._exchanged = self._complete = self._started = self._deferred = False
-        self._samples = None
+        self._begin_step()
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients, float64 for float64 models; 0 if there is no gradient."""
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        values = [_values(g) for g in grads]
+        values = [_values(g) for g in self._gradients()]
         if not values:
             return torch.zeros((), device=self._backend.device)
         norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
@@ -250,8 +298,16 @@ class Replica(ABC):
         """
 
     def copy_from_rank_zero(self) -> None:
-        """Overwrite parameters, buffers and optimizer state with rank 0's; every rank must call it."""
-        copy_state_from_rank_zero(self._backend, self.module, self.optimizer)
+        """Overwrite parameters, buffers and optimizer state with rank 0's; every rank must call it.
+
+        After parts were added to the model that are not alike on all ranks, call it before the forward pass.
+        """
+        if self._watched.changed():
+            self._watched.take()
+            check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
+            check_same_structure(self._backend, self.module, self._optimizer)
+            self._set_up()
+        copy_state_from_rank_zero(self._backend, self.module, self._optimizer)
 
     def sync_buffers(self) -> None:
         """Give every rank the buffers of rank 0 (running statistics and the like)."""
@@ -262,25 +318,136 @@ class Replica(ABC):
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _wrapped(self) -> nn.Module:
-        """The module whose forward and backward exchange gradients; those of `module` must leave them local."""
-
-    def _begin_exchange(self) -> None:  # noqa: B027 - DDP needs no word
-        """Expect the step's last backward pass, in which gradients become final."""
+    def _set_up(self) -> None:
+        """Prepare the exchange of the parameters that are trained now; called again when they have changed."""
 
     @abstractmethod
-    def _finish_exchange(self) -> None:
-        """Wait for the exchange that backward began.
+    def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
+        """Run the step's last backward pass from ``loss`` with the gradient ``weight``, and begin the exchange in it."""
+
+    @abstractmethod
+    def _send_after(self, tally: Tally, empty: bool) -> None:
+        """Begin the exchange of the gradients that are there; zeros where there are none, as everywhere if ``empty``."""
+
+    @abstractmethod
+    def _finish(self, empty: bool) -> Tensor:
+        """Wait for the exchange that was begun, and return the ranks' summed tally.
 
         Afterwards ``.grad`` is the ranks' sum, divided by the world size if `_engine_averages`.
         """
 
+    # -- what an optimizer asks ---------------------------------------------------------------------------------------
+
+    def why_no_step(self) -> str:
+        """Why the optimizer must not step now; "" if it may."""
+        if self._phase is _Phase.EXCHANGED or not self._backend.running or not self._gradients():
+            return ""
+        if self._phase is _Phase.STEPPED:
+            return (
+                "optimizer.step() on gradients that were there before, or were not exchanged with the other ranks; call "
+                "optimizer.zero_grad() or replica.clear() after each step, then replica.backward(loss, samples=...)"
+            )
+        return (
+            "optimizer.step() on gradients that were not exchanged with the other ranks; call replica.backward(loss, "
+            "samples=...) and replica.step(), or replica.reduce_gradients() before optimizer.step()"
+        )
+
+    def note_step(self) -> None:
+        """The optimizer has stepped."""
+        if self._phase is _Phase.EXCHANGED:
+            self._phase = _Phase.STEPPED
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
-    def _divisor(self) -> int:
-        """What the engine will divide this step's sum by. A deferred exchange only sums."""
-        return self._backend.world_size if self._engine_averages and not self._deferred else 1
+    def _parameters(self) -> list[nn.Parameter]:
+        return self._watched.trained
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._watched.trained if p.grad is not None]
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        return next((name for name, p in self.module.named_parameters() if p is parameter), "?")
+
+    def _exchanging(self) -> AbstractContextManager[None]:
+        return self._backend.region("gradients", f"gradient exchange of step {self._steps}")
+
+    def _begin_step(self) -> None:
+        self._phase = _Phase.EMPTY
+        self._weighting.begin_step()
+        self._left_gradients = False  # the exchange left any
+
+    def _is_over(self) -> bool:
+        """Whether the user has used and cleared this step's gradients."""
+        if self._phase is _Phase.EXCHANGED and not self._left_gradients:
+            return False
+        return self._phase in (_Phase.EXCHANGED, _Phase.STEPPED) and not self._gradients()
+
+    def _begin_or_refuse(self) -> None:
+        """A backward pass that is not one more of this step begins the next one, if this one's gradients are gone."""
+        if self._phase is _Phase.LEAVING or (self._phase is _Phase.EXCHANGED and self._gradients()):
+            raise TrainingError(
+                "backward() after this step's last micro-batch; call step() first. If they belong to one step, mark the earlier micro-"
+                "batches with `with replica.accumulate(last=False):`; two losses of one forward pass are added (loss_1 + loss_2) or get "
+                "retain_graph=True as well"
+            )
+        if self._phase is not _Phase.EMPTY:
+            self._begin_step()
+        self._refuse_foreign_gradients()
+        self._weighting.begin_backward()
+
+    def _refuse_foreign_gradients(self) -> None:
+        foreign = [p for p in self._watched.trained if p.grad is not None]
+        if not foreign:
+            return
+        for parameter in foreign:
+            assert parameter.grad is not None
+            if bool(_values(parameter.grad).count_nonzero()):
+                raise TrainingError(
+                    f"{self._name(parameter)!r} holds a gradient that no replica.backward() of this step made: loss.backward() was called "
+                    "instead, or the last step's gradients were not cleared. Call replica.backward(loss, samples=...), and "
+                    "replica.step() or optimizer.zero_grad() after each step"
+                )
+        for parameter in foreign:  # zeros, from zero_grad(set_to_none=False)
+            parameter.grad = None
+
+    def _check_loss(self, loss: Tensor) -> None:
+        if loss.numel() != 1:
+            raise TrainingError(
+                f"the loss must be a scalar, the mean over the micro-batch's samples; got shape {tuple(loss.shape)}"
+            )
+        if not loss.requires_grad:
+            raise TrainingError(
+                f"rank {self._backend.rank}: the loss depends on no parameter that requires grad (computed under torch.no_grad(), "
+                "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
+            )
+
+    def _settle_unit(self) -> float:
+        factor = self._weighting.settle()
+        if factor != 1.0:
+            for gradient in self._gradients():  # of earlier micro-batches
+                gradient.mul_(factor)
+        return factor
+
+    def _scale(self, summed: Tally) -> None:
+        """Make means of the ranks' sums; let gradients be None where no rank had a sample."""
+        factor = self._weighting.factor(summed)
+        if factor is None:
+            for parameter in self._watched.trained:
+                parameter.grad = None
+        elif factor != 1.0:
+            for gradient in self._gradients():
+                gradient.mul_(factor)
+
+    def _follow_changes(self) -> None:
+        """Train what the model and the optimizer hold now, the same on all ranks."""
+        if not self._watched.changed():
+            return
+        new = self._watched.take()
+        check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
+        # The forward pass has used the new ones, so it is too late to copy them.
+        check_same_structure(self._backend, self.module, self._optimizer, new)
+        self._set_up()
 
     def _unused_error(self, names: list[str]) -> TrainingError:
         named = f": {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else " in the last micro-batch"
@@ -289,56 +456,31 @@ class Replica(ABC):
             "find_unused_parameters=True (--find-unused-parameters)"
         )
 
-    def _why_no_step(self) -> str:
-        if self._exchanged or not self._backend.running or all(p.grad is None for p in self._parameters):
-            return ""
-        return (
-            "optimizer.step() on gradients that were not exchanged with the other ranks; call replica.backward(loss, "
-            "samples=...) and replica.step(), or replica.reduce_gradients() before optimizer.step()"
-        )
-
     def _clip(self, clip_norm: float) -> Tensor:
-        if not any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
+        if not any(g.is_sparse for g in self._gradients()):
             return nn.utils.clip_grad_norm_(self._parameters, clip_norm)
         norm = self.gradient_norm()
         factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        for gradient in self._gradients():
+            gradient.mul_(factor.to(gradient.dtype))
         return norm
-
-    def _exchange_deferred(self) -> None:
-        """Sum the gradients over the ranks after backward, also where ranks have none."""
-        backend = self._backend
-        if backend.world_size == 1 or not self._parameters:
-            return
-        kinds = torch.tensor([0 if p.grad is None else 2 if p.grad.is_sparse else 1 for p in self._parameters])
-        kinds = backend.all_reduce(kinds, "max")
-        bucket: list[Tensor] = []
-        size = 0
-        for parameter, kind in zip(self._parameters, kinds.tolist(), strict=True):
-            if kind == 2:
-                parameter.grad = average_sparse(backend, parameter, 1.0)
-            if kind != 1:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            grad = parameter.grad
-            if bucket and (size + grad.nbytes > self.bucket_bytes or grad.dtype != bucket[0].dtype):
-                _sum_bucket(backend, bucket)
-                bucket, size = [], 0
-            bucket.append(grad)
-            size += grad.nbytes
-        if bucket:
-            _sum_bucket(backend, bucket)
-
-
-def _sum_bucket(backend: Backend, grads: list[Tensor]) -> None:
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    backend.all_reduce_(flat)
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
 
 
 def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _explained(error: RuntimeError) -> TrainingError | None:
+    """The engine's and autograd's words for what a user did, in ours; None for other errors."""
+    text = str(error)
+    if "backward through the graph a second time" in text:
+        return TrainingError(
+            "two backward passes through one graph. Two losses of one forward pass: replica.backward(loss_1 + loss_2, samples=...), "
+            "or replica.backward(loss_1, samples=..., retain_graph=True) inside `with replica.accumulate(last=False):` before the other"
+        )
+    if "mark a variable ready only once" in text or "marked as ready twice" in text:
+        return TrainingError(
+            "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
+            "checkpointing does that: pass use_reentrant=False"
+        )
+    return None

@@ -270,7 +270,7 @@ class Trainer:
         for number, samples in enumerate(micro_batches, 1):
             batch = next(batches) if samples else self._empty_batch
             batch = precision.cast(to_device(batch, self.backend.device, non_blocking=True))
-            with replica.accumulate(last=number == len(micro_batches), overlap=step.every_rank or self._in_step):
+            with replica.accumulate(last=number == len(micro_batches)):
                 with precision.autocast():
                     loss = self.task.loss(replica.model, batch)
                 if samples:

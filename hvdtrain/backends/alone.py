@@ -1,0 +1,59 @@
+"""The replica of a world of one: nothing is exchanged, and everything else is as on many ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.weighting import Tally
+
+
+class LocalReplica(Replica):
+    """The only copy: nothing is exchanged."""
+
+    def _set_up(self) -> None:
+        self._split: nn.Module | None = None
+
+    def split_over_gpus(self) -> None:
+        """Let `model` split each batch over all visible GPUs."""
+        self._split = _OverGpus(self.module)
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own model; over all GPUs where it is split over them."""
+        return self._split or self.module
+
+    @property
+    def inference_model(self) -> nn.Module:
+        """The same as `model`."""
+        return self.model
+
+    def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
+        loss.backward(weight, retain_graph=retain_graph)
+
+    def _send_after(self, tally: Tally, empty: bool) -> None:
+        pass
+
+    def _finish(self, empty: bool) -> Tensor:
+        return torch.tensor(self._weighting.tally.values(), dtype=torch.float64)
+
+
+class _OverGpus(nn.DataParallel[nn.Module]):
+    """`nn.DataParallel` with the attributes and the state of the model inside; its methods run on one GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the model inside."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the model inside."""
+        return self.module.load_state_dict(*args, **kwargs)

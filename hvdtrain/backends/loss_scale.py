@@ -1,0 +1,80 @@
+"""One `GradScaler` over one or several replicas: unscale by what the losses were scaled with, update once a step.
+
+torch updates a scaler once after all optimizers have stepped. Replicas step one after another, and the first of them
+updates, so that a later one whose loss was scaled before would be unscaled with a number that is no longer its own. This
+module remembers when a scaler changed, and what it was before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.amp.grad_scaler import GradScaler
+    from torch.optim import Optimizer
+
+
+class _Update(NamedTuple):
+    moment: int
+    scale: float  # before
+    skipped: bool
+
+
+_updates: weakref.WeakKeyDictionary[GradScaler, deque[_Update]] = weakref.WeakKeyDictionary()
+_REMEMBERED = 64  # updates; more than any number of replicas that share a scaler
+
+
+class _Clock:
+    """Updates so far in this process: ranks that make the same steps have the same."""
+
+    ticks = 0
+
+
+def now() -> int:
+    """A moment, to be compared with those of updates: take it before a step's first backward pass."""
+    return _Clock.ticks
+
+
+def moment(remainder: int, *, modulo: int) -> int:
+    """The latest moment with this remainder: another rank's, told in few digits."""
+    return _Clock.ticks - (_Clock.ticks - remainder) % modulo
+
+
+def unscale(scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], began: int) -> None:
+    """Divide gradients by the scale of the losses that they came from, and look for infinities in them.
+
+    Args:
+        scaler: Scaled the losses.
+        optimizer: Holds the parameters.
+        gradients: Averaged over the ranks.
+        began: `now` of the step's first backward pass.
+    """
+    before = next((earlier.scale for earlier in _updates.get(scaler, ()) if earlier.moment > began), None)
+    if before is not None and (factor := scaler.get_scale() / before) != 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)  # a power of two by default, so nothing is rounded
+    scaler.unscale_(optimizer)
+
+
+def update_scaler(scaler: GradScaler, began: int, *, skipped: bool) -> None:
+    """Update a scaler once for all replicas whose steps began before its last update.
+
+    Args:
+        scaler: Has stepped one replica's optimizer.
+        began: As for `unscale`.
+        skipped: That replica's gradient was not finite.
+    """
+    before = scaler.get_scale()
+    updates = _updates.setdefault(scaler, deque(maxlen=_REMEMBERED))
+    same_step = [earlier for earlier in updates if earlier.moment > began]  # other replicas' steps of the same losses
+    if same_step and (not skipped or any(earlier.skipped for earlier in same_step)):
+        scaler.update(before)  # forgets which optimizers were unscaled, and leaves scale and growth as they are
+    else:
+        scaler.update()
+        if same_step:  # the others found no infinity, and may have let the scale grow
+            scaler.update(same_step[0].scale * scaler.get_backoff_factor())
+    _Clock.ticks += 1
+    updates.append(_Update(_Clock.ticks, before, skipped))

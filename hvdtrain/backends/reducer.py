@@ -1,0 +1,184 @@
+"""Gradients through the reducer of torch's DistributedDataParallel, without its forward pass.
+
+DistributedDataParallel is built for its reducer: hooks in C++ that collect gradients into buckets and exchange each bucket
+as soon as it is full. Its own forward pass would prepare the reducer, so that a loss computed in any other way (the bare
+module, a method, a part) leaves gradients local, without a word. Here the reducer is prepared by the backward pass that
+ends a step, whatever the forward pass was. This file is the only one that uses the reducer's private names; they are the
+same in torch 2.4 to 2.15.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hvdtrain.backends.agreement import empty_sparse
+from hvdtrain.backends.hooked import sparse_parameters
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.weighting import Tally
+
+# The replica has already copied rank 0's state; torch 2.4 cannot be told so.
+_NO_COPY_OF_STATE: dict[str, Any] = (
+    {"init_sync": False} if "init_sync" in inspect.signature(DistributedDataParallel).parameters else {}
+)
+
+
+class _WithTally(nn.Module):
+    """A model and one parameter more, whose gradient carries the tally in the model's own buckets."""
+
+    def __init__(self, module: nn.Module, trained: list[nn.Parameter], device: torch.device) -> None:
+        super().__init__()
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in trained)
+        self.tally = nn.Parameter(
+            torch.zeros(Tally.SIZE, dtype=torch.float64 if wide else torch.float32, device=device)
+        )
+        self.module = module
+
+
+class ReducerReplica(Replica):
+    """DistributedDataParallel's buckets on any torch.distributed process group."""
+
+    def _set_up(self) -> None:
+        device = self._backend.device
+        self._model = _WithTally(self.module, self._parameters, device)
+        self._ddp = None  # the hooks of an earlier one go with it
+        with _versions_kept(self.module):
+            self._ddp = DistributedDataParallel(
+                self._model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.options.find_unused_parameters,
+                static_graph=self.options.static_graph,
+                **_NO_COPY_OF_STATE,
+            )
+        self._first = True
+        self._sparse = sparse_parameters(self.module)
+
+    def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
+        root = self._prepare(loss)
+        loss.backward(weight, retain_graph=retain_graph)
+        # The tally goes last: until then the reducer is not done, and notices a gradient that comes twice.
+        torch.autograd.backward(root, self._numbers(tally))
+        self._end_of_backward()
+        if not self._complete():
+            self._send_early_ones(loss)
+
+    def _send_after(self, tally: Tally, empty: bool) -> None:
+        root = self._prepare()
+        late = [] if self.options.find_unused_parameters else self._parameters[::-1]
+        torch.autograd.backward([*late, root], [*map(self._zero, late), self._numbers(tally)])
+        self._end_of_backward()
+
+    def _finish(self, empty: bool) -> Tensor:
+        if not self._complete():  # DDP would notice at the next step, with the other ranks waiting
+            raise self._unused_error(
+                [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            )
+        summed = self._model.tally.grad
+        assert summed is not None
+        self._model.tally.grad = None
+        return summed
+
+    def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """Let DDP lay out its buckets, which it does after its first backward pass.
+
+        Over three and more ranks a sum's rounding depends on where in a bucket a gradient lies.
+        """
+        self.backward(forward(self.module), samples=0, total=1)
+        self.reduce_gradients()
+        self.clear()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _reducer(self) -> dist.Reducer:
+        assert self._ddp is not None
+        return self._ddp.reducer
+
+    def _prepare(self, *losses: Tensor) -> Tensor:
+        """Expect the backward pass that ends the step; return what the tally's gradient goes into."""
+        self._reducer._rebuild_buckets()
+        root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
+        self._reducer.prepare_for_backward([*losses, root] if self.options.find_unused_parameters else [])
+        return root
+
+    def _end_of_backward(self) -> None:
+        if self.options.static_graph and self._first:
+            self._reducer._delay_all_reduce()  # type: ignore[attr-defined]  # the first pass only counts; its gradients leave now
+        self._first = False
+
+    def _complete(self) -> bool:
+        try:
+            self._reducer._check_reducer_finalized()
+        except RuntimeError:
+            return False
+        return True
+
+    def _send_early_ones(self, loss: Tensor) -> None:
+        """Send gradients that only earlier micro-batches have made, for which no hook came in this pass."""
+        reached = {id(parameter) for parameter in _parameters_behind(loss)}
+        late = [p for p in self._parameters if id(p) not in reached and p.grad is not None]
+        if late:
+            torch.autograd.backward(late, [self._zero(p) for p in late])
+
+    def _zero(self, parameter: nn.Parameter) -> Tensor:
+        if id(parameter) in self._sparse:
+            return empty_sparse(parameter)
+        return torch.zeros_like(parameter)
+
+    def _numbers(self, tally: Tally) -> Tensor:
+        # The reducer divides by the world size.
+        return torch.tensor(tally.values(), dtype=self._model.tally.dtype, device=self._model.tally.device).mul_(
+            self._backend.world_size
+        )
+
+
+@contextmanager
+def _versions_kept(module: nn.Module) -> Iterator[None]:
+    """Let a graph that was made before stay valid, where torch overwrites parameters with what they are already."""
+    with ExitStack() as stack:
+        for parameter in () if _NO_COPY_OF_STATE else module.parameters():
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+        yield
+
+
+def _roomy(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> int:
+    """About ``bucket_bytes``, so that the last bucket is not full without the tally: it would travel alone.
+
+    Args:
+        parameters: In about the order in which backward completes them.
+        bucket_bytes: A bucket is closed by the gradient that makes it so large; the first one by DDP's own, smaller limit.
+    """
+    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    for percent in (100, 90, 110, 80, 120, 70, 130):
+        limit = bucket_bytes * percent // 100
+        filled, closes_at = 0, first
+        for parameter in parameters:
+            filled += parameter.nbytes
+            if filled >= closes_at:
+                filled, closes_at = 0, limit
+        if filled:
+            return limit
+    return bucket_bytes
+
+
+def _parameters_behind(loss: Tensor) -> Iterator[Tensor]:
+    """The leaves that a backward pass from ``loss`` reaches."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        waiting += [following for following, _ in node.next_functions]

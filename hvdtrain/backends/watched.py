@@ -1,0 +1,59 @@
+"""What a replica watches of its model and optimizer, and whether it is still so.
+
+Parameters come and go: a backbone is unfrozen, a head replaced, a parameter group added. Whether anything changed is asked
+before each exchange, so it costs comparisons of flat lists and no walk over the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_Seen = tuple[list[int], list[int], list[bool], list[int]]
+
+
+class Watched:
+    """The parameters of a model as they were when last looked at.
+
+    Attributes:
+        trained: Those that require gradients, in the model's order.
+        frozen: The others.
+        held: All of the model's and the optimizer's.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer | None) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._known: set[int] = set()
+        self.take()
+
+    def take(self) -> list[nn.Parameter]:
+        """Look anew; return the parameters that were never seen before."""
+        self._modules = list(self._module.modules())
+        own = list(self._module.parameters())
+        self.trained = [p for p in own if p.requires_grad]
+        self.frozen = [p for p in own if not p.requires_grad]
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self.held = list(dict.fromkeys([*own, *(p for group in groups for p in group["params"])]))
+        self._own = own
+        self._seen = self._look()
+        new = [p for p in own if id(p) not in self._known]
+        self._known = {id(p) for p in self.held}  # held alive by the list, so that an id stays one parameter's
+        return new
+
+    def changed(self) -> bool:
+        """Whether modules, parameters, what requires gradients, or the optimizer's groups are other than when taken."""
+        return self._look() != self._seen
+
+    def _look(self) -> _Seen:
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return (
+            [id(child) for module in self._modules for child in module._modules.values()],
+            [id(parameter) for module in self._modules for parameter in module._parameters.values()],
+            [parameter.requires_grad for parameter in self._own],
+            [id(parameter) for group in groups for parameter in group["params"]],
+        )

@@ -1,0 +1,157 @@
+"""How a loss is weighted, so that the ranks' summed gradients are the gradient of a mean over samples.
+
+With a total each loss weighs ``samples / total``. Without one it weighs ``samples / unit``, and the ranks' sum is multiplied
+afterwards by ``unit / samples of all ranks``: the plain number of samples would overflow float16 on the way back. The unit
+is near a step's total, the same on all ranks, and a power of two, so that no gradient depends on which one it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from hvdtrain.backends.loss_scale import moment, now
+from hvdtrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from hvdtrain.backends.communicator import Communicator
+
+_BEGAN = 4096  # moments are told modulo this
+
+
+@dataclass(slots=True)
+class Tally:
+    """What ranks tell each other with their gradients: summed over the ranks, it says how to scale them.
+
+    Attributes:
+        samples: Of the backward passes without a total.
+        uncounted: Backward passes without a total.
+        counted: Backward passes with one.
+        ranks: Ranks with a backward pass in this step.
+        began: `hvdtrain.backends.loss_scale.now` of the first of them, summed over these ranks.
+    """
+
+    samples: int = 0
+    uncounted: int = 0
+    counted: int = 0
+    ranks: int = 0
+    began: int = 0
+
+    SIZE: ClassVar[int] = 5
+
+    def values(self) -> list[float]:
+        """As numbers that can be summed, small ones that float32 holds."""
+        return [float(v) for v in (self.samples, self.uncounted, self.counted, self.ranks, self.began % _BEGAN)]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Tally:
+        """From the sums; what an engine averaged on the way is made whole again."""
+        return cls(*map(round, values))
+
+
+class Weighting:
+    """The weights of one replica's losses.
+
+    Args:
+        communicator: All ranks.
+        divisor: What the engine will divide the ranks' sum by.
+
+    Attributes:
+        tally: Of this rank in this step.
+    """
+
+    def __init__(self, communicator: Communicator, divisor: int) -> None:
+        self._communicator = communicator
+        self._divisor = divisor
+        self._unit: float | None = None  # about as many samples as a step has
+        self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Count from nothing."""
+        self.tally = Tally()
+        self._shared = 0  # samples of the last loss, if the next one is of the same forward pass
+        self._seen = 0
+
+    def begin_backward(self) -> None:
+        """The step's first backward pass on this rank comes now."""
+        self.tally.ranks, self.tally.began = 1, now()
+
+    def weigh(self, samples: int, total: int | None, *, shared: bool) -> float:
+        """Count a loss, and return what its gradient is multiplied by.
+
+        Args:
+            samples: Of which it is the mean.
+            total: Of the whole step, if known.
+            shared: Another loss over the same samples follows.
+
+        Raises:
+            TrainingError: A number that cannot be, or other words than in this step's earlier calls.
+        """
+        if samples < 0:
+            raise TrainingError(f"samples must be 0 or more, got {samples}")
+        if self.tally.uncounted + self.tally.counted and (total is None) != (self.tally.uncounted > 0):
+            raise TrainingError("give total= to every backward() of a step, or to none")
+        self._seen += samples
+        if total is not None:
+            if total <= 0:
+                raise TrainingError(f"total must be positive, got {total}")
+            self.tally.counted += 1
+            return samples / total * self._divisor
+        if self._shared and self._shared != samples:
+            raise TrainingError(
+                f"losses of one forward pass are means over the same samples, got samples={self._shared} and then {samples}"
+            )
+        self._shared = samples if shared else 0
+        self.tally.samples += 0 if shared else samples
+        self.tally.uncounted += 1
+        if self._unit is None and samples:
+            self._unit = _power_of_two(samples * self._divisor)
+        return samples / (self._unit or 1.0) * self._divisor
+
+    def close(self) -> None:
+        """No loss follows in this step."""
+        self.tally.samples += self._shared
+        self._shared = 0
+
+    def settle(self) -> float:
+        """Make the unit the same on all ranks, once; every rank must call it before its gradients leave.
+
+        Returns:
+            What weights that were given in this step must be multiplied by for it.
+        """
+        if self._settled:
+            return 1.0
+        seen = float(self._communicator.all_reduce(torch.tensor(float(self._seen), dtype=torch.float64)))
+        if not seen:  # nobody has a sample
+            return 1.0
+        before, self._unit, self._settled = self._unit, _power_of_two(seen), True
+        return before / self._unit if before is not None and self.tally.uncounted else 1.0
+
+    def factor(self, summed: Tally) -> float | None:
+        """What the exchanged gradients must be multiplied by, given the ranks' summed tallies; None if no rank had any.
+
+        Raises:
+            TrainingError: Some ranks gave a total and others did not; on every rank that knows.
+        """
+        if summed.uncounted and summed.counted:
+            raise TrainingError(
+                "some ranks gave total= to backward() in this step, and others did not; give it on every rank, or on none"
+            )
+        if summed.ranks == 0:
+            return None
+        if self.tally.ranks == 0:  # the losses of these gradients were scaled when the other ranks began
+            self.tally.began = moment(summed.began // summed.ranks, modulo=_BEGAN)
+        if not summed.uncounted:
+            return 1.0
+        factor = (self._unit or 1.0) / summed.samples if summed.samples else 1.0
+        self._unit = _power_of_two(summed.samples)
+        return factor
+
+
+def _power_of_two(value: float) -> float:
+    return 2.0 ** math.ceil(math.log2(value)) if value > 0 else 1.0
