@@ -50,6 +50,15 @@ def test_nodes_do_not_wait_for_each_other(store):
         pass
 
 
+def test_two_nodes_on_one_host_are_kept_apart_where_the_launcher_numbers_them(store):
+    _, one, two, _ = (LocalFirst(store, place(rank), NullWatch()) for rank in range(4))
+    with two.block(10):
+        pass
+    late = pytest.raises(CollectiveError, match=r"rank 1 waited 0\.1 s for rank 0, the first on node 0")
+    with late, one.block(0.1):
+        pass
+
+
 def test_a_node_is_its_host_where_the_launcher_does_not_number_nodes(store, monkeypatch):
     """Ranks dealt out in turns: ranks 0 and 2 on one host, 1 and 3 on the other, the node's number derived wrongly."""
     made = {}
@@ -129,7 +138,9 @@ def test_a_failure_that_the_watch_hears_of_ends_the_wait(store, rank, kind):
 def test_a_store_that_is_gone_is_named():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     LocalFirst(server, place(0, nodes=1), NullWatch())
-    second = LocalFirst(dist.TCPStore("127.0.0.1", server.port, is_master=False), place(1, nodes=1), NullWatch())
+    second = LocalFirst(
+        dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False), place(1, nodes=1), NullWatch()
+    )
     del server  # rank 0 dies
     with pytest.raises(CollectiveError, match="rank 1 lost the connection to rank 0's store"), second.block(20):
         pass
@@ -137,7 +148,11 @@ def test_a_store_that_is_gone_is_named():
 
 def test_an_exception_of_the_first_survives_a_store_that_is_gone():
     servers = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
-    first = LocalFirst(dist.TCPStore("127.0.0.1", servers[0].port, is_master=False), place(0, nodes=1), NullWatch())
+    first = LocalFirst(
+        dist.TCPStore("127.0.0.1", servers[0].port, is_master=False, wait_for_workers=False),
+        place(0, nodes=1),
+        NullWatch(),
+    )
 
     def fail():
         servers.clear()
