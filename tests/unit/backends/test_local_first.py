@@ -148,14 +148,13 @@ def test_a_store_that_is_gone_is_named():
 
 def test_an_exception_of_the_first_survives_a_store_that_is_gone():
     servers = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
-    first = LocalFirst(
-        dist.TCPStore("127.0.0.1", servers[0].port, is_master=False, wait_for_workers=False),
-        place(0, nodes=1),
-        NullWatch(),
-    )
+    store = dist.TCPStore("127.0.0.1", servers[0].port, is_master=False, wait_for_workers=False)
+    first = LocalFirst(store, place(0, nodes=1), NullWatch())
 
     def fail():
         servers.clear()
+        store.set("unnoticed", "")  # the first message to a closed connection goes out
+        time.sleep(0.05)
         raise ValueError("planted")
 
     with pytest.raises(ValueError, match="planted"), first.block(10):
