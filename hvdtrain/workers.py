@@ -24,6 +24,7 @@ import cloudpickle
 
 from hvdtrain.backends import create, load, names
 from hvdtrain.errors import ConfigError, RankFailure
+from hvdtrain.launch.launchers import spawned
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
 
@@ -73,19 +74,11 @@ def spawn(
 
 
 def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "HVDTRAIN_RANK": str(rank),
-        "HVDTRAIN_WORLD_SIZE": str(nprocs),
-        "HVDTRAIN_LOCAL_RANK": str(rank),
-        "HVDTRAIN_LOCAL_WORLD_SIZE": str(nprocs),
-        "HVDTRAIN_JOB_ID": f"spawn-{job}",
-        "HVDTRAIN_PARENT": str(os.getpid()),
-    }
+    environment = {**os.environ, **spawned(rank, nprocs, job)}
     # As torchrun does: N ranks with a thread per core each would be slower than one.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nprocs)))
     return subprocess.Popen(
-        [sys.executable, "-c", "from hvdtrain.workers import _main; _main()", str(folder)],
+        [sys.executable, "-c", "from hvdtrain.workers import _main; _main()", str(folder), str(rank), str(os.getpid())],
         env=environment,
         stdin=subprocess.DEVNULL,
     )
@@ -138,9 +131,8 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 def _main() -> None:
     """One rank."""
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["HVDTRAIN_RANK"])
-    _end_with_parent()
+    folder, rank, caller = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    _end_with(caller)
     try:
         sys.path[:] = (folder / "path").read_text().split("\0")
         fn, args, backend, options = cloudpickle.loads((folder / "call").read_bytes())
@@ -160,9 +152,9 @@ def _write(file: Path, content: bytes) -> None:
     temporary.replace(file)
 
 
-def _end_with_parent() -> None:
+def _end_with(caller: int) -> None:
     """Ask the kernel to end this process when the caller is gone, however it went."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ["HVDTRAIN_PARENT"]):
+    if os.getppid() != caller:
         sys.exit(1)

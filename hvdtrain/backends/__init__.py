@@ -24,7 +24,7 @@ _BUILT_IN = {
     "local": "hvdtrain.backends.local:LocalBackend",
     "torch": "hvdtrain.backends.ddp:TorchBackend",
     "mpi": "hvdtrain.backends.mpi:MpiBackend",
-    "horovod": "hvdtrain.backends.hvd:HorovodBackend",
+    "horovod": "hvdtrain.backends.hvd.backend:HorovodBackend",
 }
 
 # What `auto` tries, in order, for the launcher that started this process; launchers not named here: torch.

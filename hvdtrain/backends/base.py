@@ -7,32 +7,23 @@ and it ends well or badly but never hangs. Nothing here knows an engine, and not
 from __future__ import annotations
 
 import atexit
-import json
+import itertools
 import logging
-import os
-import platform
-import re
-import socket
-import time
-import traceback
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
-from hvdtrain.backends.algorithms import FAMILIES
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.local_first import LocalFirst
-from hvdtrain.backends.rendezvous import DIRECTORY_VARIABLE, Meeting, Tell, meet
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.watch import NullWatch, Watch
-from hvdtrain.data.rank_loader import RankLoader
+from hvdtrain.data.rank_batches import RankBatches
+from hvdtrain.data.source import source_of
 from hvdtrain.errors import (
     BackendUnavailable,
     CollectiveError,
@@ -42,24 +33,23 @@ from hvdtrain.errors import (
     Preempted,
     RankFailure,
 )
+from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import given
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
-from hvdtrain.version import __version__
+from hvdtrain.ranks import last_words
+from hvdtrain.ranks.everyone import assemble, exchange, software
+from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
+from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-    from torch.utils.data import Dataset
+    from torch.utils.data import DataLoader, Dataset
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
-_ENGINE_ERROR = re.compile(
-    r"gloo|nccl|c10d|horovod|mpi4py|DistBackendError|connection (closed|reset|refused)|broken pipe|timed out|socket|store",
-    re.IGNORECASE,
-)
-_COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
-_BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
 
 
 class Backend(Communicator):
@@ -70,7 +60,7 @@ class Backend(Communicator):
         device: "auto" (a GPU where there is one), "cpu", "cuda" (this rank's own GPU) or "cuda:N".
         timeout_s: Bound of every wait for other ranks, in seconds.
         check_collectives: Compare each collective over the ranks first (see `Communicator`).
-        all_reduce: Family of algorithms for all-reduce, see `hvdtrain.backends.algorithms`; what the engine cannot be told
+        all_reduce: Family of algorithms for all-reduce, see `hvdtrain.launch.algorithms`; what the engine cannot be told
             is refused.
     """
 
@@ -105,6 +95,7 @@ class Backend(Communicator):
         self._meeting: Meeting | None = None
         self._local_first: LocalFirst | None = None
         self._launcher_freed = False
+        self._agreements = itertools.count()
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -117,6 +108,11 @@ class Backend(Communicator):
     def world_size(self) -> int:
         """The number of ranks."""
         return self.topology.world_size
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks of the world."""
+        return tuple(range(self.world_size))
 
     @property
     def local_rank(self) -> int:
@@ -195,29 +191,11 @@ class Backend(Communicator):
             return None
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
-        watch = self._watch
         self._free_launcher()
-        if isinstance(error, RankFailure) or _is_engine_error(error):
-            watch.wait_for_failure(0.0 if isinstance(error, RankFailure) else _BLAME_S)
-        described = f"{type(error).__name__}: {error}"
-        first = watch.report(described, "".join(traceback.format_exception(error)))
-        if isinstance(watch, Watch):
-            if first is not None and first.rank == self.rank:
-                watch.linger()
-            else:
-                watch.acknowledge()
-            watch.close()
-            if first is not None and first.rank != self.rank:
-                watch.let_speak()
+        victim_of = last_words.conclude(error, self._watch)
         self._all_met()
         self._kill(error)
-        if first is None or first.rank == self.rank:
-            return error if isinstance(error, RankFailure) else None
-        return RankFailure(
-            f"rank {first.rank} on {first.host} failed first: {first.message}",
-            rank=first.rank,
-            rank_traceback=first.traceback,
-        )
+        return victim_of
 
     def __enter__(self) -> Backend:
         self.start()
@@ -235,16 +213,10 @@ class Backend(Communicator):
                 error = failure
         victim_of = self.abort(error)
         if victim_of is not None:
-            _log.debug("rank %d ends: %s", self.rank, victim_of)
-            if victim_of.rank is None:
-                raise victim_of
-            # The rank that failed shows its traceback; this one ends, non-zero, without another, and not before it:
-            # launchers end all ranks as soon as one has ended.
-            time.sleep(_COURTESY_S)
-            raise SystemExit(HvdtrainError.exit_code) from None
+            last_words.end_as_victim(victim_of)
         if isinstance(error, HvdtrainError):
             error.first = True
-        _tell_launcher(error)
+        last_words.leave_for_launcher(error, self.detection.error_file)
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
@@ -282,13 +254,19 @@ class Backend(Communicator):
 
     def loader(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[Any] | DataLoader[Any],
         *,
-        batch_size: int,
-        shuffle: bool = False,
+        batch_size: int | None = None,
+        shuffle: bool | None = None,
         seed: int = 0,
         workers: int = 0,
-    ) -> RankLoader:
+        collate: Callable[[list[Any]], Any] | None = None,
+        sampler: Iterable[Any] | None = None,
+        drop_last: bool = False,
+        last_batch: str = "keep",
+        pin_memory: bool | None = None,
+        persistent_workers: bool | None = None,
+    ) -> RankBatches:
         """Iterate over this rank's share of a data set, batch by batch, already on `device`.
 
         The global batch is ``batch_size * world_size`` samples, the last one as many as are left; each rank gets its
@@ -296,24 +274,44 @@ class Backend(Communicator):
         of length 0, so that all ranks make the same number of steps and no sample is lost or doubled.
 
         Args:
-            dataset: With ``__len__`` and ``__getitem__``.
+            dataset: With ``__len__`` and ``__getitem__``. Or a `torch.utils.data.DataLoader`, which says what the
+                arguments below leave open: its data set, batch size, shuffling or sampler, drop_last, collate function,
+                loader processes and what they are told. Its own random numbers (generator, a DistributedSampler's seed)
+                play no part, ``seed`` does; a DistributedSampler is not cut a second time.
             batch_size: Samples per rank and step.
             shuffle: A new order each epoch (each iteration over the loader is the next epoch), the same for every
-                world size.
-            seed: Of the order.
-            workers: DataLoader worker processes.
+                world size. None: as the DataLoader does; in the data set's order without one.
+            seed: Of the order, and of augmentation in loader processes.
+            workers: Loader processes per rank.
+            collate: Makes a batch out of a list of samples, as DataLoader's ``collate_fn``.
+            sampler: Gives the order of the whole data set in each epoch, for all ranks together, and every rank the
+                same: its random numbers depend on ``seed`` and the epoch, and the ranks compare its orders, for which
+                all must begin each epoch.
+            drop_last: DataLoader's word for ``last_batch="drop"``.
+            last_batch: What becomes of samples that do not fill a last global batch: "keep", "drop", or "merge" with
+                the one before.
+            pin_memory: None for yes where the device is a GPU.
+            persistent_workers: Loader processes outlive an epoch; None for yes.
+
+        Raises:
+            ConfigError: Arguments exclude each other, the data cannot be cut (a stream, batches made elsewhere), or
+                loader processes have no room.
         """
-        return RankLoader(
+        source = source_of(
             dataset,
             batch_size=batch_size,
-            world_size=self.world_size,
-            rank=self.rank,
-            device=self.device,
             shuffle=shuffle,
-            seed=seed,
+            sampler=sampler,
+            last_batch=last_batch,
+            drop_last=drop_last,
+            collate=collate,
             workers=workers,
-            local_world_size=self.topology.local_world_size,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
         )
+        if source.batch_size is None:
+            raise ConfigError("give batch_size=, the samples per rank and step")
+        return RankBatches(source, self, seed=seed)
 
     def group(self, ranks: Sequence[int]) -> Communicator | None:
         """Make a communicator for some of the ranks; every rank of the world must call it with the same list.
@@ -359,20 +357,53 @@ class Backend(Communicator):
         with turn, self._without_engine(reason):
             yield
 
-    @contextmanager
-    def region(self, label: str, what: str) -> Iterator[None]:
-        """Mark an operation of the engine that all ranks must take part in, and name it if the engine fails."""
-        everyone = range(self.world_size)
-        with self._watch.region(label, what, everyone):
-            try:
-                yield
-            except RuntimeError as error:
-                if isinstance(error, HvdtrainError) or not _is_engine_error(error):
-                    raise
-                if self._watch.failure is not None and self._watch.failure.rank == self.rank:  # the watch knows better
-                    raise CollectiveError(self._watch.failure.message) from error
-                missing = self._watch.missing(label, everyone)
-                raise CollectiveError(f"{what} failed on rank {self.rank}{missing}: {error}") from error
+    def agree_beside(self, what: str, mine: str) -> list[str]:
+        """Collect one small text of every rank on every rank, beside the engine; every rank must call it.
+
+        For what is rare: it costs some messages through rank 0's store, some milliseconds, and disturbs no operation of
+        the engine that is under way.
+
+        Args:
+            what: The occasion, for messages: "the agreement on the model's structure".
+            mine: This rank's text.
+
+        Returns:
+            The texts, in rank order.
+
+        Raises:
+            CollectiveError: A rank left, waits for this one in another operation, or did not come within the timeout; names
+                it and what it does instead.
+            RankFailure: Another rank failed meanwhile.
+        """
+        if self.world_size == 1:
+            return [mine]
+        if self._meeting is None:
+            raise CollectiveError("the backend is not running: use it inside `with hvdtrain.init() as backend:`")
+        number, store = next(self._agreements), self._meeting.watch
+        texts = exchange(
+            store, self._watch, f"agreement/{number}", mine,
+            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
+        )  # fmt: skip
+        for name in (str(self.rank), *(["all"] if self.rank == 0 else [])):  # everybody is through the one before
+            store.delete_key(f"agreement/{number - 1}/{name}")
+        return texts
+
+    def assemble(self, what: str) -> None:
+        """Return once every rank is here; every rank must call it, with the same words.
+
+        Beside the engine, which would take the first collective of a rank that is elsewhere for an answer. For the
+        beginning of work that people are tempted to do on one rank alone.
+
+        Args:
+            what: Names the work, in messages: "an evaluation after step 120".
+
+        Raises:
+            CollectiveError: A rank does something else, has left, or did not come in time; says which, and what it does.
+        """
+        texts = self.agree_beside(what, what)
+        for rank, theirs in enumerate(texts):
+            if theirs != texts[0]:
+                raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -403,47 +434,30 @@ class Backend(Communicator):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _meet(self) -> Meeting:
-        """Connect with the other ranks beside the engine, and begin to watch them."""
-        elsewhere = self.topology.num_nodes > 1 and self.detection.address is None
-        tell = self._tell() if elsewhere and DIRECTORY_VARIABLE not in os.environ else None
-        self._meeting = meeting = meet(self.detection, self.timeout_s, tell)
+        """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""
+        announce = self._announce() if needs_announcement(self.detection) else None
+        self._meeting = meeting = meet(self.detection, self.timeout_s, announce)
         watch = Watch(meeting.watch, self.rank, self.world_size)
         # An MPI that is told of a lost connection may end the process before `abort` comes to that.
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
-        self._local_first = LocalFirst(meeting.engine, self.topology, watch)
+        self._local_first = LocalFirst(meeting.watch, self.topology, watch)
         try:
-            self._compare_versions(meeting.engine)
+            assemble(
+                meeting.watch, watch, self._software(),
+                rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
+            )  # fmt: skip
         except BaseException:
             watch.close()
             raise
         return meeting
 
-    def _compare_versions(self, store: torch.distributed.Store) -> None:
-        """Refuse hosts with different software: what one rank pickles or expects the other may not understand."""
-        mine = {
-            "Python": platform.python_version().rpartition(".")[0],
-            "torch": str(torch.__version__).partition("+")[0],
-            "hvdtrain": __version__,
-        }
-        host = socket.gethostname()
-        store.set(f"versions/{self.rank}", json.dumps([host, mine]))
-        # Rank 0 compares itself with all, and the others with rank 0: so that whoever differs knows, and rank 0 too.
-        for rank in range(1, self.world_size) if self.rank == 0 else (0,):
-            try:
-                store.wait([f"versions/{rank}"], timedelta(seconds=self.timeout_s))
-            except RuntimeError as error:
-                raise LaunchError(f"rank {self.rank} waited {self.timeout_s:g} s for rank {rank} to start") from error
-            there, theirs = json.loads(store.get(f"versions/{rank}"))
-            for name, version in mine.items():
-                if theirs.get(name) != version:
-                    raise LaunchError(
-                        f"rank {rank} on {there} has {name} {theirs.get(name)}, and rank {self.rank} on {host} has {name} "
-                        f"{version}: install the same on every host"
-                    )
+    def _software(self) -> dict[str, str]:
+        """Names and versions that must be the same on every rank."""
+        return software()
 
-    def _tell(self) -> Tell | None:
+    def _announce(self) -> Announce | None:
         """How rank 0's address can reach ranks on other hosts; None: only through a folder that they share."""
         return None
 
@@ -454,13 +468,9 @@ class Backend(Communicator):
             end_if_stuck()
 
     def _all_met(self) -> None:
-        """Remove the file that told where to meet: every rank has read it, or never will."""
+        """Remove the file that says where to meet: every rank has read it, or never will."""
         if self._meeting is not None and self._meeting.file is not None:
             self._meeting.file.unlink(missing_ok=True)
-
-    @property
-    def _real_watch(self) -> Watch | None:
-        return self._watch if isinstance(self._watch, Watch) else None
 
     def _choose_device(self, wanted: str) -> torch.device:
         try:
@@ -475,7 +485,7 @@ class Backend(Communicator):
         if present == 0:
             raise BackendUnavailable(
                 f"--device {wanted}: this process sees no CUDA GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}); use --device cpu, or start the container with its GPU runtime"
+                f"{given('CUDA_VISIBLE_DEVICES') or 'unset'}); use --device cpu, or start the container with its GPU runtime"
             )
         if device.index is not None:
             if device.index >= present:
@@ -499,33 +509,3 @@ class Backend(Communicator):
             self.stop()
         except HvdtrainError as error:
             _log.warning("%s", error)
-
-
-def _is_engine_error(error: BaseException) -> bool:
-    """Whether the engine, not the user's code, raised it: then another rank may be the cause."""
-    if isinstance(error, (torch.distributed.DistError, ConnectionError)):
-        return True
-    if isinstance(error, CollectiveError):
-        return error.__cause__ is not None
-    return isinstance(error, RuntimeError) and _ENGINE_ERROR.search(str(error)) is not None
-
-
-def _tell_launcher(error: BaseException) -> None:
-    """Leave the traceback where torchrun's summary looks for it."""
-    target = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not target:
-        return
-    content = {
-        "message": {
-            "message": f"{type(error).__name__}: {error}",
-            "extraInfo": {
-                "py_callstack": "".join(traceback.format_exception(error)),
-                "timestamp": str(int(time.time())),
-            },
-        }
-    }
-    try:
-        with open(target, "w") as file:
-            json.dump(content, file)
-    except OSError as problem:
-        _log.debug("could not write %s: %s", target, problem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hvdtrain.backends import algorithms
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.reducer import ReducerReplica
-from hvdtrain.backends.rendezvous import Meeting
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
+from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import settle
+from hvdtrain.ranks.rendezvous import Meeting
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -42,7 +42,7 @@ class TorchBackend(Backend):
     def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
         super().__init__(detection, **options)
         self.process_group = self._choose_process_group(process_group)
-        self._engine_settings = self._told(self.all_reduce_family)
+        self._engine_settings = self._variables(self.all_reduce_family)
 
     @classmethod
     def unusable(cls) -> str:
@@ -70,7 +70,7 @@ class TorchBackend(Backend):
             )
         return wanted
 
-    def _told(self, family: str) -> dict[str, str]:
+    def _variables(self, family: str) -> dict[str, str]:
         """The variables that make the engine use a family of all-reduce algorithms; refuses what it has not."""
         if self.process_group == "nccl":
             return algorithms.nccl(family)
@@ -101,7 +101,7 @@ class TorchBackend(Backend):
 
     def _init_process_group(self, meeting: Meeting) -> None:
         topology = self.topology
-        os.environ.update(self._engine_settings)
+        settle(self._engine_settings)
         more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
         dist.init_process_group(
             self.process_group,
@@ -130,7 +130,7 @@ class TorchBackend(Backend):
         group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
         if self.rank not in ranks:
             return None
-        return Communicator(self._make_wire(group, ranks), self._real_watch, check=self._check, label=f"group {ranks}")
+        return Communicator(self._make_wire(group, ranks), self._watch, check=self._check, label=f"group {ranks}")
 
     def _make_wire(self, group: Any, ranks: Sequence[int]) -> Wire:
         return C10dWire(group, ranks, self._wire_device)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hvdtrain.backends import algorithms
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import SelfWire
+from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
 
 if TYPE_CHECKING:

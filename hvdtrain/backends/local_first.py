@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from hvdtrain.backends.watch import NullWatch
 from hvdtrain.errors import CollectiveError
+from hvdtrain.ranks.watch import NullWatch
 
 if TYPE_CHECKING:
     from hvdtrain.topology import Topology
@@ -61,7 +61,9 @@ class LocalFirst:
             self._wait(number, timeout_s)
             yield
             return
-        with self._watch.region(self._label, "local_rank_first", ()):  # counted: the others see that it has begun
+        with self._watch.region(
+            self._label, "local_rank_first", (self._topology.rank,)
+        ):  # counted: the others see that it has begun
             pass
         try:
             yield
@@ -84,7 +86,7 @@ class LocalFirst:
             raise self._lost(error) from error
         if said == _DONE:
             return
-        self._watch.wait_for_failure(_HEAR_S)
+        self._watch.words.wait_for_first(_HEAR_S)
         self._watch.raise_if_failed()
         raise CollectiveError(f"local_rank_first: the block of local rank 0 on {self._node} failed: {said}")
 

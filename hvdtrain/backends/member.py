@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar, cast, get_args
 
 import torch
@@ -25,9 +25,10 @@ from hvdtrain.backends.forms import (
     read_header,
     refuse_gradient,
 )
-from hvdtrain.backends.watch import NullWatch, Watch
 from hvdtrain.backends.wire import Done, Wire, WireOp, Work
-from hvdtrain.errors import CollectiveError, RankFailure
+from hvdtrain.errors import CollectiveError, HvdtrainError
+from hvdtrain.ranks.last_words import is_engine_error
+from hvdtrain.ranks.watch import NullWatch
 
 T = TypeVar("T")
 
@@ -79,10 +80,10 @@ class Member:
     """
 
     def __init__(
-        self, wire: Wire | None = None, watch: Watch | None = None, *, check: bool = False, label: str = "world"
+        self, wire: Wire | None = None, watch: NullWatch | None = None, *, check: bool = False, label: str = "world"
     ) -> None:
         self._wire = wire
-        self._watch: Watch | NullWatch = watch or NullWatch()
+        self._watch = watch or NullWatch()
         self._check = check
         self._label = label
         self._forbidden: dict[int, str] = {}  # by thread: why it may use no engine now
@@ -98,6 +99,36 @@ class Member:
             raise CollectiveError(self._forbidden[threading.get_ident()])
         return self._wire
 
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group, 0 <= rank < world_size."""
+        return self.wire.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks in the group."""
+        return self.wire.size
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The world's ranks that form the group, in the group's order."""
+        return self.wire.ranks
+
+    @contextmanager
+    def region(self, label: str, what: str) -> Iterator[None]:
+        """Mark an operation of the engine that all ranks must take part in, and name it if the engine fails.
+
+        Args:
+            label: Operations of one label are counted, to find the ranks that have not begun this one.
+            what: The operation, for messages.
+
+        Raises:
+            CollectiveError: In place of the engine's own error; names the operation and the ranks that are missing.
+            RankFailure: Another rank has failed.
+        """
+        with self._region([(label, self.ranks)], what, is_engine_error):
+            yield
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Pending[Tensor]:
@@ -106,7 +137,7 @@ class Member:
         buffer = self._encode(tensor)
         guard = self._guard(name, tensor, op)
         if buffer.numel() == 0:
-            return Pending(Done(), lambda: tensor.detach().clone(), NullWatch.region)
+            return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with guard:
             work = self.wire.all_reduce_(buffer, wire_op)
         return Pending(
@@ -120,7 +151,7 @@ class Member:
         wire = self.wire
         copy = tensor.detach().to(wire.device, copy=True, memory_format=torch.contiguous_format).reshape(-1)
         if copy.numel() == 0:
-            return Pending(Done(), lambda: tensor.detach().clone(), NullWatch.region)
+            return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with self._guard(name, tensor):
             work = wire.broadcast_(copy.view(torch.uint8), src)
 
@@ -233,23 +264,41 @@ class Member:
             else:
                 self._forbidden[thread] = outer
 
-    @contextmanager
-    def _guard(self, name: str, tensor: Tensor | None, op: str = "", *, again: bool = False) -> Iterator[None]:
-        """Tell the watch what this rank waits for, and name it when the engine fails."""
+    def _guard(
+        self, name: str, tensor: Tensor | None, op: str = "", *, again: bool = False
+    ) -> AbstractContextManager[None]:
+        """The region of one collective, in which nothing but the engine can fail."""
         what = name + (f"(op={op})" if op else "")
         if tensor is not None:
             what += f" of {tensor.dtype} {tuple(tensor.shape)}"
-        wire = self.wire
-        with self._watch.region(self._label, what, wire.ranks, again=again):
+        what += f" over {self._label} ({self.wire.size} ranks)"
+        return self._region([(self._label, self.ranks)], what, any_error, again=again)
+
+    @contextmanager
+    def _region(
+        self,
+        waits: Sequence[tuple[str, Sequence[int]]],
+        what: str,
+        is_engines: Callable[[BaseException], bool],
+        *,
+        again: bool = False,
+    ) -> Iterator[None]:
+        """`region`, with all that may differ: ``waits`` has labels, each with the world's ranks that it needs."""
+        rank, watch = self.ranks[self.rank], self._watch
+        with ExitStack() as regions:
+            for label, ranks in waits:
+                regions.enter_context(watch.region(label, what, ranks, again=again))
             try:
                 yield
             except RuntimeError as error:
-                if isinstance(error, (RankFailure, CollectiveError)):
+                if isinstance(error, HvdtrainError) or not is_engines(error):
                     raise
-                failure = self._watch.failure
-                if failure is not None and failure.rank == wire.ranks[wire.rank]:  # the watch knows better
-                    raise CollectiveError(failure.message) from error
-                missing = self._watch.missing(self._label, wire.ranks)
-                raise CollectiveError(
-                    f"{what} over {self._label} ({wire.size} ranks) failed on rank {wire.ranks[wire.rank]}{missing}: {error}"
-                ) from error
+                if watch.failure is not None and watch.failure.rank == rank:  # the watch knows better
+                    raise CollectiveError(watch.failure.message) from error
+                missing = next(filter(None, (watch.missing(label, ranks) for label, ranks in waits)), "")
+                raise CollectiveError(f"{what} failed on rank {rank}{missing}: {error}") from error
+
+
+def any_error(error: BaseException) -> bool:
+    """Every error: where nothing but the engine can fail."""
+    return True

@@ -7,16 +7,16 @@ and a program in which two ranks wait for each other fails on all, at the timeou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
 
 from hvdtrain.backends.forms import HEADER, as_bytes, check_tensor, header, numel, read_header, refuse_gradient
-from hvdtrain.backends.member import Member
+from hvdtrain.backends.member import Member, any_error
 from hvdtrain.backends.rooted import arrival
-from hvdtrain.errors import CollectiveError, RankFailure
+from hvdtrain.errors import CollectiveError
 
 _BLOCK_BYTES = 512
 _HEADER_BYTES = 8 * (HEADER + 1)
@@ -133,29 +133,16 @@ class Messages(Member):
                 f"{name}: {role}={peer} is this rank itself, and messages go from one rank to another; tensor.clone() copies"
             )
 
-    @contextmanager
-    def _between(self, what: str, dst: int | None, src: int | None) -> Iterator[None]:
-        """Tell the watch which ranks this one waits for, each direction counted by itself, and name them on failure."""
-        wire = self.wire
-        me = wire.ranks[wire.rank]
-        waits: list[tuple[str, int]] = []
+    def _between(self, what: str, dst: int | None, src: int | None) -> AbstractContextManager[None]:
+        """The region of a message, in which each direction is counted by itself."""
+        ranks = self.ranks
+        me = ranks[self.rank]
+        waits: list[tuple[str, Sequence[int]]] = []
         if dst is not None:
-            waits.append((f"{self._label}: {me} to {wire.ranks[dst]}", wire.ranks[dst]))
+            waits.append((f"{self._label}: {me} to {ranks[dst]}", (ranks[dst],)))
         if src is not None:
-            waits.append((f"{self._label}: {wire.ranks[src]} to {me}", wire.ranks[src]))
-        with ExitStack() as regions:
-            for label, peer in waits:
-                regions.enter_context(self._watch.region(label, what, (peer,)))
-            try:
-                yield
-            except RuntimeError as error:
-                if isinstance(error, (RankFailure, CollectiveError)):
-                    raise
-                failure = self._watch.failure
-                if failure is not None and failure.rank == me:  # the watch knows better
-                    raise CollectiveError(failure.message) from error
-                missing = next(filter(None, (self._watch.missing(label, (peer,)) for label, peer in waits)), "")
-                raise CollectiveError(f"{what} over {self._label} failed on rank {me}{missing}: {error}") from error
+            waits.append((f"{self._label}: {ranks[src]} to {me}", (ranks[src],)))
+        return self._region(waits, f"{what} over {self._label}", any_error)
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.ddp import C10dWire, TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
-from hvdtrain.backends.rendezvous import Meeting, Tell
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, Work
-from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import Options, give_up, library, shut_down
+from hvdtrain.ranks.exit import code_of, end_hard
+from hvdtrain.ranks.rendezvous import Announce, Meeting
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-_LAUNCHERS = ("mpirun", "srun", "horovodrun")
 
 
 class MpiBackend(TorchBackend):
@@ -51,7 +50,7 @@ class MpiBackend(TorchBackend):
     def refuses(cls, detection: Detection) -> str:
         """Refuse ranks that MPI did not start."""
         launcher, world = detection.topology.launcher, detection.topology.world_size
-        if world == 1 or launcher in _LAUNCHERS:
+        if world == 1 or may_join_by_mpi(launcher):
             return ""
         return (
             f"backend 'mpi' cannot run under {launcher}, whose ranks MPI does not join; start it with "
@@ -66,11 +65,11 @@ class MpiBackend(TorchBackend):
     def _choose_process_group(self, wanted: str) -> str:
         return wanted
 
-    def _told(self, family: str) -> dict[str, str]:
+    def _variables(self, family: str) -> dict[str, str]:
         return {}  # by library.load
 
-    def _tell(self) -> Tell | None:
-        return library.tell(self.detection, self.timeout_s, self.all_reduce_family)
+    def _announce(self) -> Announce | None:
+        return library.announce(self.detection, self.timeout_s, self.all_reduce_family)
 
     def _init_process_group(self, meeting: Meeting) -> None:
         library.load(self.detection, self.all_reduce_family)
@@ -83,8 +82,7 @@ class MpiBackend(TorchBackend):
             timeout=timedelta(seconds=self.timeout_s),
             pg_options=Options(watch=False, all_reduce=self.all_reduce_family),  # this backend has its own watch
         )
-        if self._real_watch is not None:
-            self._real_watch.on_failure.append(give_up)
+        self._watch.on_failure.append(give_up)
         dist.barrier()
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
@@ -105,8 +103,7 @@ class MpiBackend(TorchBackend):
 
     def _kill(self, error: BaseException) -> None:
         # MPI_Finalize would wait for ranks that are gone, and MPI_Abort reaches those that wait inside MPI.
-        code = error.exit_code if isinstance(error, HvdtrainError) else getattr(error, "code", None)
-        library.end_hard(code if isinstance(code, int) and code else 1)
+        end_hard(code_of(error))
 
 
 class MpiWire(C10dWire):

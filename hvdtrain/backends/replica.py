@@ -98,7 +98,7 @@ class Replica(ABC):
             check_optimizer(optimizer)
         self._watched = Watched(module, optimizer)
         check_parameters(module, optimizer, self._parameters, backend.device)
-        check_same_structure(backend, module, optimizer)
+        check_same_structure(self._gather, module, optimizer)
         copy_state_from_rank_zero(backend, module, optimizer)
         self._phase = _Phase.EMPTY
         self._steps = 0
@@ -305,7 +305,7 @@ class Replica(ABC):
         if self._watched.changed():
             self._watched.take()
             check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
-            check_same_structure(self._backend, self.module, self._optimizer)
+            check_same_structure(self._gather, self.module, self._optimizer)
             self._set_up()
         copy_state_from_rank_zero(self._backend, self.module, self._optimizer)
 
@@ -422,6 +422,10 @@ class Replica(ABC):
                 "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
             )
 
+    def _gather(self, text: str) -> list[str]:
+        # Beside the engine: a rank whose model did not change is in another operation of the engine's.
+        return self._backend.agree_beside("the agreement on the model's parameters", text)
+
     def _settle_unit(self) -> float:
         factor = self._weighting.settle()
         if factor != 1.0:
@@ -446,7 +450,7 @@ class Replica(ABC):
         new = self._watched.take()
         check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
         # The forward pass has used the new ones, so it is too late to copy them.
-        check_same_structure(self._backend, self.module, self._optimizer, new)
+        check_same_structure(self._gather, self.module, self._optimizer, new)
         self._set_up()
 
     def _unused_error(self, names: list[str]) -> TrainingError:

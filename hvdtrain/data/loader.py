@@ -1,4 +1,4 @@
-"""From a data set and a batch sampler to batches on a device.
+"""From a data set and a batch sampler to batches.
 
 The loader is torch's own `DataLoader`; what is added is that random augmentation in loader processes depends on the
 batch and not on which process happens to load it, and that tensors in memory are batched by one indexing operation. No
@@ -8,19 +8,17 @@ loader here draws from the global random state of the process that makes it.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import inspect
-import random
-from collections.abc import Callable, Mapping, MutableMapping
+import multiprocessing
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from hvdtrain.data.arrays import ArrayDataset
+from hvdtrain.data.nested import LONGER, SHORTER, empty_from
+from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
 from hvdtrain.data.samplers import IndexBatch
 from hvdtrain.data.worker_signals import OutliveSigterm
 from hvdtrain.errors import ConfigError
@@ -28,13 +26,17 @@ from hvdtrain.errors import ConfigError
 
 def make_loader(
     dataset: Dataset[Any],
-    batch_sampler: Sampler[list[int]],
+    batch_sampler: Sampler[list[int]] | Sequence[list[int]],
     *,
     workers: int = 0,
     pin_memory: bool = False,
     seed: int = 0,
     timeout_s: float = 0,
     collate: Callable[[list[Any]], Any] | None = None,
+    persistent_workers: bool = True,
+    worker_init: Callable[[int], None] | None = None,
+    prefetch_factor: int | None = None,
+    multiprocessing_context: Any = None,
 ) -> DataLoader[Any]:
     """Return a loader of the batches that ``batch_sampler`` names.
 
@@ -47,11 +49,15 @@ def make_loader(
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
         batch_sampler: Yields lists of data set indices.
-        workers: Loader processes; they live as long as the loader.
+        workers: Loader processes.
         pin_memory: Load into pinned memory, for faster copies to a GPU; without effect where there is none.
         seed: Of random numbers in loader processes.
         timeout_s: Longest wait for a batch from a loader process, in seconds; 0 for no limit.
         collate: Makes a batch out of a list of samples; torch's default otherwise.
+        persistent_workers: Loader processes live as long as the loader; else as long as an epoch.
+        worker_init: Called in each loader process with its number before it loads anything.
+        prefetch_factor: Batches loaded in advance by each loader process; 2 otherwise.
+        multiprocessing_context: How loader processes begin, see `torch.utils.data.DataLoader`.
 
     Raises:
         ConfigError: A value that cannot work, or a data set that cannot be indexed.
@@ -60,10 +66,7 @@ def make_loader(
         raise ConfigError(f"workers must be 0 or more, got {workers}")
     if timeout_s < 0:
         raise ConfigError(f"timeout_s must be 0 or more, got {timeout_s}")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise ConfigError(
-            f"{type(dataset).__name__} cannot be split over ranks exactly; a data set needs __len__ and __getitem__"
-        )
+    check_indexable(dataset)
     whole = collate is None and _loads_whole_batches(dataset)
     source: Any = _WholeBatches(dataset) if whole else dataset
     if workers:
@@ -76,75 +79,86 @@ def make_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         timeout=timeout_s if workers else 0,
         generator=torch.Generator().manual_seed(seed),  # else each iterator would draw from the global one
-        worker_init_fn=OutliveSigterm() if workers else None,
-        persistent_workers=workers > 0,
+        worker_init_fn=_WorkerStart(worker_init) if workers else None,
+        persistent_workers=workers > 0 and persistent_workers,
+        prefetch_factor=prefetch_factor if workers else None,
+        multiprocessing_context=multiprocessing_context if workers else None,
     )
 
 
-def empty_batch(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None = None) -> Any:
-    """Return a batch of length 0, of the shapes and types that a batch of this data set has."""
-    one = (
-        dataset.batch([0])
-        if isinstance(dataset, ArrayDataset) and collate is None
-        else (collate or default_collate)([dataset[0]])
-    )
-    return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) and x.dim() else x, one)
+def check_indexable(dataset: Any) -> None:
+    """Refuse what has no samples to point at.
+
+    Raises:
+        ConfigError: Says how to train on it all the same.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            f"{type(dataset).__name__} cannot be split over ranks exactly: a data set needs __len__ and __getitem__. A stream "
+            "needs a loop of your own: let each rank read its own part of it, and for each batch call "
+            "replica.backward(loss, samples=len(batch)) and replica.step(); a rank whose part has ended calls replica.step() "
+            "alone until all have"
+        )
 
 
-def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
-    """Return a batch with its tensors on a device; the argument itself is not changed.
+def look_at_samples(
+    dataset: Dataset[Any], indices: Sequence[Any], look: Callable[[Any], Any], *, workers: int = 0, **processes: Any
+) -> list[Any]:
+    """Load single samples, as training loads them, and return what ``look`` says of each.
+
+    Each is loaded under the same random numbers, on every rank and at every call; those of this process are as before.
+    Where training has loader processes, the data set itself is not read here: what it opens when it is first read would
+    be handed down to all of them. A loader process reads it; or, where such a process begins with a copy and slowly
+    ("spawn", "forkserver"), a copy.
 
     Args:
-        batch: Tensors, objects with ``.to(device)``, and tuples, namedtuples, lists, mappings and dataclasses of these,
-            nested as they like. Anything else is returned as it is.
-        device: Where to.
-        non_blocking: Return before copies from pinned memory are done.
+        dataset: With ``__len__`` and ``__getitem__``.
+        indices: Which samples.
+        look: Gets what a collate function would get for a batch of one: a list with the sample, mostly.
+        workers: Loader processes of the training.
+        processes: Their further arguments for `make_loader`.
     """
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=non_blocking)
-    kind = type(batch)
-    if kind is tuple or kind is list:
-        return kind(to_device(value, device, non_blocking) for value in batch)
-    if kind is dict:
-        return {key: to_device(value, device, non_blocking) for key, value in batch.items()}
-    if kind in (str, bytes, int, float, bool, type(None)) or isinstance(batch, type):
-        return batch
-    if callable(getattr(batch, "to", None)):
-        return batch.to(device, **({"non_blocking": True} if non_blocking and _takes_non_blocking(batch.to) else {}))
-    return _other_container_to_device(batch, device, non_blocking)
+    batches = [IndexBatch([index], (2,)) for index in indices]  # the key of none that is trained on or evaluated
+    if workers and _start_method(processes.get("multiprocessing_context")) == "fork":
+        loader = make_loader(dataset, batches, workers=1, collate=look, persistent_workers=False, **processes)
+        return list(loader)
+    if workers:
+        dataset = pickle.loads(pickle.dumps(dataset))
+    seeded = _SeededBatches(dataset, 0)
+    with untouched_random_numbers():
+        return [look(seeded.__getitems__(batch)) for batch in batches]
 
 
-def _other_container_to_device(batch: Any, device: torch.device | str, non_blocking: bool) -> Any:
-    """Subclasses of tuple, list and dict, other mappings, and dataclasses: a copy of the same type."""
-    clone: Any = batch
-    if isinstance(batch, tuple) and not isinstance(batch, torch.Size):
-        moved = (to_device(value, device, non_blocking) for value in batch)
-        clone = batch._make(moved) if hasattr(batch, "_make") else type(batch)(moved)
-    elif isinstance(batch, list):
-        clone = copy.copy(batch)
-        clone[:] = [to_device(value, device, non_blocking) for value in batch]
-    elif isinstance(batch, Mapping):
-        content = {key: to_device(value, device, non_blocking) for key, value in batch.items()}
-        if isinstance(batch, MutableMapping):
-            clone = copy.copy(batch)
-            clone.update(content)
-        else:
-            clone = type(batch)(content)  # type: ignore[call-arg]
-    elif dataclasses.is_dataclass(batch):
-        clone = copy.copy(batch)  # and not dataclasses.replace, which would run __post_init__ again
-        for field in dataclasses.fields(batch):
-            if hasattr(batch, field.name):
-                object.__setattr__(clone, field.name, to_device(getattr(batch, field.name), device, non_blocking))
-    return clone
+def empty_batch(
+    dataset: Dataset[Any],
+    *,
+    collate: Callable[[list[Any]], Any] | None = None,
+    index: Any = 0,
+    workers: int = 0,
+    **processes: Any,
+) -> Any:
+    """Return a batch of length 0, of the shapes and types that a batch of this data set has.
 
+    Args:
+        dataset: With ``__len__`` and ``__getitem__``.
+        collate: As for `make_loader`.
+        index: Of the sample that shows how a batch looks.
+        workers: As for `look_at_samples`.
+        processes: As for `look_at_samples`.
 
-def _takes_non_blocking(to: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(to).parameters
-    except (TypeError, ValueError):  # a builtin that does not tell
-        return False
-    keywords = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return keywords or "non_blocking" in parameters
+    Raises:
+        ConfigError: The batches do not show what an empty one would be.
+    """
+    if collate is None and _loads_whole_batches(dataset):
+        whole: Any = dataset
+        return empty_from(whole.batch([index] * SHORTER), whole.batch([index] * LONGER))
+    look = _TwoBatches(collate or default_collate)
+    (pair,) = look_at_samples(dataset, [index], look, workers=workers, **processes)
+    if pair is None:
+        batches = [IndexBatch([index] * length, (2,)) for length in (SHORTER, LONGER)]
+        with untouched_random_numbers():
+            pair = list(make_loader(dataset, batches, workers=min(workers, 1), collate=collate, **processes))
+    return empty_from(*pair)
 
 
 def _loads_whole_batches(dataset: Dataset[Any]) -> bool:
@@ -157,6 +171,47 @@ def _loads_whole_batches(dataset: Dataset[Any]) -> bool:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+class _TwoBatches:
+    """Collates one sample into two batches that differ in nothing but their length; None for what is no list."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: Any) -> tuple[Any, Any] | None:
+        if not isinstance(samples, list):  # a data set whose __getitems__ makes batches
+            return None
+        return self._batch(samples, SHORTER), self._batch(samples, LONGER)
+
+    def _batch(self, samples: list[Any], length: int) -> Any:
+        seed_process()  # a collate function may draw, and must draw the same for both
+        return self._collate([_copied(samples[0]) for _ in range(length)])
+
+
+def _start_method(context: Any) -> str:
+    if isinstance(context, str):
+        return context
+    return str((context or multiprocessing).get_start_method())
+
+
+def _copied(sample: Any) -> Any:
+    try:
+        return copy.deepcopy(sample)  # a collate function may take its samples apart
+    except Exception:  # deepcopy may ask anything of it
+        return sample
+
+
+class _WorkerStart:
+    """What a loader process does first."""
+
+    def __init__(self, users: Callable[[int], None] | None) -> None:
+        self._outlive, self._users = OutliveSigterm(), users
+
+    def __call__(self, worker: int) -> None:
+        self._outlive(worker)
+        if self._users is not None:
+            self._users(worker)
 
 
 class _WholeBatches(Dataset[Any]):
@@ -186,19 +241,7 @@ class _SeededBatches(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> Any:
         if isinstance(indices, IndexBatch):
-            _seed_process(self._seed, *indices.key)
+            seed_process(self._seed, *indices.key)
         if getattr(self._dataset, "__getitems__", None):
             return self._dataset.__getitems__(indices)
         return [self._dataset[index] for index in indices]
-
-
-def _seed_process(*numbers: int) -> None:
-    """Seed every usual source of random numbers in this process from a few integers.
-
-    torch's CPU generator takes 32 bits of a seed, so they are mixed first: neighbouring batches share nothing.
-    """
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=20).digest()
-    words = [int.from_bytes(digest[start : start + 4], "little") for start in range(0, 20, 4)]
-    torch.default_generator.manual_seed(words[0])  # torch.manual_seed would also speak to CUDA, which a fork must not
-    random.seed(digest)
-    np.random.seed(words[1:])

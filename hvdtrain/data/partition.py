@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from hvdtrain.errors import ConfigError
 
+LAST_BATCH = ("keep", "drop", "merge")
+
 
 def share(total: int, parts: int, index: int) -> range:
     """Return part ``index`` of ``range(total)`` cut into ``parts`` contiguous parts.
@@ -61,7 +63,9 @@ class BatchPartition:
         world_size: Number of ranks.
         rank: Whose micro-batches to compute.
         accumulate: Micro-batches that a rank's share is cut into; fewer where the share has fewer samples.
-        drop_last: Leave out a short last global batch. Its samples are then not trained on in that epoch.
+        last_batch: What becomes of the samples that do not fill a last global batch: "keep" makes them a shorter one;
+            "drop" leaves them out in that epoch; "merge" joins them with the global batch before, which is then up to
+            twice as long. Where they are all that there is, "merge" keeps them.
 
     Raises:
         ConfigError: A value that cannot work; the message names it.
@@ -72,7 +76,7 @@ class BatchPartition:
     world_size: int = 1
     rank: int = 0
     accumulate: int = 1
-    drop_last: bool = False
+    last_batch: str = "keep"
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -85,23 +89,35 @@ class BatchPartition:
             raise ConfigError(
                 f"rank {self.rank} does not exist in a world of {self.world_size}; ranks are 0 to {self.world_size - 1}"
             )
-        if self.drop_last and self.length < self.global_batch_size:
+        if self.last_batch not in LAST_BATCH:
             raise ConfigError(
-                f"the data set has {self.length} samples, fewer than the global batch of {self.global_batch_size}, so "
-                "that dropping the last batch leaves none; use a smaller global batch, or keep the last batch"
+                f"last_batch must be one of {', '.join(LAST_BATCH)}, got {self.last_batch!r} (--last-batch)"
+            )
+        if self.last_batch == "drop" and self.length < self.global_batch_size:
+            raise ConfigError(
+                f"the data set has {self.length} samples, fewer than the global batch of {self.global_batch_size}, so that "
+                "dropping the last batch leaves no step; use a smaller batch, or last_batch='keep' (--last-batch keep)"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch, a short last one included unless it is dropped."""
-        if self.drop_last:
-            return self.length // self.global_batch_size
-        return -(-self.length // self.global_batch_size)
+        """Global batches in an epoch."""
+        if self.last_batch == "keep":
+            return -(-self.length // self.global_batch_size)
+        return max(1, self.length // self.global_batch_size)
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples in an epoch: ``length``, less what ``drop_last`` leaves out."""
-        return min(self.length, self.steps_per_epoch * self.global_batch_size)
+        """Samples in an epoch: ``length``, less what is dropped."""
+        return self.steps_per_epoch * self.global_batch_size if self.last_batch == "drop" else self.length
+
+    @property
+    def needs_empty_batches(self) -> bool:
+        """Whether some rank has fewer micro-batches than another in some step."""
+        if self.world_size == 1:
+            return False
+        kinds = {self._samples(0), self._samples(self.steps_per_epoch - 1)}  # those between are as the first
+        return any(self._passes(samples, self.world_size - 1) < self._passes(samples, 0) for samples in kinds)
 
     def step(self, index: int) -> Step:
         """Return this rank's part of global batch ``index`` of an epoch.
@@ -112,7 +128,7 @@ class BatchPartition:
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"there is no global batch {index} in an epoch of {self.steps_per_epoch}")
         start = index * self.global_batch_size
-        samples = min(self.global_batch_size, self.length - start)
+        samples = self._samples(index)
         mine = share(samples, self.world_size, self.rank)
         first = start + mine.start
         pieces = (share(len(mine), self.accumulate, piece) for piece in range(min(self.accumulate, len(mine))))
@@ -121,7 +137,7 @@ class BatchPartition:
             samples=samples,
             micro_batches=tuple(range(first + piece.start, first + piece.stop) for piece in pieces),
             every_rank=samples >= self.world_size,
-            passes=min(self.accumulate, len(share(samples, self.world_size, 0))),
+            passes=self._passes(samples, 0),
         )
 
     def steps(self, start_sample: int = 0) -> Iterator[Step]:
@@ -148,7 +164,17 @@ class BatchPartition:
         if rest or not 0 <= index < self.steps_per_epoch:
             raise ConfigError(
                 f"cannot continue after {start_sample} of {self.samples_per_epoch} samples: no global batch of "
-                f"{self.global_batch_size} begins there. Continue with the global batch size that the run began with, "
-                "or from the end of an epoch"
+                f"{self.global_batch_size} begins there. Continue with the global batch size and the last_batch= "
+                f"(--last-batch, now {self.last_batch}) that the run began with, or from the end of an epoch"
             )
         return index
+
+    def _samples(self, index: int) -> int:
+        """Of a global batch, over all ranks."""
+        start = index * self.global_batch_size
+        merged = self.last_batch == "merge" and index == self.steps_per_epoch - 1
+        return self.length - start if merged else min(self.global_batch_size, self.length - start)
+
+    def _passes(self, samples: int, rank: int) -> int:
+        """Micro-batches of a rank."""
+        return min(self.accumulate, len(share(samples, self.world_size, rank)))

@@ -8,7 +8,8 @@ leave untouched. The arithmetic is `hvdtrain.data.partition`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,33 +77,38 @@ class PartitionSampler(Sampler[list[int]]):
         self.partition = partition
         self.shuffle = shuffle
         self.seed = seed
+        self._order: Sequence[Any] | None = None
         self._epoch = 0
         self._first_step = 0
 
-    def set_position(self, epoch: int, start_sample: int = 0) -> None:
+    def set_position(self, epoch: int, start_sample: int = 0, order: Sequence[Any] | None = None) -> None:
         """Choose the epoch, and where in it, the next iterators begin.
 
         Args:
             epoch: Epochs completed.
             start_sample: Samples of this epoch that are done, over all ranks.
+            order: Data set indices of the whole epoch, as many as the partition cuts; else 0, 1, 2, and so on, shuffled
+                or not.
 
         Raises:
             ConfigError: No global batch begins at ``start_sample``.
         """
         self._first_step = self.partition.step_at(start_sample)
-        self._epoch = epoch
+        self._epoch, self._order = epoch, order
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._batches(self._epoch, self._first_step)
+        return self._batches(self._epoch, self._first_step, self._order)
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[list[int]]:
+    def _batches(self, epoch: int, first_step: int, order: Any) -> Iterator[list[int]]:
         partition = self.partition
-        order = epoch_order(partition.length, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
+        if order is None:
+            order = epoch_order(partition.length, shuffle=self.shuffle, seed=self.seed, epoch=epoch)
         for index in range(first_step, partition.steps_per_epoch):
             for positions in partition.step(index).micro_batches:
                 # The position alone, without the rank: micro-batches of equal positions are equal at any world size.
                 key = (0, epoch, positions.start)
-                yield IndexBatch(order[positions.start : positions.stop].tolist(), key)
+                indices = order[positions.start : positions.stop]
+                yield IndexBatch(indices.tolist() if isinstance(indices, torch.Tensor) else indices, key)
 
     def __len__(self) -> int:
         partition = self.partition
@@ -116,27 +122,37 @@ class PartitionSampler(Sampler[list[int]]):
 
 
 class EvalSampler(Sampler[list[int]]):
-    """Yields one rank's contiguous share of a data set in batches, in the data set's own order.
+    """Yields one rank's contiguous share of a data set in batches, in the data set's own order or another.
 
     Args:
-        length: Samples in the data set. Where it is less than the world size, some ranks yield nothing.
+        length: Samples to evaluate. Where it is less than the world size, some ranks yield nothing.
         batch_size: Samples per batch; the last one may be shorter.
         world_size: Number of ranks.
         rank: Whose share to yield.
+        order: Data set indices of all ``length`` samples; else 0, 1, 2, and so on.
 
     Raises:
         ConfigError: A value that cannot work.
     """
 
-    def __init__(self, length: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        order: Sequence[Any] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.share = share(length, world_size, rank)
+        self._order = range(length) if order is None else order
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(self.share.start, self.share.stop, self.batch_size):
-            yield IndexBatch(range(start, min(start + self.batch_size, self.share.stop)), (1, start))
+            yield IndexBatch(self._order[start : min(start + self.batch_size, self.share.stop)], (1, start))
 
     def __len__(self) -> int:
         return math.ceil(len(self.share) / self.batch_size)

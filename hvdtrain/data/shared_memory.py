@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-import random
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils._pytree import tree_flatten
-
+from hvdtrain.data.loader import look_at_samples
+from hvdtrain.data.nested import memory_bytes
 from hvdtrain.errors import ConfigError
 
 _PREFETCH = 2  # torch's DataLoader keeps so many batches ready for each process
 _FOLDER = "/dev/shm"
 
 
-def check_shared_memory(dataset: Any, *, batch_size: int, workers: int, ranks: int, folder: str = _FOLDER) -> None:
+def check_shared_memory(
+    dataset: Any,
+    *,
+    batch_size: int,
+    workers: int,
+    ranks: int,
+    folder: str = _FOLDER,
+    index: Any = 0,
+    prefetch_factor: int | None = None,
+    **processes: Any,
+) -> None:
     """Refuse loader processes whose batches would not fit; they would die of SIGBUS in the middle of an epoch.
 
     Args:
@@ -25,6 +32,9 @@ def check_shared_memory(dataset: Any, *, batch_size: int, workers: int, ranks: i
         workers: Loader processes of a rank.
         ranks: On this node.
         folder: Where shared memory lies.
+        index: Of the sample that is loaded.
+        prefetch_factor: Batches ahead of each process.
+        processes: Their further arguments for `hvdtrain.data.loader.make_loader`.
 
     Raises:
         ConfigError: There is less free than the batches on their way need; says how much, and what to do.
@@ -32,30 +42,18 @@ def check_shared_memory(dataset: Any, *, batch_size: int, workers: int, ranks: i
     if not workers or len(dataset) == 0 or not os.path.isdir(folder):
         return
     batch_size = min(batch_size, len(dataset))
-    needed = _bytes_of_one(dataset) * batch_size * workers * _PREFETCH * ranks
+    (one,) = look_at_samples(dataset, [index], memory_bytes, workers=workers, **processes)
+    ahead = prefetch_factor or _PREFETCH
+    needed = one * batch_size * workers * ahead * ranks
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise ConfigError(
             f"--workers {workers}: the batches on their way from loader processes need about {_mib(needed)} MiB in {folder} "
-            f"({ranks} ranks on this host x {workers} processes x {_PREFETCH} batches of {batch_size} samples), and "
+            f"({ranks} ranks on this host x {workers} processes x {ahead} batches of {batch_size} samples), and "
             f"{_mib(free)} MiB are free. In Docker: --shm-size {max(1, -(-needed // 2**30))}g (or --ipc=host); in Kubernetes an "
             "emptyDir of medium Memory at /dev/shm; or fewer --workers, or a smaller batch"
         )
-
-
-def _bytes_of_one(dataset: Any) -> int:
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        leaves, _ = tree_flatten(dataset[0])
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
-    return sum(
-        leaf.numel() * leaf.element_size() if isinstance(leaf, torch.Tensor) else getattr(leaf, "nbytes", 8)
-        for leaf in leaves
-    )
 
 
 def _mib(size: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hvdtrain.backends.horovod_stamp import FILE, Stamp
+from hvdtrain.backends.hvd.stamp import FILE, Stamp
 from hvdtrain.horovod_build import edits
 from hvdtrain.horovod_build.failure import BuildError
 from hvdtrain.horovod_build.nvidia import fetch_toolkit, links_to_nccl, torch_architectures

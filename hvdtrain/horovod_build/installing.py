@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.backends import horovod_stamp
-from hvdtrain.backends.horovod_stamp import Stamp
+from hvdtrain.backends.hvd import stamp as horovod_stamp
+from hvdtrain.backends.hvd.stamp import Stamp
 from hvdtrain.horovod_build import source, wheels
 from hvdtrain.horovod_build.compiling import build_environment, compile_wheel, fetch_tools
 from hvdtrain.horovod_build.failure import BuildError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.backends.horovod_stamp import Stamp
+from hvdtrain.backends.hvd.stamp import Stamp
 from hvdtrain.horovod_build import edits
 from hvdtrain.horovod_build.failure import BuildError
 from hvdtrain.horovod_build.probe import Compiler, Cuda, Machine, Mpi, Nccl, Tool, Torch

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from hvdtrain.backends.horovod_stamp import extension_suffix, torch_facts
+from hvdtrain.backends.hvd.stamp import extension_suffix, torch_facts
 
 _ANSWERS_S = 20.0
 

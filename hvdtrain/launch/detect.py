@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.ancestry import Ancestor, read_ancestors
-from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher, address
+from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher, address, horovodrun_server
 from hvdtrain.topology import Topology
 
 _OWN_MASTER = ("torchrun", "environment")  # launchers to which MASTER_ADDR and MASTER_PORT belong
@@ -35,6 +35,9 @@ class Detection:
             a file name of at most 100 characters.
         address: "host:port" where MASTER_ADDR and MASTER_PORT name a meeting point of exactly these ranks.
         first_host: Rank 0's host, where the environment tells.
+        horovodrun_server: "host:port" of the key-value server that ``horovodrun --gloo`` runs for its ranks, where there
+            is one.
+        error_file: Where the launcher looks for the traceback of a rank that failed, if it does.
     """
 
     topology: Topology
@@ -42,6 +45,8 @@ class Detection:
     job_id: str
     address: str | None = None
     first_host: str | None = None
+    horovodrun_server: str | None = None
+    error_file: str | None = None
 
 
 def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ancestor] | None = None) -> Detection:
@@ -82,6 +87,8 @@ def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ance
         job_id=_file_name(found.job),
         address=meeting,
         first_host=found.first_host,
+        horovodrun_server=horovodrun_server(env),
+        error_file=env.get("TORCHELASTIC_ERROR_FILE"),
     )
 
 
@@ -89,7 +96,13 @@ def _alone(env: Environment) -> Detection:
     reason = "no launcher's variables found"
     if "SLURM_JOB_ID" in env:
         reason = f"in Slurm job {env['SLURM_JOB_ID']}, not started by srun as one of several tasks"
-    return Detection(topology=Topology.single(), reason=reason, job_id=f"single-{os.getpid()}")
+    return Detection(
+        topology=Topology.single(),
+        reason=reason,
+        job_id=f"single-{os.getpid()}",
+        horovodrun_server=horovodrun_server(env),
+        error_file=env.get("TORCHELASTIC_ERROR_FILE"),
+    )
 
 
 def _half_set(launcher: Launcher, env: Environment) -> Detection:

@@ -73,6 +73,17 @@ def address(env: Environment) -> str | None:
     return f"{host}:{int(port)}"
 
 
+def horovodrun_server(env: Environment) -> str | None:
+    """host:port of the key-value server that ``horovodrun --gloo`` runs for its ranks."""
+    host, port = (env.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}") for part in ("ADDR", "PORT"))
+    return f"{host}:{port}" if host and port else None
+
+
+def may_join_by_mpi(launcher: str) -> bool:
+    """Whether the ranks of a launcher may find each other through MPI, and speak through it to the user's terminal."""
+    return launcher in ("mpirun", "srun", "horovodrun")
+
+
 def _place(
     launcher: str, *, rank: int, size: int, local_rank: int, local_size: int, node: int | None, nodes: int | None
 ) -> Topology:
@@ -107,6 +118,12 @@ def _spawn(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
         nodes=None,
     )
     return Found(topology=topology, reason=f"spawn: HVDTRAIN_RANK={topology.rank}", job=env["HVDTRAIN_JOB_ID"])
+
+
+def spawned(rank: int, world_size: int, job: str) -> dict[str, str]:
+    """The variables that `hvdtrain.spawn`, a launcher itself, gives to each of its ranks, all on one node."""
+    values = (rank, world_size, rank, world_size)
+    return {**dict(zip(_SPAWN, map(str, values), strict=True)), "HVDTRAIN_JOB_ID": f"spawn-{job}"}
 
 
 def _torchrun(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
@@ -303,8 +320,8 @@ def _horovod_gloo(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
         node=number(env, "HOROVOD_CROSS_RANK") if certain else None,
         nodes=nodes if certain else None,
     )
-    meeting = [env.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}", "") for part in ("ADDR", "PORT")]
-    job = "-".join(meeting) if all(meeting) else _parent(env, size, local)
+    server = horovodrun_server(env)
+    job = "-".join(server.rsplit(":", 1)) if server else _parent(env, size, local)
     return Found(topology=topology, reason=f"horovodrun: HOROVOD_RANK={topology.rank}", job=f"horovodrun-{job}")
 
 

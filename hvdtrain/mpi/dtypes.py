@@ -55,7 +55,7 @@ def premultiplier(op: Any) -> float | Tensor:
 
 
 @functools.cache
-def mpi_op(kind: Any, dtype: torch.dtype) -> Any:
+def mpi_op(kind: Any, dtype: torch.dtype) -> MPI.Op:
     """The MPI operation for a reduction of ``dtype``.
 
     Raises:

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from hvdtrain.backends.watch import NullWatch
 from hvdtrain.mpi import operations
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
 from hvdtrain.mpi.staging import Staging
+from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
@@ -51,14 +51,14 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def __init__(
         self,
-        comm: Any,
+        comm: MPI.Intracomm,
         name: str,
         timeout: timedelta,
         watch: NullWatch,
         ranks: Sequence[int],
         *,
         check: bool = True,
-        levels: tuple[Any, Any] | None = None,
+        levels: operations.Levels | None = None,
     ) -> None:
         super().__init__(comm.rank, comm.size)
         self._levels = levels
@@ -629,16 +629,12 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         what += self._over
         if tag < 0 or tag > _ANY_TAG_LIMIT:
             tag = zlib.crc32(str(tag).encode()) % _ANY_TAG_LIMIT
-        room = self._staging.room(tensor) if host is None else None
-        work = MpiMessage(
-            what,
-            tensor,
-            room.host if host is None and room is not None else host,
-            self._timeout_s,
-            given_up=lambda: self._lane.broken,
-        )
-        if room is not None:
+        if host is None:  # to be received
+            room = self._staging.room(tensor)
+            work = MpiMessage(what, tensor, room.host, self._timeout_s, given_up=lambda: self._lane.broken)
             work.on_arrival = lambda: self._staging.give_back(room)
+        else:
+            work = MpiMessage(what, tensor, host, self._timeout_s, given_up=lambda: self._lane.broken)
         work.begin(begin or self._comm.Irecv, peer, tag, sends=begin is not None)
         if self._coalescing is not None:
             self._coalescing.append(work)

@@ -58,8 +58,10 @@ class MpiWork(_Base):  # type: ignore[misc]
         self._pending.acquire()
         self._over = False
         self._error: Exception | None = None
-        self._ended: Any = None  # a future that only ends; `_future` follows it with the result or the error
-        self._future: Any = None
+        self._ended: torch.futures.Future[Any] | None = (
+            None  # a future that only ends; `_future` follows it with the result or the error
+        )
+        self._future: torch.futures.Future[Any] | None = None
         self._turn = threading.Lock()
         if _FORGETS_WORK:
             _kept[id(self)] = self

@@ -4,7 +4,6 @@ serve, and left without a hang when a rank has failed.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import logging
 import os
@@ -12,19 +11,21 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
-from types import TracebackType
-from typing import Any
+from types import ModuleType
 
-from hvdtrain.backends import algorithms
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
+from hvdtrain.launch import algorithms
+from hvdtrain.launch.cores import yielding
 from hvdtrain.launch.detect import Detection
-from hvdtrain.launch.environment import variables
+from hvdtrain.launch.environment import given, not_given, settle, variables
+from hvdtrain.launch.launchers import may_join_by_mpi
+from hvdtrain.ranks.exit import end_hard, prepare
+from hvdtrain.ranks.rendezvous import Announce, Place
 
 _log = logging.getLogger(__name__)
 
-_TOLD_BYTES = 8192
+_ANNOUNCEMENT_BYTES = 8192
 CUDA_VARIABLE = "HVDTRAIN_MPI_CUDA"
 
 
@@ -38,12 +39,12 @@ def why_not() -> str:
     return ""
 
 
-def load(detection: Detection | None = None, all_reduce: str = "auto") -> Any:
+def load(detection: Detection | None = None, all_reduce: str = "auto") -> ModuleType:
     """Load mpi4py's MPI, which initialises the library.
 
     Args:
         detection: What the launcher says; decides settings that must be made before. None after the first call.
-        all_reduce: Family of algorithms (`hvdtrain.backends.algorithms`), which too must be settled before.
+        all_reduce: Family of algorithms (`hvdtrain.launch.algorithms`), which too must be settled before.
 
     Returns:
         The module ``mpi4py.MPI``.
@@ -56,14 +57,13 @@ def load(detection: Detection | None = None, all_reduce: str = "auto") -> Any:
     if reason:
         raise BackendUnavailable(reason)
     if "mpi4py.MPI" not in sys.modules and detection is not None:
-        for name, value in settings(detection).items():
-            os.environ.setdefault(name, value)
-        with algorithms.mpi(all_reduce, detection.topology) as told, variables(told):
+        settle(not_given(yielding(detection.topology)))
+        with algorithms.mpi(all_reduce, detection.topology) as tuning, variables(tuning):
             MPI = _start()
-        _Told.family = all_reduce
+        _Started.family = all_reduce
     else:
         MPI = _start()
-    if all_reduce not in ("auto", "hierarchical", _Told.family):
+    if all_reduce not in ("auto", "hierarchical", _Started.family):
         raise ConfigError(
             f"--all-reduce {all_reduce} must be settled before MPI starts, and this process has started it (import mpi4py) already"
         )
@@ -79,7 +79,7 @@ def load(detection: Detection | None = None, all_reduce: str = "auto") -> Any:
     return MPI
 
 
-def _start() -> Any:
+def _start() -> ModuleType:
     try:
         from mpi4py import MPI  # noqa: PLC0415 - this initialises MPI
     except (ImportError, RuntimeError, OSError) as error:
@@ -89,11 +89,12 @@ def _start() -> Any:
         ) from error
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    prepare(_abort_world)
     return MPI
 
 
-class _Told:
-    """What MPI was told when it started."""
+class _Started:
+    """With what MPI was started."""
 
     family = "auto"
 
@@ -106,23 +107,10 @@ def version() -> str:
     return _short_version(mpi)
 
 
-def _short_version(mpi: Any) -> str:
+def _short_version(mpi: ModuleType) -> str:
     said: str = mpi.Get_library_version().strip("\0 \n")
     first = said.splitlines()[0].split(",")[0].replace("Version:", " ")
     return " ".join(first.split())
-
-
-def settings(detection: Detection) -> dict[str, str]:
-    """Variables for the MPI library that suit ranks which compute; set only where the user has not set them.
-
-    Each rank has a thread that waits inside MPI beside the one that computes. Where these outnumber the cores, waiting
-    must not take the core from computing.
-    """
-    cores = os.cpu_count() or 1
-    bound = len(os.sched_getaffinity(0)) < 2 <= cores
-    if bound or 2 * detection.topology.local_world_size > cores:
-        return {"OMPI_MCA_mpi_yield_when_idle": "1"}
-    return {}
 
 
 def check_world(detection: Detection, rank: int, world_size: int) -> None:
@@ -143,11 +131,11 @@ def check_world(detection: Detection, rank: int, world_size: int) -> None:
     launcher = detection.topology.launcher
     library = _short_version(mpi)
     said = f"rank {rank} of {world_size} ({detection.reason}), but in MPI this process is rank {mpi.COMM_WORLD.rank} of {found}"
-    if launcher == "horovodrun" and found == 1 and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ:
+    if launcher == "horovodrun" and found == 1 and detection.horovodrun_server is not None:
         raise LaunchError(
             f"{said}: horovodrun connected the ranks over Gloo; use `horovodrun --mpi -np {world_size} ...`"
         )
-    if launcher == "torchrun" or (launcher not in ("mpirun", "srun", "horovodrun") and found == 1):
+    if launcher == "torchrun" or (not may_join_by_mpi(launcher) and found == 1):
         raise LaunchError(
             f"{said}: {launcher} starts processes that MPI does not join; start it with `mpirun -np {world_size} python ...`, "
             "or use --backend torch"
@@ -164,24 +152,23 @@ def _mpirun_hint() -> str:
     return beside if os.path.exists(beside) else "`srun --mpi=pmix` or its own mpirun"
 
 
-def tell(detection: Detection, timeout_s: float, all_reduce: str = "auto") -> Callable[[Any], Any]:
-    """How rank 0 says something to all ranks before there is any process group: MPI's own broadcast, with a bound.
+def announce(detection: Detection, timeout_s: float, all_reduce: str = "auto") -> Announce:
+    """How rank 0 says where it is before there is any process group: MPI's own broadcast, with a bound.
 
     Args:
         detection: What the launcher says.
         timeout_s: How long to wait for ranks that may never come.
         all_reduce: As for `load`.
     """
-    topology = detection.topology
     mpi = load(detection, all_reduce)
-    check_world(detection, topology.rank, topology.world_size)
+    check_world(detection, detection.topology.rank, detection.topology.world_size)
 
-    def say(content: Any) -> Any:
+    def say(place: Place | None) -> Place:
         world = mpi.COMM_WORLD
         end = time.monotonic() + timeout_s
-        buffer = bytearray(_TOLD_BYTES)
+        buffer = bytearray(_ANNOUNCEMENT_BYTES)
         if world.rank == 0:
-            data = pickle.dumps(content)
+            data = pickle.dumps(place)
             buffer[: len(data)] = data
         request = world.Ibcast(buffer, 0)
         while not request.Test():
@@ -189,14 +176,15 @@ def tell(detection: Detection, timeout_s: float, all_reduce: str = "auto") -> Ca
                 end_hard(1)
                 raise LaunchError(f"rank {world.rank} waited {timeout_s:g} s for all ranks to start")
             time.sleep(0.001)
-        return pickle.loads(bytes(buffer))
+        said: Place = pickle.loads(bytes(buffer))
+        return said
 
     return say
 
 
 def cuda_aware() -> bool:
     """Whether the MPI library takes GPU pointers; ``HVDTRAIN_MPI_CUDA=aware|staged`` overrules what it says itself."""
-    chosen = os.environ.get(CUDA_VARIABLE, "auto")
+    chosen = given(CUDA_VARIABLE) or "auto"
     if chosen not in ("auto", "aware", "staged"):
         raise HvdtrainError(f"{CUDA_VARIABLE}={chosen}: use auto, aware or staged")
     if chosen != "auto":
@@ -209,61 +197,10 @@ def cuda_aware() -> bool:
     return bool(query())
 
 
-# -- the end of the process -------------------------------------------------------------------------------------------
-
-
-class _End:
-    """How this process must end if MPI_Finalize would wait for ranks that are gone."""
-
-    code: int | None = None
-    hook: Any = None
-    registered = False
-
-
-def ending() -> bool:
-    """Whether the process is to end without MPI_Finalize."""
-    return _End.code is not None
-
-
-def end_hard(code: int) -> None:
-    """Let the process end with ``code`` and without MPI_Finalize, whose wait for the other ranks has no bound."""
-    if _End.code is None:
-        _End.code = code
-    _register()
-
-
-def abort_on_exception() -> None:
-    """From now on an exception that nobody caught ends the ranks of the whole job, after its traceback was shown."""
-    if _End.hook is None:
-        _End.hook = sys.excepthook
-        sys.excepthook = _show_and_abort
-    _register()
-
-
-def _register() -> None:
-    if not _End.registered:
-        _End.registered = True
-        atexit.register(_leave)
-
-
-def _show_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _End.hook(kind, error, trace)
-    code = getattr(error, "exit_code", 1)
-    end_hard(code if isinstance(code, int) and code else 1)
-
-
-def _leave() -> None:
-    """The last handler at exit. MPI_Abort also ends ranks that wait inside MPI, which no other signal reaches in time."""
-    if _End.code is None:
-        return
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue
+def _abort_world(code: int) -> None:
+    """Before a hard end: MPI_Abort also ends ranks that wait inside MPI, which no other signal reaches in time."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should MPI_Abort itself not return
         signal.alarm(5)
-        mpi.COMM_WORLD.Abort(_End.code)
-    os._exit(_End.code)
+        mpi.COMM_WORLD.Abort(code)

@@ -35,7 +35,7 @@ class MpiMessage(MpiWork):
         self,
         what: str,
         tensor: Tensor,
-        host: Any,
+        host: Tensor,
         timeout_s: float,
         *,
         given_up: Callable[[], Exception | None] = lambda: None,
@@ -43,7 +43,7 @@ class MpiMessage(MpiWork):
         super().__init__(what, [tensor], timeout_s)
         self._given_up = given_up
         self._host = host
-        self._requests: list[Any] = []
+        self._requests: list[MPI.Request] = []
         self._sizes: list[int] = []
         self._sends = False
         self._deadline = time.monotonic() + timeout_s

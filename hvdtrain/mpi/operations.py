@@ -24,6 +24,9 @@ _MASK = 2**62 - 1
 _ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive numbers give digests far apart
 MAX_COUNT = 2**30  # bytes in one call, below MPI's 2^31 - 1
 
+Levels = tuple[MPI.Intracomm, "MPI.Intracomm | None"]
+"""A communicator of this node's ranks, and one of the nodes' first ranks, None on other ranks."""
+
 
 class Mismatch(RuntimeError):
     """The ranks of a group called different operations, or the same with tensors that do not fit each other."""
@@ -36,7 +39,7 @@ class Agreement:
         comm: The group; one thread at a time may ask.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
         self._both = np.empty(2, dtype=np.int64)
         self._memory = [self._both, MPI.INT64_T]
@@ -65,7 +68,7 @@ def _digest(key: tuple[Any, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") & _MASK
 
 
-def _tell_apart(comm: Any, what: str) -> None:
+def _tell_apart(comm: MPI.Intracomm, what: str) -> None:
     everyone = comm.allgather(what)
     different: dict[str, list[int]] = {}
     for rank, said in enumerate(everyone):
@@ -77,7 +80,7 @@ def _tell_apart(comm: Any, what: str) -> None:
 # -- reductions -------------------------------------------------------------------------------------------------------
 
 
-def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, levels: tuple[Any, Any] | None = None) -> None:
+def all_reduce_(comm: MPI.Intracomm, tensor: Tensor, op: Any, kind: Any, levels: Levels | None = None) -> None:
     """Reduce a tensor over the ranks, in place; with ``levels`` (see `MpiProcessGroup`) within each node first."""
     mpi_op(kind, tensor.dtype)
     if comm.size > 1 and tensor.numel():
@@ -104,7 +107,7 @@ def all_reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, levels: tuple[Any
         tensor.div_(comm.size)
 
 
-def _all_reduce_by_levels(node: Any, first: Any, part: list[Any], how: Any) -> None:
+def _all_reduce_by_levels(node: MPI.Intracomm, first: MPI.Intracomm | None, part: list[Any], how: MPI.Op) -> None:
     """Only one rank of each node sends to other nodes."""
     if first is None:
         node.Reduce(part, None, how, 0)
@@ -114,7 +117,7 @@ def _all_reduce_by_levels(node: Any, first: Any, part: list[Any], how: Any) -> N
     node.Bcast(part, 0)
 
 
-def sum_sparse(comm: Any, tensor: Tensor) -> Tensor:
+def sum_sparse(comm: MPI.Intracomm, tensor: Tensor) -> Tensor:
     """The sum of the ranks' sparse tensors of one shape, which may hold different numbers of values; coalesced."""
     own = tensor.coalesce()
     indices, values = own.indices().contiguous(), own.values().contiguous()
@@ -129,7 +132,7 @@ def sum_sparse(comm: Any, tensor: Tensor) -> Tensor:
     return whole.coalesce()
 
 
-def reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
+def reduce_(comm: MPI.Intracomm, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
     """Reduce a tensor to one rank; the others' keep what they held."""
     mpi_op(kind, tensor.dtype)
     if tensor.dtype in HALVES:
@@ -157,7 +160,7 @@ def reduce_(comm: Any, tensor: Tensor, op: Any, kind: Any, root: int) -> None:
             tensor.div_(comm.size)
 
 
-def reduce_scatter(comm: Any, out: Tensor, tensor: Tensor, op: Any, kind: Any) -> None:
+def reduce_scatter(comm: MPI.Intracomm, out: Tensor, tensor: Tensor, op: Any, kind: Any) -> None:
     """Reduce a tensor of ``size`` equal parts, and keep this rank's part in ``out``."""
     mpi_op(kind, tensor.dtype)
     if not tensor.numel():
@@ -192,7 +195,7 @@ def _premultiply_(tensor: Tensor, op: Any, kind: Any) -> None:
         tensor.mul_(premultiplier(op))
 
 
-def _reduce_halves(comm: Any, tensor: Tensor, kind: Any, op: Any, root: int | None = None) -> None:
+def _reduce_halves(comm: MPI.Intracomm, tensor: Tensor, kind: Any, op: Any, root: int | None = None) -> None:
     """All-reduce, or reduce to ``root``, of 16-bit floats, in place: each rank reduces its part of everybody's, and all (or the
     root) gather the parts. Two exchanges of two bytes a value, as in a ring."""
     flat = tensor.view(-1)
@@ -228,7 +231,7 @@ class _Halves:
         op: The same, with its factor.
     """
 
-    def __init__(self, comm: Any, most: int, dtype: torch.dtype, kind: Any, op: Any) -> None:
+    def __init__(self, comm: MPI.Intracomm, most: int, dtype: torch.dtype, kind: Any, op: Any) -> None:
         self._comm, self._kind = comm, kind
         self.length = max(1, min(most, _HALVES_BYTES // 2 // comm.size))
         """The most values of a row that one call takes."""
@@ -260,14 +263,14 @@ class _Halves:
 # -- operations that only move bytes ----------------------------------------------------------------------------------
 
 
-def broadcast_(comm: Any, tensor: Tensor, root: int) -> None:
+def broadcast_(comm: MPI.Intracomm, tensor: Tensor, root: int) -> None:
     """Overwrite a tensor with that of one rank."""
     flat = as_bytes(tensor)
     for start in range(0, flat.numel(), MAX_COUNT):
         comm.Bcast(memory(flat, start, min(MAX_COUNT, flat.numel() - start)), root)
 
 
-def all_gather(comm: Any, out: Tensor, tensor: Tensor) -> None:
+def all_gather(comm: MPI.Intracomm, out: Tensor, tensor: Tensor) -> None:
     """Fill ``out`` with every rank's ``tensor``, one after the other."""
     flat, whole = as_bytes(tensor), as_bytes(out)
     if not flat.numel():
@@ -276,7 +279,7 @@ def all_gather(comm: Any, out: Tensor, tensor: Tensor) -> None:
         comm.Allgather(block.of(flat), block.of(whole))
 
 
-def all_gather_unequal(comm: Any, outs: Sequence[Tensor], tensor: Tensor) -> None:
+def all_gather_unequal(comm: MPI.Intracomm, outs: Sequence[Tensor], tensor: Tensor) -> None:
     """Fill each of ``outs`` with the tensor of the rank of that number; they may differ in size."""
     for rank, out in enumerate(outs):
         if rank == comm.rank:
@@ -284,7 +287,7 @@ def all_gather_unequal(comm: Any, outs: Sequence[Tensor], tensor: Tensor) -> Non
         broadcast_(comm, out, rank)
 
 
-def gather(comm: Any, out: Tensor | None, tensor: Tensor, root: int) -> None:
+def gather(comm: MPI.Intracomm, out: Tensor | None, tensor: Tensor, root: int) -> None:
     """Fill ``out`` on one rank with every rank's ``tensor``."""
     flat = as_bytes(tensor)
     if not flat.numel():
@@ -293,7 +296,7 @@ def gather(comm: Any, out: Tensor | None, tensor: Tensor, root: int) -> None:
         comm.Gather(block.of(flat), None if out is None else block.of(as_bytes(out)), root)
 
 
-def scatter(comm: Any, out: Tensor, tensor: Tensor | None, root: int) -> None:
+def scatter(comm: MPI.Intracomm, out: Tensor, tensor: Tensor | None, root: int) -> None:
     """Give each rank its part of one rank's ``tensor``."""
     flat = as_bytes(out)
     if not flat.numel():
@@ -302,7 +305,7 @@ def scatter(comm: Any, out: Tensor, tensor: Tensor | None, root: int) -> None:
         comm.Scatter(None if tensor is None else block.of(as_bytes(tensor)), block.of(flat), root)
 
 
-def all_to_all_equal(comm: Any, out: Tensor, tensor: Tensor) -> None:
+def all_to_all_equal(comm: MPI.Intracomm, out: Tensor, tensor: Tensor) -> None:
     """Exchange equal parts: part i of ``tensor`` goes to rank i."""
     flat, whole = as_bytes(tensor), as_bytes(out)
     if not flat.numel():
@@ -311,7 +314,7 @@ def all_to_all_equal(comm: Any, out: Tensor, tensor: Tensor) -> None:
         comm.Alltoall(block.of(flat), block.of(whole))
 
 
-def all_to_all(comm: Any, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
+def all_to_all(comm: MPI.Intracomm, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> None:
     """Exchange parts of any size.
 
     Args:
@@ -362,7 +365,7 @@ class _Block:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._large: Any = None
+        self._large: MPI.Datatype | None = None
 
     def __enter__(self) -> _Block:
         if self._nbytes > MAX_COUNT:

@@ -6,10 +6,7 @@ rank 0's store is: rank 0 binds a free port first, nobody guesses one.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
-import socket
 import sys
 import threading
 import weakref
@@ -17,21 +14,31 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 
-from hvdtrain.backends.rendezvous import listens, own_addresses
-from hvdtrain.backends.watch import NullWatch, Watch
-from hvdtrain.errors import HvdtrainError, LaunchError, RankFailure
+from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import detect
+from hvdtrain.launch.environment import address_given, give_address, given
+from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import library
+from hvdtrain.ranks import rendezvous
+from hvdtrain.ranks.everyone import exchange
+from hvdtrain.ranks.exit import Goodbye, end_all_on_exception, end_hard
+from hvdtrain.ranks.watch import NullWatch, Watch
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+    from hvdtrain.mpi.group import MpiProcessGroup
+    from hvdtrain.mpi.operations import Levels
 
 _log = logging.getLogger(__name__)
 
 NAME = "mpi4py"
 CHECK_VARIABLE = "HVDTRAIN_MPI_CHECK"
-_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _DEFAULT_TIMEOUT_S = 600.0
 
 
@@ -48,7 +55,7 @@ class Options:
     """
 
     watch: bool = True
-    check: bool = os.environ.get(CHECK_VARIABLE, "1") != "0"
+    check: bool = given(CHECK_VARIABLE) != "0"
     all_reduce: str = "auto"
 
 
@@ -56,9 +63,10 @@ class _State:
     """What the default group leaves for the groups made from it."""
 
     world_ranks: list[int] | None = None  # of MPI's world, by torch's rank
-    groups: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+    groups: ClassVar[weakref.WeakSet[MpiProcessGroup]] = weakref.WeakSet()
     watch: NullWatch = NullWatch()
-    server: Any = None
+    goodbye: Goodbye | None = None
+    server: dist.Store | None = None
     options: Options = Options()
 
 
@@ -75,43 +83,33 @@ def register() -> None:
     torchs_own = handlers["env"]
 
     def env(*args: Any, **kwargs: Any) -> Any:
-        if not any(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT")):
-            _tell_where_rank_zero_is()
+        if not address_given():
+            _find_rank_zero()
         return torchs_own(*args, **kwargs)
 
     handlers["env"] = env
 
 
-def _tell_where_rank_zero_is() -> None:
+def _find_rank_zero() -> None:
+    """Give torch's ``env://`` the address that it asks for: rank 0 opens its store and says through MPI where."""
     try:
         detection = detect()
     except LaunchError as error:
         _log.debug("no launcher: %s", error)
         return
-    if detection.topology.launcher not in ("mpirun", "srun", "horovodrun", "none") or detection.address is not None:
-        return
     topology = detection.topology
-    tell = library.tell(detection, _DEFAULT_TIMEOUT_S)
+    if not (may_join_by_mpi(topology.launcher) or topology.launcher == "none") or detection.address is not None:
+        return
+    announce = library.announce(detection, _DEFAULT_TIMEOUT_S)
     world = library.load().COMM_WORLD
-    content = None
     if world.rank == 0:
-        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-        _State.server = server  # torch's env:// finds it by its port, as a second tenant
-        content = (socket.gethostname(), own_addresses(), server.port)
-    host0, addresses, port = tell(content)
-    if host0 == socket.gethostname():
-        address = "127.0.0.1"
+        # torch's env:// finds this store by its port, as a second tenant.
+        _State.server, place = rendezvous.serve(_DEFAULT_TIMEOUT_S, multi_tenant=True)
+        announce(place)
+        host, port = "127.0.0.1", place["port"]
     else:
-        address = next((each for each in addresses if listens(each, port)), "")
-        if not address:
-            raise LaunchError(
-                f"rank {world.rank} on {socket.gethostname()} reaches rank 0 at none of {', '.join(addresses)} port {port}; "
-                "open the ports between the hosts, or set MASTER_ADDR and MASTER_PORT"
-            )
-    values = {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": world.rank, "WORLD_SIZE": world.size}
-    for name, value in values.items():
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("LOCAL_RANK", str(topology.local_rank))
+        _, host, port = rendezvous.dial(announce(None), world.rank, _DEFAULT_TIMEOUT_S)
+    give_address(host, port, rank=world.rank, world_size=world.size, local_rank=topology.local_rank)
 
 
 def _create(options: Any, backend_options: Any) -> Any:
@@ -125,7 +123,7 @@ def _create(options: Any, backend_options: Any) -> Any:
     if is_world:
         library.check_world(detection, options.group_rank, options.group_size)
         _State.options = own or Options()
-        _State.world_ranks = _exchange(
+        _State.world_ranks = _ranks_in_mpi(
             options.store, options.group_rank, options.group_size, mpi.COMM_WORLD.rank, timeout.total_seconds()
         )
         ranks = list(range(options.group_size))
@@ -144,10 +142,12 @@ def _create(options: Any, backend_options: Any) -> Any:
     group = MpiProcessGroup(comm, label, timeout, _State.watch, ranks, check=chosen.check, levels=levels)
     _State.groups.add(group)
     if is_world:
-        _Exit.group = group
         if _State.options.watch:
-            library.abort_on_exception()
-        atexit.register(_Exit.leave)
+            end_all_on_exception()
+        if _State.goodbye is not None:
+            _State.goodbye.never()
+        _State.goodbye = Goodbye(_State.watch, timeout.total_seconds(), lambda: group.stuck)
+        _State.goodbye.at_exit()
     return group
 
 
@@ -164,42 +164,37 @@ def shut_down() -> None:
         group.shutdown()
 
 
-def _exchange(store: Any, rank: int, size: int, mine: int, timeout_s: float) -> list[int]:
+def _ranks_in_mpi(store: dist.Store, rank: int, size: int, mine: int, timeout_s: float) -> list[int]:
     """Every rank's number in MPI's world; waits with a bound until all ranks are here."""
-    store.set(f"mpi/{rank}", str(mine))
-    found = []
-    for other in range(size):
-        try:
-            store.wait([f"mpi/{other}"], timedelta(seconds=timeout_s))
-        except (RuntimeError, dist.DistError) as error:
-            raise LaunchError(
-                f"rank {rank} waited {timeout_s:g} s for rank {other} to join the mpi4py group"
-            ) from error
-        found.append(int(store.get(f"mpi/{other}")))
-    if len(set(found)) != size:
+    texts = exchange(
+        store, NullWatch(), "mpi", str(mine),
+        rank=rank, world_size=size, timeout_s=timeout_s, what="joining the mpi4py group", failure=LaunchError,
+    )  # fmt: skip
+    numbers = [int(text) for text in texts]
+    if len(set(numbers)) != size:
         raise LaunchError(
-            f"the {size} ranks are only {sorted(set(found))} in MPI's world: mpi4py and the launcher belong to different MPI libraries"
+            f"the {size} ranks are only {sorted(set(numbers))} in MPI's world: mpi4py and the launcher belong to different MPI libraries"
         )
-    return found
+    return numbers
 
 
 def _communicator(
-    mpi: Any, members: Sequence[int], name: str, timeout_s: float, *, levels: bool
-) -> tuple[Any, tuple[Any, Any] | None]:
+    mpi: ModuleType, members: Sequence[int], name: str, timeout_s: float, *, levels: bool
+) -> tuple[Intracomm, Levels | None]:
     """A communicator of its own for a group, and with ``levels`` one of the node and one of the nodes' first ranks (None
     elsewhere). Only its members call."""
-    box: list[Any] = []
+    box: list[tuple[Intracomm, Levels | None]] = []
 
     def run() -> None:
         group = mpi.COMM_WORLD.Get_group()
         part = group.Incl(list(members))
         comm = mpi.COMM_WORLD.Create_group(part, zlib.crc32(name.encode()) % 32768)
-        found = None
+        both = None
         if levels:
             node = comm.Split_type(mpi.COMM_TYPE_SHARED, comm.rank)
             first = comm.Split(0 if node.rank == 0 else mpi.UNDEFINED, comm.rank)
-            found = (node, first if node.rank == 0 else None)
-        box.append((comm, found))
+            both = (node, first if node.rank == 0 else None)
+        box.append((comm, both))
         part.Free()
         group.Free()
 
@@ -207,12 +202,11 @@ def _communicator(
     thread.start()
     thread.join(timeout_s)
     if not box:
-        library.end_hard(1)
+        end_hard(1)
         raise LaunchError(
             f"waited {timeout_s:g} s for the ranks {list(members)} to make the group {name!r}; all of them must"
         )
-    made: tuple[Any, tuple[Any, Any] | None] = box[0]
-    return made
+    return box[0]
 
 
 def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:
@@ -226,28 +220,3 @@ def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:
     watch.on_failure.append(give_up)
     watch.start()
     return watch
-
-
-class _Exit:
-    """The end of a program that did, or did not, destroy its groups."""
-
-    group: Any = None
-
-    @staticmethod
-    def leave() -> None:
-        """Say goodbye to the other ranks, so that none waits for this one, and never wait for ever in MPI_Finalize."""
-        group, watch = _Exit.group, _State.watch
-        _Exit.group, _State.watch = None, NullWatch()
-        if group is None:
-            return
-        failed = library.ending() or group.stuck
-        if failed:
-            if isinstance(watch, Watch):
-                watch.close()
-            library.end_hard(1)
-            return
-        try:
-            watch.leave(group._timeout_s)
-        except (RankFailure, RuntimeError) as error:
-            print(f"hvdtrain: {error}", file=sys.stderr, flush=True)  # noqa: T201 - last words
-            library.end_hard(HvdtrainError.exit_code)

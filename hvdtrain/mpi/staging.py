@@ -7,7 +7,6 @@ pointers is given them as they are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Staged:
 
     tensor: Tensor
     host: Tensor
-    event: Any = None
+    event: torch.cuda.Event | None = None
     filled: bool = True
 
 

@@ -61,7 +61,7 @@ class Checkup:
         self, communicator: Communicator, *, log_every: int, stop_requested: Callable[[], bool], interval_s: float = 1.0
     ) -> None:
         self._communicator = communicator
-        self._log_every = log_every
+        self.log_every = log_every
         self._stop_requested = stop_requested
         self._interval_s = interval_s
         self._next = 0
@@ -74,7 +74,7 @@ class Checkup:
 
     def logs(self, step: int) -> bool:
         """Whether ``step`` is a logged one."""
-        return step % self._log_every == 0
+        return step % self.log_every == 0
 
     def due(self, step: int) -> bool:
         """Whether the ranks talk after ``step``, the number of steps done."""

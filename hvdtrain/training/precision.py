@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.utils._pytree import tree_map
 
+from hvdtrain.data.nested import cast_floating
 from hvdtrain.errors import ConfigError
 
 _PARAMETER_DTYPE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
@@ -44,9 +44,7 @@ class Precision:
 
     def cast(self, batch: Any) -> Any:
         """Return a batch whose floating-point tensors have the type that the model's parameters have (fp64 only)."""
-        if self.dtype != torch.float64:
-            return batch
-        return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, batch)
+        return cast_floating(batch, self.dtype) if self.dtype == torch.float64 else batch
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
@@ -57,12 +55,3 @@ class Precision:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss to call backward on."""
         return loss if self.scaler is None else self.scaler.scale(loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scaler's state; empty without one."""
-        return {} if self.scaler is None else self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; a scaler's state without a scaler is dropped."""
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)

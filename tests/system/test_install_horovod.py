@@ -17,7 +17,7 @@ import pytest
 import torch
 from launching import HOROVOD_MPIRUN, run
 
-from hvdtrain.backends.horovod_stamp import installed, why_not
+from hvdtrain.backends.hvd.stamp import installed, why_not
 from hvdtrain.horovod_build.probe import find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]

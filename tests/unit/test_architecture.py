@@ -15,12 +15,21 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
     ["version", "errors"],
-    ["topology", "options", "memory"],
-    ["config", "launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.shared_memory"],
-    ["launch.launchers", "launch.stuck", "data.loader", "data.digits", "data.images", "data.downloads"],
-    ["launch.detect", "data.rank_loader", "components"],
-    ["backends.wire", "backends.watch", "backends.rendezvous", "backends.optimizer_guard", "backends.loss_scale", "backends.watched", "backends.algorithms"],
-    ["backends.forms", "backends.local_first", "backends.pairs"],
+    ["topology", "memory", "file_lock", "settings.wording", "settings.yaml_text"],
+    ["settings.options"],
+    ["settings.layers", "settings.horovod_config", "settings.components"],
+    ["settings.config", "settings.flags"],
+    ["settings.record"],
+    ["launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.nested", "data.random_numbers"],
+    ["launch.launchers", "launch.stuck", "launch.algorithms", "launch.cores", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
+    ["launch.detect", "data.source"],
+    ["data.rank_batches"],
+    ["data.same_data"],
+    ["ranks.last_words"],
+    ["ranks.watch", "ranks.exit"],
+    ["ranks.everyone", "ranks.rendezvous"],
+    ["backends.wire", "backends.optimizer_guard", "backends.loss_scale", "backends.watched"],
+    ["backends.forms", "backends.local_first"],
     ["backends.member"],
     ["backends.rooted"],
     ["backends.messages"],
@@ -28,21 +37,29 @@ STAIRS = [
     ["backends.agreement", "backends.weighting"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],
-    ["backends.reducer", "backends.base", "backends.horovod_stamp"],
+    ["backends.reducer", "backends.base"],
     ["mpi.library", "mpi.lane", "mpi.dtypes"],
     ["mpi.operations", "mpi.staging"],
     ["mpi.messages"],
     ["mpi.group"],
     ["mpi.registration"],
     ["mpi"],
-    ["backends.local", "backends.ddp", "backends.hvd"],
+    ["backends.local", "backends.ddp"],
     ["backends.mpi"],
+    ["backends.hvd.stamp"],
+    ["backends.hvd.library", "backends.hvd.settings"],
+    ["backends.hvd.waiting", "backends.hvd.pairs"],
+    ["backends.hvd.wire", "backends.hvd.joining"],
+    ["backends.hvd.replica"],
+    ["backends.hvd.backend"],
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
-    ["data.named", "training.state"],
-    ["training.checkpoint", "observe.logger", "optim.schedule", "training.precision", "training.models", "training.stopping"],
-    ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task"],
-    ["training.position"],
+    ["data.named", "training.random_numbers", "training.plain_state"],
+    ["training.checkpoint", "observe.logger", "observe.whole_file", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
+    ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
+     "training.schedules"],
+    ["training.position", "training.loop_state", "training.evaluation"],
+    ["training.resume"],
     ["training.trainer"],
     ["run"],
     ["horovod_build.failure", "horovod_build.trial"],
@@ -50,31 +67,36 @@ STAIRS = [
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
-    ["cli.yaml_text", "cli.voice"],
-    ["cli.flags"],
+    ["cli.voice"],
     ["cli.commands", "cli.train", "cli.install_horovod"],
     ["cli"],
     ["__main__"],
     ["testing.plugin", "testing.threads", "testing.__main__", "testing.conformance.test_forward", "testing.conformance.test_changes", "testing.conformance.test_slips", "testing.conformance.test_collectives", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop", "testing.conformance.test_rooted", "testing.conformance.test_messages",
-     "testing.conformance.test_local_rank_first", "testing.conformance.test_sync_batch_norm"],
+     "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_forward",
+     "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
+     "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
+     "testing.conformance.test_trainer"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
     "data",
     "launch",
+    "ranks",
+    "backends.hvd",
     "horovod_build",
     "training",
     "observe",
+    "settings",
     "optim",
     "testing",
     "testing.conformance",
 }  # no code of their own
 HOME = {
-    "horovod": {"backends.hvd", "horovod_build.trial"},
+    "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
     "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.operations", "mpi.messages", "mpi.group"},
 }
+ENVIRONMENT = {"launch.detect", "launch.environment", "memory", "run", "workers"}  # of what runs on ranks
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -118,25 +140,122 @@ def violations(package: Path) -> list[str]:
     return wrong
 
 
+def folder_cycles(package: Path) -> list[str]:
+    """Pairs of folders that import each other, and longer rounds; a module outside all folders counts as one."""
+    known = modules(package)
+    needs: dict[str, dict[str, str]] = {}  # folder -> folder that it imports -> one import as the example
+    for name, file in sorted(known.items()):
+        if not name:
+            continue
+        for target in imports(file):
+            inner = target.removeprefix("hvdtrain.")
+            while inner and inner not in known:
+                inner = inner.rpartition(".")[0]
+            here, there = folder_of(name, known), folder_of(inner, known)
+            if target.startswith("hvdtrain.") and inner and here != there:
+                needs.setdefault(here, {}).setdefault(there, f"{name} imports {inner}")
+    cycles = []
+    for here in sorted(needs):
+        for there in sorted(needs[here]):
+            way_back = way(there, here, needs) if here < there else []
+            if way_back:
+                cycles.append(f"{here} and {there} import each other: " + "; ".join([needs[here][there], *way_back]))
+    return cycles
+
+
+def folder_of(module: str, known: dict[str, Path]) -> str:
+    return module if known[module].name == "__init__.py" else module.rpartition(".")[0] or module
+
+
+def way(start: str, end: str, needs: dict[str, dict[str, str]]) -> list[str]:
+    """The shortest chain of imports that leads from one folder to another; [] if none does."""
+    chains: dict[str, list[str]] = {start: []}
+    queue = [start]
+    for folder in queue:
+        for following, example in needs.get(folder, {}).items():
+            if following not in chains:
+                chains[following] = [*chains[folder], example]
+                queue.append(following)
+    return chains.get(end, [])
+
+
+def readers_of_the_environment(package: Path) -> set[str]:
+    return {
+        name
+        for name, file in modules(package).items()
+        if any(
+            isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and ast.unparse(node.value) == "os"
+            for node in ast.walk(ast.parse(file.read_text()))
+        )
+    }
+
+
+def planted(tmp_path: Path, module: str, line: str) -> Path:
+    copied = tmp_path / "hvdtrain"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copied / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    return copied
+
+
 def test_imports_flow_down_the_stairs():
     assert violations(PACKAGE) == []
+
+
+def test_no_two_folders_import_each_other():
+    assert folder_cycles(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "message"),
+    [
+        (
+            "ranks/exit.py",
+            "def f():\n    from hvdtrain.mpi import library",
+            "mpi and ranks import each other: mpi.group imports ranks.watch; ranks.exit imports mpi.library",
+        ),
+        (
+            "launch/stuck.py",
+            "import hvdtrain.optim.schedule\nimport hvdtrain.backends.base",
+            "backends and launch import each other",
+        ),
+        ("backends/base.py", "from hvdtrain.backends.hvd import wire", "backends and backends.hvd import each other"),
+        ("errors.py", "from hvdtrain.observe import logger", "errors and observe import each other"),
+    ],
+)
+def test_a_planted_circle_of_folders_is_found_and_named(tmp_path, module, line, message):
+    assert any(message in cycle for cycle in folder_cycles(planted(tmp_path, module, line)))
+
+
+def test_a_round_of_three_folders_is_found(tmp_path):
+    package = tmp_path / "hvdtrain"
+    for folder, line in {"a": "b.one", "b": "c.one", "c": "a.one"}.items():
+        (package / folder).mkdir(parents=True)
+        (package / folder / "one.py").write_text(f"import hvdtrain.{line}\n")
+    assert (
+        folder_cycles(package)[0]
+        == "a and b import each other: a.one imports b.one; b.one imports c.one; c.one imports a.one"
+    )
+
+
+def test_launchers_variables_are_read_in_one_place(tmp_path):
+    elsewhere = {name for name in readers_of_the_environment(PACKAGE) if not name.startswith(("cli", "horovod_build"))}
+    assert elsewhere <= ENVIRONMENT
+    copied = planted(tmp_path, "backends/local.py", 'import os\nrank = os.environ["RANK"]')
+    assert "backends.local" in readers_of_the_environment(copied)
 
 
 @pytest.mark.parametrize(
     ("module", "line", "message"),
     [
         ("backends/base.py", "from hvdtrain.training.trainer import Trainer", "backends.base imports training.trainer"),
-        ("topology.py", "def f():\n    import hvdtrain.config", "topology imports config"),
+        ("topology.py", "def f():\n    import hvdtrain.settings.config", "topology imports settings.config"),
         ("training/trainer.py", "import horovod.torch", "training.trainer imports horovod"),
         ("stray.py", "", "stray is on no stair"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, module, line, message):
-    copied = tmp_path / "hvdtrain"
-    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    with (copied / module).open("a") as file:
-        file.write(f"\n{line}\n")
-    assert any(message in wrong for wrong in violations(copied))
+    assert any(message in wrong for wrong in violations(planted(tmp_path, module, line)))
 
 
 @pytest.mark.parametrize("name", ["torch", "horovod", "mpi4py", "utils", "helpers", "common", "misc", "manager"])
@@ -145,7 +264,7 @@ def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "module", ["hvdtrain", "hvdtrain.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
+    "module", ["hvdtrain", "hvdtrain.settings.config", "hvdtrain.topology", "hvdtrain.launch.detect", "hvdtrain.cli"]
 )
 def test_importing_does_not_load_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

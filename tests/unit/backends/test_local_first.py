@@ -11,8 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from hvdtrain.backends.local_first import LocalFirst
-from hvdtrain.backends.watch import Failure, NullWatch
 from hvdtrain.errors import CollectiveError, RankFailure
+from hvdtrain.ranks.last_words import Failure
+from hvdtrain.ranks.watch import NullWatch
 from hvdtrain.topology import Topology
 
 
@@ -104,7 +105,8 @@ class Heard(NullWatch):
     """A watch that hears of a failure of ``rank``."""
 
     def __init__(self, rank):
-        self.failure = Failure(rank=rank, host="here", message="ValueError: planted", traceback="lines")
+        super().__init__()
+        self.words.first = Failure(rank=rank, host="here", message="ValueError: planted", traceback="lines")
 
     def raise_if_failed(self):
         if self.failure.rank == 0:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import collections
-import dataclasses
+import os
 import pickle
 import random
+import signal
 import time
-import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from hvdtrain.data.arrays import ArrayDataset
-from hvdtrain.data.loader import _SeededBatches, make_loader, to_device
+from hvdtrain.data.loader import _SeededBatches, empty_batch, look_at_samples, make_loader
+from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.errors import ConfigError
 
 # torch warns where there are fewer cores than loader processes; which process loads what is what is tested here.
@@ -198,6 +198,104 @@ def test_arrays_that_do_not_belong_together_are_refused(tensors: tuple[Tensor, .
         ArrayDataset(*tensors)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_looking_at_samples_sees_the_same_each_time_and_changes_no_random_number(workers: int) -> None:
+    def drawn() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    expected = drawn()
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    first, *others = look_at_samples(Noisy(), [3, 22, 3], lambda samples: samples[0].tolist(), workers=workers)
+    assert drawn() == expected
+    assert (first[0], others[0][0]) == (3, 22)
+    assert others[1] == first
+    assert first == look_at_samples(Noisy(), [3], lambda samples: samples[0].tolist(), workers=1 - workers)[0]
+
+
+class Opened(Noisy):
+    """Opens something when it is first read, as a data set over a file does."""
+
+    def __init__(self) -> None:
+        self.opened_in = 0
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.opened_in = os.getpid()
+        return super().__getitem__(index)
+
+
+def test_what_a_data_set_opens_is_opened_in_loader_processes_where_there_are_any() -> None:
+    dataset = Opened()
+    look_at_samples(dataset, [0], len, workers=1)
+    empty_batch(dataset, workers=1)
+    look_at_samples(dataset, [0], len, workers=1, multiprocessing_context="spawn")  # a copy is read
+    check_shared_memory(dataset, batch_size=1, workers=1, ranks=1)
+    assert dataset.opened_in == 0
+    empty_batch(dataset)
+    assert dataset.opened_in == os.getpid()
+
+
+def ragged(samples: list[Tensor]) -> dict[str, Any]:
+    number = int(torch.randint(1, 10**6, ()))
+    names = [sample.pop() for sample in ([float(s[0]), "name"] for s in samples)]
+    return {"x": torch.stack(samples), "names": names, "number": float(number)} | {
+        "draws": [torch.zeros(number), torch.zeros(10**6 - number)]
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_empty_batch_is_collated_as_any_other_and_no_random_number_is_drawn(workers: int) -> None:
+    state = torch.get_rng_state()
+    empty = empty_batch(Noisy(), collate=ragged, workers=workers)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert empty["x"].shape == (0, 4)
+    assert empty["names"] == []
+    assert [len(one) for one in empty["draws"]] == [
+        empty["number"],
+        10**6 - empty["number"],
+    ]  # drawn alike for the batches that are compared
+
+
+def test_the_empty_batch_of_arrays_is_one_of_arrays() -> None:
+    empty = empty_batch(ArrayDataset(torch.rand(5, 2), torch.arange(5)))
+    assert type(empty) is tuple
+    assert [tuple(tensor.shape) for tensor in empty] == [(0, 2), (0,)]
+
+
+def test_a_collate_function_may_take_its_samples_apart() -> None:
+    rows = [{"x": torch.ones(2), "label": 1}]
+    empty = empty_batch(rows, collate=lambda samples: [torch.tensor([one.pop("label") for one in samples])])  # type: ignore[arg-type]
+    assert empty[0].shape == (0,)
+    assert rows == [{"x": rows[0]["x"], "label": 1}]
+
+
+def test_a_data_set_that_makes_whole_batches_shows_its_empty_one() -> None:
+    class Whole(Noisy):
+        def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+            return {"x": torch.tensor(indices), "names": [str(index) for index in indices]}
+
+    empty = empty_batch(Whole(), collate=lambda batch: batch)
+    assert (empty["x"].tolist(), empty["names"]) == ([], [])
+
+
+def test_a_worker_is_told_what_the_user_wants_and_still_outlives_sigterm() -> None:
+    def told(worker: int) -> None:
+        os.environ["TOLD"] = str(worker)
+
+    class Asks(Noisy):
+        def __getitem__(self, index: int) -> Any:
+            handler = signal.getsignal(signal.SIGTERM)
+            return [os.environ.get("TOLD", ""), type(getattr(handler, "__self__", None)).__name__]
+
+    loader = make_loader(Asks(), sampler(), workers=1, worker_init=told, collate=list)
+    assert next(iter(loader))[0] == ["0", "OutliveSigterm"]
+    assert "TOLD" not in os.environ
+
+
 class Stream(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         yield 1
@@ -208,111 +306,13 @@ class Stream(IterableDataset[int]):
     [
         (Noisy(), {"workers": -1}, "workers must be 0 or more, got -1"),
         (Noisy(), {"timeout_s": -2}, "timeout_s must be 0 or more, got -2"),
-        (Stream(), {}, "Stream cannot be split over ranks exactly"),
+        (Stream(), {}, "Stream cannot be split over ranks exactly.*replica.step\\(\\) alone"),
         (object(), {}, "object cannot be split over ranks exactly"),
     ],
 )
 def test_what_cannot_work_is_refused(dataset: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_loader(dataset, sampler(), **arguments)
-
-
-# -- batches on a device ----------------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    x: Any
-    name: str
-
-
-class Stack(list[Any]):
-    """A list with a mind of its own."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    x: Tensor
-    name: str
-    later: list[Tensor] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.x.device.type == "meta":
-            raise AssertionError("__post_init__ ran again")
-        object.__setattr__(self, "later", [self.x])
-
-
-class Old:
-    """Moves itself, by a method of the old kind."""
-
-    def __init__(self, where: Any = "cpu") -> None:
-        self.where = where
-
-    def to(self, device: Any) -> Old:
-        return Old(device)
-
-
-class New(Old):
-    def to(self, device: Any, non_blocking: bool = False) -> New:
-        return New((device, non_blocking))
-
-
-def test_every_container_keeps_its_type_and_its_tensors_move() -> None:
-    x = torch.ones(2)
-    meta = torch.device("meta")
-    batch = {
-        "tensor": x,
-        "tuple": (x, 1),
-        "list": [x, "text", None],
-        "named": Pair(x, "n"),
-        "subclass": Stack([x]),
-        "ordered": collections.OrderedDict(a=x),
-        "default": collections.defaultdict(list, a=[x]),
-        "proxy": types.MappingProxyType({"a": x}),
-        "dataclass": Sample(x=x, name="n"),
-        "packed": pack_sequence([x]),
-        "own": Old(),
-        "size": torch.Size([2]),
-        "class": Old,
-    }
-    moved = to_device(batch, meta)
-    assert {key: type(value) for key, value in moved.items()} == {key: type(value) for key, value in batch.items()}
-    assert moved["tuple"][1:] == (1,)
-    assert moved["list"][1:] == ["text", None]
-    assert moved["default"].default_factory is list
-    assert (moved["size"], moved["class"], moved["own"].where) == (torch.Size([2]), Old, meta)
-    assert isinstance(moved["packed"], PackedSequence)
-    for tensor in (
-        moved["tensor"],
-        moved["tuple"][0],
-        moved["list"][0],
-        moved["named"].x,
-        moved["subclass"][0],
-        moved["ordered"]["a"],
-        moved["default"]["a"][0],
-        moved["proxy"]["a"],
-        moved["dataclass"].x,
-        moved["dataclass"].later[0],
-        moved["packed"].data,
-    ):
-        assert tensor.device == meta
-
-
-def test_the_batch_itself_is_not_changed() -> None:
-    x = torch.ones(2)
-    batch = [x, {"a": x}, Stack([x]), collections.OrderedDict(a=x), Sample(x=x, name="n")]
-    to_device(batch, "meta")
-    assert batch[0] is batch[1]["a"] is batch[2][0] is batch[3]["a"] is batch[4].x is x  # type: ignore[index,attr-defined]
-
-
-def test_only_those_who_know_it_are_told_not_to_block() -> None:
-    assert to_device(Old(), "d", non_blocking=True).where == "d"
-    assert to_device(New(), "d", non_blocking=True).where == ("d", True)
-    assert to_device(New(), "d").where == ("d", False)
-
-
-@pytest.mark.parametrize("value", [3, 2.5, "text", b"bytes", None, True, {1, 2}, range(3)])
-def test_other_values_come_back_as_they_are(value: Any) -> None:
-    assert to_device(value, "meta") is value
 
 
 @pytest.mark.gpu

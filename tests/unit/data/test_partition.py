@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
+from typing import Any
 
 import pytest
 
-from hvdtrain.data.partition import BatchPartition, Step, share
+from hvdtrain.data.partition import LAST_BATCH, BatchPartition, Step, share
 from hvdtrain.errors import ConfigError
 
 LENGTHS = (1, 2, 3, 5, 7, 8, 11, 16, 17, 24)
@@ -17,7 +18,7 @@ ACCUMULATES = (1, 2, 3, 4)
 CASES = list(itertools.product(LENGTHS, GLOBAL_BATCHES, WORLDS, ACCUMULATES))
 
 
-def all_ranks(length: int, batch: int, world: int, accumulate: int = 1, **more: bool) -> list[BatchPartition]:
+def all_ranks(length: int, batch: int, world: int, accumulate: int = 1, **more: Any) -> list[BatchPartition]:
     return [
         BatchPartition(
             length=length, global_batch_size=batch, world_size=world, rank=rank, accumulate=accumulate, **more
@@ -130,14 +131,57 @@ def test_a_global_batch_smaller_than_the_world_is_exact_too() -> None:
 
 
 def test_dropping_the_last_batch_leaves_only_whole_ones() -> None:
-    for partition in all_ranks(23, 6, 2, drop_last=True):
+    for partition in all_ranks(23, 6, 2, last_batch="drop"):
         steps = list(partition.steps())
         assert [step.samples for step in steps] == [6, 6, 6]
         assert (partition.steps_per_epoch, partition.samples_per_epoch) == (3, 18)
         assert list(partition.steps(18)) == list(partition.steps(23)) == []
         assert list(partition.steps(12)) == steps[2:]
-    for partition in all_ranks(24, 6, 2, drop_last=True):
+    for partition in all_ranks(24, 6, 2, last_batch="drop"):
         assert partition.steps_per_epoch == 4
+
+
+def test_merging_joins_the_last_batch_with_the_one_before_and_loses_nothing() -> None:
+    for length, batch, world, accumulate in CASES:
+        ranks = all_ranks(length, batch, world, accumulate, last_batch="merge")
+        steps = [list(partition.steps()) for partition in ranks]
+        met = [position for rank in steps for step in rank for position in positions(step)]
+        assert sorted(met) == list(range(length)), (length, batch, world, accumulate)
+        assert all(step.samples >= min(batch, length) for step in steps[0])
+        assert [step.samples for step in steps[0]][:-1] == [batch] * (len(steps[0]) - 1)
+        assert ranks[0].samples_per_epoch == length
+
+
+def test_merging_needs_a_batch_before() -> None:
+    for length in (3, 6):  # shorter than a global batch, and just one
+        (partition,) = all_ranks(length, 6, 1, last_batch="merge")
+        assert [step.samples for step in partition.steps()] == [length]
+
+
+def test_a_run_goes_on_at_each_step_whatever_becomes_of_the_last_batch() -> None:
+    for length, batch, world, accumulate in CASES:
+        for last_batch in LAST_BATCH:
+            if last_batch == "drop" and length < batch:
+                continue
+            (partition, *_) = all_ranks(length, batch, world, accumulate, last_batch=last_batch)
+            steps = list(partition.steps())
+            for done in range(len(steps) + 1):
+                assert list(partition.steps(sum(step.samples for step in steps[:done]))) == steps[done:]
+
+
+def test_a_run_that_kept_its_last_batch_cannot_go_on_merging_where_only_that_is_left() -> None:
+    with pytest.raises(ConfigError, match=r"no global batch of 6 begins there.*last_batch.*now merge"):
+        BatchPartition(length=23, global_batch_size=6, last_batch="merge").steps(18)
+
+
+def test_empty_batches_are_needed_exactly_where_some_rank_makes_fewer_passes_than_another() -> None:
+    for length, batch, world, accumulate in CASES:
+        for last_batch in LAST_BATCH:
+            if last_batch == "drop" and length < batch:
+                continue
+            ranks = all_ranks(length, batch, world, accumulate, last_batch=last_batch)
+            needed = any(len(step.micro_batches) < step.passes for partition in ranks for step in partition.steps())
+            assert {partition.needs_empty_batches for partition in ranks} == {needed}
 
 
 @pytest.mark.parametrize(
@@ -150,10 +194,11 @@ def test_dropping_the_last_batch_leaves_only_whole_ones() -> None:
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 does not exist in a world of 2"),
         ({"rank": -1}, "rank -1 does not exist"),
-        ({"global_batch_size": 11, "drop_last": True}, "10 samples, fewer than the global batch of 11"),
+        ({"last_batch": "Drop"}, "last_batch must be one of keep, drop, merge, got 'Drop'"),
+        ({"global_batch_size": 11, "last_batch": "drop"}, "10 samples, fewer than the global batch of 11"),
     ],
 )
-def test_values_that_cannot_work_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_values_that_cannot_work_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         BatchPartition(**{"length": 10, "global_batch_size": 4, **arguments})  # type: ignore[arg-type]
 

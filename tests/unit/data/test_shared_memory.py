@@ -39,6 +39,11 @@ def test_batches_that_do_not_fit_are_refused_with_the_sizes_and_the_remedies():
         check_shared_memory(Drawing(), batch_size=4096, workers=4, ranks=4)
 
 
+def test_batches_ahead_are_counted():
+    with pytest.raises(ConfigError, match=r"x 7 batches of 4096 samples"):
+        check_shared_memory(Drawing(), batch_size=4096, workers=4, ranks=4, prefetch_factor=7)
+
+
 def test_no_processes_no_folder_and_no_samples_need_nothing():
     check_shared_memory(Drawing(), batch_size=10**9, workers=0, ranks=1)
     check_shared_memory(Drawing(), batch_size=10**9, workers=1, ranks=1, folder="/nowhere")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.backends.horovod_stamp import FILE, Stamp
+from hvdtrain.backends.hvd.stamp import FILE, Stamp
 from hvdtrain.horovod_build import wheels
 from hvdtrain.horovod_build.failure import BuildError
 

@@ -15,6 +15,7 @@ import pytest
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.ancestry import Ancestor
 from hvdtrain.launch.detect import detect
+from hvdtrain.launch.launchers import spawned
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2",
@@ -67,6 +68,25 @@ def test_a_batch_script_or_a_single_task_is_one_process(change):
 
 def test_horovodrun_over_gloo():
     assert facts(detect(HOROVOD)) == ("horovodrun", 2, 4, 0, 2, 1, 2)
+    assert detect(HOROVOD).horovodrun_server == "10.0.0.1:4711"
+    assert detect({**HOROVOD, **OPEN_MPI}).horovodrun_server == "10.0.0.1:4711"  # Horovod would go by it
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, OPEN_MPI, {}, {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1"}])
+def test_without_horovodrun_there_is_no_server_of_its(env):
+    assert detect(env).horovodrun_server is None
+
+
+def test_where_torchrun_looks_for_an_error_is_known():
+    assert detect({**TORCHRUN, "TORCHELASTIC_ERROR_FILE": "/a/file"}).error_file == "/a/file"
+    assert detect({"TORCHELASTIC_ERROR_FILE": "/a/file"}).error_file == "/a/file"
+    assert detect(TORCHRUN).error_file is None
+
+
+def test_a_spawned_rank_reads_what_spawn_gives_it():
+    found = detect(spawned(1, 3, "abc"))
+    assert facts(found) == ("spawn", 1, 3, 1, 3, 0, 1)
+    assert found.job_id == "spawn-abc"
 
 
 def test_a_pytorchjob_pod_is_one_process_a_node():

@@ -1,0 +1,140 @@
+"""How a process ends when its engine will not let it.
+
+An engine's own end (MPI_Finalize, Horovod's destructors) waits for the other ranks, without a bound when they are gone.
+Whoever finds that out calls `end_hard`: Python then ends as it always does, tracebacks and handlers and all, but for the
+engine. Nothing here knows which engine that is, or ends a process that was not given up.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hvdtrain.errors import HvdtrainError, RankFailure
+
+if TYPE_CHECKING:
+    from hvdtrain.ranks.watch import NullWatch
+
+
+@dataclass(slots=True)
+class _Ending:
+    """How this process is to end.
+
+    Attributes:
+        code: With which exit code, and without the engine's own end; None for as usual.
+        farewells: Called with the code, last of all.
+        prepared: Whether Python will come by here when it ends.
+        shows: What shows an exception that nobody caught, once `end_all_on_exception` has taken its place.
+    """
+
+    code: int | None = None
+    farewells: list[Callable[[int], None]] = field(default_factory=list)
+    prepared: bool = False
+    shows: Callable[[type[BaseException], BaseException, TracebackType | None], Any] | None = None
+
+
+_ending = _Ending()
+
+
+def prepare(farewell: Callable[[int], None] | None = None) -> None:
+    """Be ready for `end_hard`; called when an engine starts, so that handlers at exit registered since then still run.
+
+    Args:
+        farewell: Called with the exit code right before a hard end, once all else is done: what the engine can still do
+            for the other ranks.
+    """
+    if farewell is not None and farewell not in _ending.farewells:
+        _ending.farewells.append(farewell)
+    if not _ending.prepared:
+        _ending.prepared = True
+        atexit.register(_leave)
+
+
+def end_hard(code: int) -> None:
+    """Let the process end with ``code`` and without its engine's own end; the first code counts."""
+    if _ending.code is None:
+        _ending.code = code
+    prepare()
+
+
+def ending() -> bool:
+    """Whether the process is to end without its engine's own end."""
+    return _ending.code is not None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that ``error`` ends: never 0."""
+    if isinstance(error, HvdtrainError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code:
+        return error.code
+    return 1
+
+
+def end_all_on_exception() -> None:
+    """From now on an exception that nobody caught ends this process hard, after its traceback was shown."""
+    if _ending.shows is None:
+        _ending.shows = sys.excepthook
+        sys.excepthook = _show_and_end
+    prepare()
+
+
+class Goodbye:
+    """Tells the other ranks at exit that this one is done, so that none waits for it, and never waits for ever itself.
+
+    Args:
+        watch: Of the ranks to say goodbye to.
+        timeout_s: How long to wait for theirs, in seconds.
+        stuck: Whether the engine is inside a call that will not return.
+    """
+
+    def __init__(self, watch: NullWatch, timeout_s: float, stuck: Callable[[], bool]) -> None:
+        self._watch, self._timeout_s, self._stuck = watch, timeout_s, stuck
+
+    def at_exit(self) -> None:
+        """Say it when the process ends."""
+        prepare()
+        atexit.register(self._say)
+
+    def never(self) -> None:
+        """Do not say it."""
+        atexit.unregister(self._say)
+
+    def _say(self) -> None:
+        if ending() or self._stuck():
+            self._watch.close()
+            end_hard(1)
+            return
+        try:
+            self._watch.leave(self._timeout_s)
+        except (RankFailure, RuntimeError) as error:
+            print(f"hvdtrain: {error}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+            end_hard(HvdtrainError.exit_code)
+
+
+def _show_and_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    assert _ending.shows is not None
+    _ending.shows(kind, error, trace)
+    end_hard(code_of(error))
+
+
+def _leave() -> None:
+    """One of the last handlers at exit: those that were registered after it have run before."""
+    code = _ending.code
+    if code is None:
+        return
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    for farewell in _ending.farewells:
+        farewell(code)
+    os._exit(code)

@@ -1,0 +1,297 @@
+"""Who waits for what: the ranks' small talk beside the engine, so that no failure ends in a hang.
+
+Each rank keeps one record in a key-value store (a `torch.distributed.Store`, never the engine): how many collectives it
+has begun, and what it is waiting for. One thread a rank publishes it and reads the others' last words. Out of that come
+
+* *the first failure* (`hvdtrain.ranks.last_words`) reaches everybody, also a rank whose main thread is stuck inside an
+  engine call;
+* *the missing ranks*: a time-out names the ranks that did not come, and what they are doing instead;
+* *the early leaver*: a rank that left the program cannot take part in a collective it never began, so whoever waits for
+  it is told within seconds instead of at the time-out.
+
+It never kills a rank for being slow: only a failure, a departure or the store's own death does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hvdtrain.errors import RankFailure
+from hvdtrain.ranks.last_words import GRACE_S, Failure, LastWords, NullWords
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_log = logging.getLogger(__name__)
+
+ALL_THE_SAME = "every rank must make the same collective calls"
+_STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
+
+
+class NullWatch:
+    """The watch of a world of one: there is nobody to watch."""
+
+    def __init__(self) -> None:
+        self.words = NullWords()
+        """What ranks that failed have said."""
+        self.on_failure: list[Callable[[str], None]] = []
+        """Called, in the watch's thread, with what went wrong: an engine that can let its waits fail should do so."""
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first failure, as far as this rank has heard."""
+        return self.words.first
+
+    @contextmanager
+    def region(self, label: str, what: str, ranks: Sequence[int], *, again: bool = False) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
+    def missing(self, label: str, ranks: Sequence[int]) -> str:
+        """Return ""."""
+        return ""
+
+    def raise_if_failed(self) -> None:
+        """Do nothing."""
+
+    def elsewhere(self, label: str) -> str:
+        """Return ""."""
+        return ""
+
+    def leave(self, timeout_s: float) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Watch(NullWatch):
+    """One rank's part in the watch; `start` begins it, `leave` or `close` ends it.
+
+    Args:
+        store: A connection used by nothing else (a store serves one request at a time).
+        rank: This rank.
+        world_size: Number of ranks.
+        interval_s: How often records are exchanged. Worlds of more than 256 ranks exchange more seldom, so that the
+            store sees at most about 500 requests a second.
+        exit_process: Ends the process at once; replaceable for embedding.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        interval_s: float = 0.5,
+        exit_process: Callable[[int], Any] = os._exit,
+    ) -> None:
+        super().__init__()
+        self.words: LastWords = LastWords(store, rank, world_size)
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._interval_s = interval_s * max(1.0, world_size / 256)
+        self._exit_process = exit_process
+        self._counts: dict[str, int] = {}
+        # Label, what, ranks, since; the innermost last. Threads wait beside each other.
+        self._waiting: list[tuple[str, str, tuple[int, ...], float]] = []
+        self._turn = threading.Lock()
+        self._state = "computing"
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hvdtrain-watch", daemon=True)
+
+    def start(self) -> None:
+        """Publish the first record and begin watching."""
+        self._publish()
+        self._thread.start()
+
+    # -- what the other modules say and ask ---------------------------------------------------------------------------
+
+    @contextmanager
+    def region(self, label: str, what: str, ranks: Sequence[int], *, again: bool = False) -> Iterator[None]:
+        """Mark that this rank is inside an operation that needs ``ranks``.
+
+        Args:
+            label: The group whose operations are counted.
+            what: The operation, for messages.
+            ranks: World ranks that must take part.
+            again: The operation was counted when it was started; this is the wait for it.
+        """
+        self.raise_if_failed()
+        waiting = (label, what, tuple(ranks), time.monotonic())
+        with self._turn:
+            if not again:
+                self._counts[label] = self._counts.get(label, 0) + 1
+            self._waiting.append(waiting)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._waiting.remove(waiting)
+
+    def raise_if_failed(self) -> None:
+        """Raise `RankFailure` if another rank has reported one."""
+        failure = self.failure
+        if failure is not None and failure.rank != self._rank:
+            raise failure.error()
+
+    def missing(self, label: str, ranks: Sequence[int]) -> str:
+        """Describe the ranks that have not begun the operation this rank is in, as far as the store can tell."""
+        mine = self._counts.get(label, 0)
+        absent = []
+        for rank in ranks:
+            if rank == self._rank:
+                continue
+            record = self._read(f"rank/{rank}")
+            if record is None:
+                absent.append(f"rank {rank} (never heard of)")
+            elif record["counts"].get(label, 0) < mine:
+                silent = time.time() - record["time"]
+                doing = f"in {record['what']}" if record["what"] else record["state"]
+                absent.append(f"rank {rank} on {record['host']} ({doing}; last heard of {silent:.0f} s ago)")
+        return f"; missing: {', '.join(absent)}" if absent else ""
+
+    def elsewhere(self, label: str) -> str:
+        """Describe a rank that is in another operation, which cannot end without this rank and which it has not begun.
+
+        Args:
+            label: Of the operation that this rank is in: a rank in one of these is not elsewhere.
+        """
+        for rank in range(self._world_size):
+            record = self._read(f"rank/{rank}") if rank != self._rank else None
+            if record is None or not record["what"] or self._rank not in (record["ranks"] or [self._rank]):
+                continue
+            other = record["label"]
+            if other != label and record["counts"][other] > self._counts.get(other, 0):
+                return f"rank {rank} on {record['host']} is not: it waits in {record['what']}; {ALL_THE_SAME}"
+        return ""
+
+    def leave(self, timeout_s: float) -> None:
+        """Say that this rank is done, and return when all are, so that the store outlives everybody's use of it.
+
+        Raises:
+            RankFailure: Another rank failed, or one did not come within ``timeout_s``.
+        """
+        self._state = "has left the program"
+        self._publish()
+        self._store.set(f"left/{self._rank}", "1")
+        self._await("left", timeout_s)
+        self.close()
+        self._store.set(f"gone/{self._rank}", "1")
+        if self._rank == 0:  # hosts the store
+            try:
+                self._await("gone", min(timeout_s, 10.0))
+            except RankFailure as error:
+                _log.warning("%s", error)
+
+    def close(self) -> None:
+        """End the thread; the store stays open."""
+        self._closing.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval_s):
+            try:
+                self._publish()
+                self.words.listen()
+            except Exception as error:
+                if self._closing.is_set():
+                    return
+                self._end_soon(
+                    f"lost the connection to rank 0's store ({error}); rank 0 has most likely died", aloud=True
+                )
+                return
+            if self.failure is not None and self.failure.rank != self._rank:
+                self.words.acknowledge()
+                self._notify(str(self.failure.error()))
+                self._end_soon(f"rank {self.failure.rank} failed first: {self.failure.message}", aloud=self._rank == 0)
+                return
+            stuck = self._stuck()
+            if stuck:
+                self.words.report(stuck, "")
+                self._notify(stuck)
+                self._end_soon(stuck, aloud=True)
+                return
+
+    def _publish(self) -> None:
+        with self._turn:
+            counts, waiting = dict(self._counts), self._waiting[-1] if self._waiting else None
+        record = {
+            "counts": counts,
+            "what": waiting[1] if waiting else "",
+            "label": waiting[0] if waiting else "",
+            "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
+            "state": self._state,
+            "time": time.time(),
+            "host": socket.gethostname(),
+        }
+        self._store.set(f"rank/{self._rank}", json.dumps(record))
+
+    def _read(self, key: str) -> dict[str, Any] | None:
+        try:
+            if not self._store.check([key]):
+                return None
+            record: dict[str, Any] = json.loads(self._store.get(key))
+        except Exception:
+            return None
+        return record
+
+    def _stuck(self) -> str:
+        """Describe the rank that left without beginning the operation that this rank is waiting in, if there is one."""
+        with self._turn:
+            waits = [wait for wait in self._waiting if time.monotonic() - wait[3] >= _STUCK_S]
+        for label, what, ranks, since in waits:
+            mine = self._counts.get(label, 0)
+            for rank in ranks:
+                if rank == self._rank or not self._store.check([f"left/{rank}"]):
+                    continue
+                record = self._read(f"rank/{rank}")
+                if record is not None and record["counts"].get(label, 0) < mine:
+                    return (
+                        f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) "
+                        f"while rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; {ALL_THE_SAME}"
+                    )
+        return ""
+
+    def _await(self, stage: str, timeout_s: float) -> None:
+        keys = [f"{stage}/{rank}" for rank in range(self._world_size)]
+        end = time.monotonic() + timeout_s
+        pause = 0.001
+        while not self._store.check(keys):
+            self.words.listen()
+            self.raise_if_failed()
+            if time.monotonic() > end:
+                absent = [rank for rank in range(self._world_size) if not self._store.check([f"{stage}/{rank}"])]
+                raise RankFailure(
+                    f"rank {self._rank} waited {timeout_s:g} s at the end of the program for ranks {absent}"
+                )
+            time.sleep(pause)
+            pause = min(0.1, pause * 1.5)
+
+    def _notify(self, message: str) -> None:
+        for listener in self.on_failure:
+            listener(message)
+
+    def _end_soon(self, message: str, *, aloud: bool) -> None:
+        """Let the main thread unwind; if it is stuck inside the engine, end the process."""
+        if self._closing.wait(GRACE_S):
+            return
+        if aloud:
+            print(f"hvdtrain: rank {self._rank} ends: {message}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+        for child in multiprocessing.active_children():  # DataLoader workers would outlive os._exit
+            child.terminate()
+        self._exit_process(1)

@@ -1,0 +1,157 @@
+"""How ranks find each other's store: by file, by word of mouth, and never for longer than the time-out."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.launch.detect import Detection
+from hvdtrain.ranks import rendezvous
+from hvdtrain.topology import Topology
+
+
+def detection(rank: int, size: int = 2, nodes: int = 1) -> Detection:
+    local = size // nodes
+    topology = Topology(
+        rank=rank, world_size=size, local_rank=rank % local, local_world_size=local, node_rank=rank // local, num_nodes=nodes,
+        launcher="mpirun",
+    )  # fmt: skip
+    return Detection(topology=topology, reason="a test", job_id="a-test", address=None, first_host=None)
+
+
+def both(tell=None, nodes: int = 1):
+    """Ranks 0 and 1 in two threads of this process, which count their meetings alike."""
+    found: dict[int, object] = {}
+
+    def rank(number: int) -> None:
+        try:
+            found[number] = rendezvous.meet(detection(number, nodes=nodes), 20, tell and tell(number))
+        except LaunchError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _same_meeting(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        rendezvous, "_meetings", iter([7] * 100)
+    )  # two ranks in one process would count as two meetings
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(rendezvous.tempfile, "tempdir", None)
+
+
+def talk(found) -> None:
+    assert not any(isinstance(one, Exception) for one in found.values()), found
+    found[0].engine.set("greeting", "hello")
+    assert found[1].engine.get("greeting") == b"hello"
+    assert found[1].watch.get("greeting") if found[1].watch.check(["greeting"]) else True
+
+
+def test_ranks_of_one_node_meet_through_a_private_file():
+    found = both()
+    talk(found)
+    assert found[0].file.stat().st_mode & 0o077 == 0 or found[0].file.parent.stat().st_mode & 0o077 == 0
+
+
+def test_ranks_of_two_nodes_meet_by_what_they_are_told():
+    box: list[dict] = []
+    said = threading.Event()
+
+    def tell(rank):
+        def zero(content):
+            box.append(content)
+            said.set()
+            return content
+
+        def other(content):
+            assert said.wait(20)
+            return json.loads(json.dumps(box[0]))
+
+        return zero if rank == 0 else other
+
+    found = both(tell, nodes=2)
+    talk(found)
+    assert found[0].file is None
+
+
+def test_a_stale_file_of_an_earlier_job_is_not_believed(tmp_path):
+    file = rendezvous._rendezvous_file(detection(1))
+    file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 9, "nonce": "old"}))
+    began = time.monotonic()
+    with pytest.raises(
+        LaunchError, match=r"waited 1\.5 s for rank 0's address .*port 9, where rank 0's store does not answer"
+    ):
+        rendezvous.meet(detection(1), 1.5)
+    assert time.monotonic() - began < 10
+    talk(both())
+
+
+def test_a_rank_without_rank_zero_waits_no_longer_than_the_time_out():
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"it did not appear\. Did rank 0 start"):
+        rendezvous.meet(detection(1), 1.0)
+    assert time.monotonic() - began < 5
+
+
+def test_an_address_that_cannot_be_reached_names_both_hosts_and_the_ways_out():
+    content = {"hosts": ["127.0.0.1"], "port": 9, "nonce": "n", "of": "elsewhere"}
+    with pytest.raises(
+        LaunchError, match=r"reaches rank 0 on elsewhere at none of 127\.0\.0\.1 port 9: open the ports"
+    ):
+        rendezvous.meet(detection(1, nodes=2), 1.0, lambda _: content)
+
+
+def test_a_folder_that_others_may_read_is_refused(tmp_path):
+    import os
+
+    folder = tmp_path / f"hvdtrain-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    with pytest.raises(LaunchError, match="must belong to you and be private"):
+        rendezvous.meet(replace(detection(0)), 1.0)
+
+
+class KeyValue(BaseHTTPRequestHandler):
+    """What horovodrun's server does: PUT and GET, 404 for what is not there."""
+
+    kept: dict = {}  # noqa: RUF012
+
+    def do_PUT(self):
+        self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        value = self.kept.get(self.path)
+        self.send_response(200 if value else 404)
+        self.send_header("Content-Length", str(len(value or b"")))
+        self.end_headers()
+        self.wfile.write(value or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_horovodruns_server_carries_the_word(monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), KeyValue) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(rendezvous, "_announcements", iter([1] * 10))
+        place = f"127.0.0.1:{server.server_port}"
+        other = rendezvous.announce_by_horovodrun(place, 1, "job", 1.0)
+        with pytest.raises(LaunchError, match="rank 1 waited 1 s for rank 0's address from horovodrun"):
+            other(None)
+        rendezvous.announce_by_horovodrun(place, 0, "job", 5.0)({"port": 3})
+        assert rendezvous.announce_by_horovodrun(place, 1, "job", 5.0)(None) == {"port": 3}
+        server.shutdown()
