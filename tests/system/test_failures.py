@@ -74,6 +74,16 @@ def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(jo
     assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output
 
 
+@pytest.mark.slow
+def test_a_message_that_is_not_sent_names_the_rank_that_did_not(job):
+    ended = run(job("message", 8))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 8 + 10
+    assert re.search(
+        r"recv\(src=1\) over world failed on rank [02]; missing: rank 1 on \S+ \(computing", ended.output
+    ), ended.output
+
+
 ALONE = {
     "evaluate-step": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in ",
     "evaluate-fit": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in all_gather",
