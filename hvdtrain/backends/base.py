@@ -10,7 +10,8 @@ import atexit
 import itertools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.source import source_of
@@ -91,6 +93,7 @@ class Backend(Communicator):
         self._running = False
         self._ended = False
         self._meeting: Meeting | None = None
+        self._local_first: LocalFirst | None = None
         self._launcher_freed = False
         self._agreements = itertools.count()
 
@@ -115,6 +118,11 @@ class Backend(Communicator):
     def local_rank(self) -> int:
         """This process's rank among those on its node."""
         return self.topology.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """The number of ranks on this process's node."""
+        return self.topology.local_world_size
 
     @classmethod
     def unusable(cls) -> str:
@@ -169,7 +177,7 @@ class Backend(Communicator):
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
         self._disconnect()
-        self._wire, self._watch, self._meeting = None, NullWatch(), None
+        self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
         atexit.unregister(self._leave_at_exit)
 
     def abort(self, error: BaseException) -> RankFailure | None:
@@ -317,7 +325,37 @@ class Backend(Communicator):
         ranks = list(ranks)
         if not ranks or sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] >= self.world_size:
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
-        return self._group(ranks)
+        group = self._group(ranks)
+        if group is not None:
+            group._forbidden = self._forbidden
+        return group
+
+    @contextmanager
+    def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:
+        """Let local rank 0 of each node run the block first, and the node's other ranks when it is done.
+
+        For what one rank prepares for its node: a download, a cache. Every rank of a node must enter; ranks of different
+        nodes do not wait for each other. Collectives and messages are refused inside, since the ranks are not in it
+        together. Blocks may be nested.
+
+        Args:
+            timeout_s: How long the others wait, in seconds; None for the backend's own.
+
+        Raises:
+            RankFailure: On the others: the first rank's block raised, and that ended the job.
+            CollectiveError: On the others: the first rank's block raised and the exception was caught there, or it did not
+                end in time.
+        """
+        if not self._running:
+            self.wire  # noqa: B018 - says that it is not
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        turn = nullcontext() if self._local_first is None else self._local_first.block(limit)
+        reason = (
+            "no collective and no message works inside `with backend.local_rank_first():`, which the ranks enter one after "
+            "the other; move it behind the block"
+        )
+        with turn, self._without_engine(reason):
+            yield
 
     def agree_beside(self, what: str, mine: str) -> list[str]:
         """Collect one small text of every rank on every rank, beside the engine; every rank must call it.
@@ -404,6 +442,7 @@ class Backend(Communicator):
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
+        self._local_first = LocalFirst(meeting.watch, self.topology, watch)
         try:
             assemble(
                 meeting.watch, watch, self._software(),

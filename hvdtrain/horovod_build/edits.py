@@ -39,6 +39,11 @@ class Edit:
     times: int = 1
 
 
+_ASK = (
+    "execute_process(COMMAND ${PY_EXE} -c \"import os,sys; sys.stdout=sys.stderr=open(os.devnull,'w'); "
+    "from torch.utils.cpp_extension import ${Pytorch_EXT} as ext; e = ext('', []); "
+)
+
 EDITS: tuple[Edit, ...] = (
     Edit(
         name="c++-standard",
@@ -76,11 +81,56 @@ EDITS: tuple[Edit, ...] = (
         new="        if self.verbose and os.environ.get('CMAKE_GENERATOR') != 'Ninja':\n            make_args",
     ),
     Edit(
-        name="slow-files-first",
+        name="narrow-headers",
+        file="horovod/torch/adapter_v2.h",
+        why="these two bring all of torch's C++ front end, and the file four times the compiler's work; tensors are enough",
+        old="#include <torch/extension.h>\n#include <torch/torch.h>\n",
+        new="#include <torch/types.h>\n",
+    ),
+    Edit(
+        name="narrow-headers-module",
+        file="horovod/torch/mpi_ops_v2.cc",
+        why="the same where Python is met as well",
+        old="#include <torch/extension.h>\n#include <torch/torch.h>\n",
+        new="#include <torch/csrc/utils/pybind.h>\n#include <torch/types.h>\n",
+    ),
+    Edit(
+        name="joined-files",
         file="horovod/torch/CMakeLists.txt",
-        why="the extension's own files take longest; last, they would have one CPU to themselves",
-        old="SHARED ${SOURCES} ${PYTORCH_SOURCES})",
-        new="SHARED ${PYTORCH_SOURCES} ${SOURCES})",
+        why="six files in one go read the headers that they share once; the last six, torch's, are begun first",
+        old='set_target_properties(${PYTORCH_TARGET_LIB} PROPERTIES PREFIX "")\n',
+        new='set_target_properties(${PYTORCH_TARGET_LIB} PROPERTIES PREFIX "" UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 6)\n',
+    ),
+    Edit(
+        name="joined-files-gloo",
+        file="CMakeLists.txt",
+        why="the same for Gloo, whose files are small; a name in allreduce.cc clashes with the others'",
+        old="    target_compile_definitions(gloo PRIVATE _GLIBCXX_USE_CXX11_ABI=1)\n",
+        new="    target_compile_definitions(gloo PRIVATE _GLIBCXX_USE_CXX11_ABI=1)\n"
+        "    set_target_properties(gloo PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 12)\n"
+        '    set_source_files_properties("${PROJECT_SOURCE_DIR}/third_party/gloo/gloo/allreduce.cc"\n'
+        "        TARGET_DIRECTORY gloo PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)\n",
+    ),
+    Edit(
+        name="one-question",
+        file="cmake/Modules/FindPytorch.cmake",
+        why="each question loads torch for some seconds; folders and libraries are one",
+        old="print(';'.join(e.include_dirs), file=sys.__stdout__)\"\n"
+        "                OUTPUT_VARIABLE Pytorch_INCLUDE_DIRS OUTPUT_STRIP_TRAILING_WHITESPACE)\n"
+        + _ASK
+        + "print(';'.join(e.library_dirs), file=sys.__stdout__)\"\n"
+        "                OUTPUT_VARIABLE Pytorch_LIBRARY_DIRS OUTPUT_STRIP_TRAILING_WHITESPACE)\n"
+        + _ASK
+        + "print(';'.join(e.libraries), file=sys.__stdout__)\"\n"
+        "                OUTPUT_VARIABLE _Pytorch_LIBRARIES OUTPUT_STRIP_TRAILING_WHITESPACE)\n",
+        new="print('|'.join(map(';'.join, (e.include_dirs, e.library_dirs, e.libraries))), file=sys.__stdout__)\"\n"
+        "                OUTPUT_VARIABLE _Pytorch_FOUND OUTPUT_STRIP_TRAILING_WHITESPACE)\n"
+        'if(NOT _Pytorch_FOUND MATCHES "^([^|]+)[|]([^|]+)[|]([^|]+)$")\n'
+        '    message(FATAL_ERROR "torch does not name its headers and libraries: ${_Pytorch_FOUND}")\n'
+        "endif()\n"
+        'set(Pytorch_INCLUDE_DIRS "${CMAKE_MATCH_1}")\n'
+        'set(Pytorch_LIBRARY_DIRS "${CMAKE_MATCH_2}")\n'
+        'set(_Pytorch_LIBRARIES "${CMAKE_MATCH_3}")\n',
     ),
     Edit(
         name="one-gloo",
@@ -133,16 +183,17 @@ EDITS: tuple[Edit, ...] = (
     Edit(
         name="cuda-only-if-wanted-torch",
         file="cmake/Modules/FindPytorch.cmake",
-        why="the same where torch is looked at",
-        old="(CUDA_HOME is not None)",
-        new="(CUDA_HOME is not None and 'HVDTRAIN_WITHOUT_CUDA' not in __import__('os').environ)",
+        why="the same where torch is asked whether it is for NVIDIA's or AMD's GPUs",
+        old='execute_process(COMMAND ${PY_EXE} -c "import torch; from torch.utils.cpp_extension import CUDA_HOME;',
+        new="if(NOT DEFINED ENV{HVDTRAIN_WITHOUT_CUDA})\n"
+        'execute_process(COMMAND ${PY_EXE} -c "import torch; from torch.utils.cpp_extension import CUDA_HOME;',
     ),
     Edit(
-        name="cpu-only-beside-rocm",
+        name="cuda-only-if-wanted-torch-end",
         file="cmake/Modules/FindPytorch.cmake",
-        why="the same beside a torch for AMD GPUs",
-        old="(ROCM_HOME is not None)",
-        new="(ROCM_HOME is not None and 'HVDTRAIN_WITHOUT_CUDA' not in __import__('os').environ)",
+        why="the end of that condition",
+        old='string(TOUPPER "${Pytorch_ROCM}" Pytorch_ROCM)\n',
+        new='string(TOUPPER "${Pytorch_ROCM}" Pytorch_ROCM)\nendif()\n',
     ),
     Edit(
         name="c++-abi",

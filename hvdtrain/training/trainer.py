@@ -99,6 +99,7 @@ class Trainer:
         collate: As for `torch.utils.data.DataLoader`; the task's own `collate`, if it has one, unless given.
         logger: Told of steps and evaluations, as plain numbers.
         log_every: Steps between logged steps.
+        progress: Gets a record of a step between logged ones, about once a second; for a display, not for a file.
         checkpoints: Where to save; nothing is saved without.
         checkpoint_every: Steps between checkpoints, besides the one after each epoch; 0 for none besides.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
@@ -128,6 +129,7 @@ class Trainer:
         collate: Callable[[list[Any]], Any] | None = None,
         logger: Logger | None = None,
         log_every: int = 10,
+        progress: Callable[[StepRecord], None] | None = None,
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 0,
         stop_requested: Callable[[], bool] | None = None,
@@ -164,6 +166,7 @@ class Trainer:
         self._workers = workers
         self._collate = collate or getattr(task, "collate", None)
         self._logger: Logger = logger or NullLogger()
+        self._progress = progress
         self._checkpoints = checkpoints
         self._checkpoint_every = checkpoint_every
         self._checkup = Checkup(backend, log_every=log_every, stop_requested=stop_requested or (lambda: False))
@@ -402,9 +405,10 @@ class Trainer:
         self._pending_loss.look()
         position = self.position
         verdict = self._checkup.hold(position.steps, position.take_recent())
-        if self._checkup.logs(position.steps):
+        report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
+        if report is not None:
             rate = self._samples / self._train_seconds if self._train_seconds else math.nan
-            self._logger.log_step(
+            report(
                 StepRecord(
                     step=position.steps,
                     total_steps=total_steps,

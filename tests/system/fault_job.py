@@ -78,6 +78,10 @@ def main():
                     time.sleep(60)
                 if mode == "subset":
                     backend.all_reduce(torch.ones(3, 5))
+                if mode == "message" and backend.rank != CULPRIT:
+                    backend.recv(CULPRIT)
+                if mode == "message":
+                    time.sleep(60)
                 if mode == "collective":
                     backend.all_reduce(torch.ones(3))
                 loss = replica.model(torch.randn(8, 4)).square().mean()

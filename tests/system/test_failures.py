@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import HOROVOD_GLOO, HOROVOD_MPIRUN, LAUNCHERS, MPI, ROOT, TORCH, missing, run
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LAUNCHERS, MPI, ROOT, TORCH, missing, run
 
 JOB = str(Path(__file__).with_name("fault_job.py"))
 STARTUP_S = 60  # of three ranks on a busy machine; the time-out that would end a hang is longer
@@ -44,8 +44,21 @@ def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(job, 
         assert f"[{other}]<stderr>:Traceback" not in ended.output
 
 
-def test_a_rank_that_is_killed_ends_all(job):
-    ended = run(job("kill", 180), timeout_s=240)
+KILLED = [
+    *[(launch, 3) for launch in (TORCH, HOROVOD_GLOO, HOROVOD_MPIRUN, MPI)],
+    # What horovodrun --mpi starts is an mpirun, and what ends two or four ranks is what ends three.
+    pytest.param(HOROVOD_MPI, 3, marks=pytest.mark.slow),
+    *[
+        pytest.param(launch, ranks, marks=pytest.mark.slow)
+        for launch in (TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI)
+        for ranks in (2, 4)
+    ],
+]
+
+
+@pytest.mark.parametrize(("launch", "ranks"), KILLED, ids=str)
+def test_a_rank_that_is_killed_ends_all(launch, ranks):
+    ended = run(launch.argv(ranks, JOB, "kill", "180", launch.backend), timeout_s=240)
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 10
     assert re.search(r"SIGKILL|signal 9|code -9|[Kk]illed", ended.output), ended.output
@@ -72,6 +85,16 @@ def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(jo
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output
+
+
+@pytest.mark.slow
+def test_a_message_that_is_not_sent_names_the_rank_that_did_not(job):
+    ended = run(job("message", 8))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 8 + 10
+    assert re.search(
+        r"recv\(src=1\) over world failed on rank [02]; missing: rank 1 on \S+ \(computing", ended.output
+    ), ended.output
 
 
 ALONE = {

@@ -26,7 +26,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition, limit_s=10.0) -> bool:
+def wait_for(condition, limit_s=60.0) -> bool:
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         if condition():
