@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, interpolate
 import hvdtrain
 from hvdtrain.data.digits import digits
 from hvdtrain.data.named import load_data
-from hvdtrain.options import Component
+from hvdtrain.settings.options import Component
 from hvdtrain.training.models import cnn
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain import errors as errors
 from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -24,9 +25,17 @@ if TYPE_CHECKING:
     from hvdtrain.backends.base import Backend as Backend
     from hvdtrain.backends.communicator import Communicator as Communicator
     from hvdtrain.backends.replica import Replica as Replica
+    from hvdtrain.observe.logger import EvalRecord as EvalRecord
+    from hvdtrain.observe.logger import Logger as Logger
+    from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
+    from hvdtrain.training.loop_state import LoopState as LoopState
+    from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
+    from hvdtrain.training.random_numbers import seed_everything as seed_everything
     from hvdtrain.training.task import Task as Task
+    from hvdtrain.training.trainer import FitResult as FitResult
     from hvdtrain.training.trainer import Trainer as Trainer
     from hvdtrain.workers import spawn as spawn
 
@@ -34,18 +43,26 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Backend": "hvdtrain.backends.base:Backend",
+    "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
+    "FitResult": "hvdtrain.training.trainer:FitResult",
+    "Logger": "hvdtrain.observe.logger:Logger",
+    "LoopState": "hvdtrain.training.loop_state:LoopState",
+    "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
+    "StepRecord": "hvdtrain.observe.logger:StepRecord",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",
     "available": "hvdtrain.backends:available",
     "convert_sync_batch_norm": "hvdtrain.sync_batch_norm:convert_sync_batch_norm",
     "init": "hvdtrain.backends:create",
+    "seed_everything": "hvdtrain.training.random_numbers:seed_everything",
     "spawn": "hvdtrain.workers:spawn",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]
+__all__ = [*sorted(_PUBLIC), "__version__", "errors"]
 
 
 def __getattr__(name: str) -> Any:

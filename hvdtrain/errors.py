@@ -8,6 +8,7 @@
     ├── BackendUnavailable   the engine is not installed, or cannot run under this launcher (exit code 2)
     ├── DataError            a data set is missing, broken or could not be downloaded
     ├── CheckpointError      a checkpoint could not be written, or does not fit
+    ├── OutputError          a file of the run's folder could not be written
     ├── CollectiveError      a collective was called wrongly, differently on some ranks, or timed out
     ├── ModelMismatch        the ranks do not hold the same model or optimizer
     ├── TrainingError        the training itself went wrong
@@ -57,6 +58,10 @@ class DataError(HvdtrainError):
 
 class CheckpointError(HvdtrainError):
     """A checkpoint could not be written, is damaged, or does not fit this run."""
+
+
+class OutputError(HvdtrainError):
+    """A file of the run's folder could not be written (its summary, its configuration)."""
 
 
 class CollectiveError(HvdtrainError):

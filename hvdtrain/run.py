@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,25 +16,29 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
-from hvdtrain.components import resolve
-from hvdtrain.config import HorovodConfig, TrainConfig
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
+from hvdtrain.observe import run_folder
 from hvdtrain.observe.jsonl import JsonlLogger
-from hvdtrain.observe.logger import FanOut, Logger, NullLogger
+from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
+from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
-from hvdtrain.options import Component
+from hvdtrain.settings.components import resolve
+from hvdtrain.settings.config import HorovodConfig, TrainConfig
+from hvdtrain.settings.options import Component
+from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
-from hvdtrain.training.checkpoint import Checkpoints
-from hvdtrain.training.state import seed_everything
+from hvdtrain.training.checkpoint import Checkpoints, Saved, model_state
+from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
 from hvdtrain.training.trainer import FitResult, Trainer
@@ -44,12 +46,15 @@ from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
 
+_WHICH = {"auto": "latest"}  # what --resume says, and `Checkpoints.find`
+
 
 def run_training(config: TrainConfig) -> Summary:
     """Train as configured, on this rank.
 
     Returns:
-        The summary, the same on every rank; rank 0 has shown and written it.
+        The summary, the same on every rank. Rank 0 has shown it and written it, unless there was nothing left to train:
+        then the folder keeps what the run that trained has written.
 
     Raises:
         HvdtrainError: See `hvdtrain.errors`.
@@ -60,21 +65,27 @@ def run_training(config: TrainConfig) -> Summary:
     with StopRequest() as stop, _backend(config) as backend:
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
-        run_dir = _run_dir(config, backend)
-        seed_everything(config.seed)  # the same on every rank: models are built alike, whatever the world size
+        run_dir = Path(backend.broadcast_object(str(run_folder.choose(config.run_dir)) if backend.rank == 0 else ""))
+        seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = _task(config, backend)
         model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
-        seed_everything(config.seed, backend.rank + 1)
         model.to(backend.device)
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
-        steps_per_epoch = max(1, math.ceil(len(train_data) / batch))  # type: ignore[arg-type]
-        optimizer = _optimizer(config, model, backend)
+        steps_per_epoch = _steps_per_epoch(config, train_data, batch)
+        if config.epochs == 0 and eval_data is None:
+            raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
+        optimizer = _optimizer(config, task, model, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
-        resume_from = _resume_from(config, backend, checkpoints)
-        logger = _logger(config, backend, console, run_dir, resume_from)
+        resume_from = (
+            None if config.resume == "never" else checkpoints.find(backend, _WHICH.get(config.resume, config.resume))
+        )
+        if backend.rank == 0:
+            run_folder.make(run_dir)
+            _keep_record(config, run_dir, resume_from)
+        logger, progress = _loggers(config, backend, console, run_dir, resume_from)
         trainer = Trainer(
             backend,
             model,
@@ -90,6 +101,7 @@ def run_training(config: TrainConfig) -> Summary:
             workers=config.workers,
             logger=logger,
             log_every=config.log_every,
+            progress=progress,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint_every,
             stop_requested=stop,
@@ -106,14 +118,14 @@ def run_training(config: TrainConfig) -> Summary:
                 global_batch_size=batch,
                 eval_batch_size=config.eval_batch_size,
                 eval_every=config.eval_every,
+                last_batch=config.last_batch,
                 resume_from=resume_from,
             )
         finally:
             logger.close()
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
         if backend.rank == 0:
-            write_summary(summary, run_dir / "summary.json")
-            show_summary(summary, console, run_dir)
+            _conclude(config, summary, result, console, run_dir)
     return summary
 
 
@@ -163,20 +175,6 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _run_dir(config: TrainConfig, backend: Backend) -> Path:
-    chosen = Path(config.run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
-    if backend.rank == 0:
-        try:
-            chosen.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=chosen):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"--run-dir: nothing can be written in {chosen} ({error.strerror}); name a folder that this user may write in"
-            ) from error
-    return Path(backend.broadcast_object(str(chosen)))
-
-
 def _task(config: TrainConfig, backend: Backend) -> Task:
     if config.task is not None:
         task = resolve(config.task, flag="--task")()
@@ -196,18 +194,30 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     """A component's callable, with the data's shape filled in where the model asks for it and the user does not say."""
     own = {"cnn": models.cnn, "mlp": models.mlp}
     if component.name in own:
-        found = resolve(component, where=(own,), flag="--model")
+        build = resolve(component, where=(own,), flag="--model")
         if not data.shape or not data.classes:
             raise ConfigError(
-                f"--model {component.name} needs images and classes, which --data does not tell; name a model of your own by its "
+                f"--model {component.name} needs images and classes, which --data does not say; name a model of your own by its "
                 "import path, or return a NamedData with shape and classes"
             )
         fitting = {"channels": data.shape[0], "size": data.shape[-1], "classes": data.classes}
-        return lambda: cast(nn.Module, found(**{k: v for k, v in fitting.items() if k not in found.kwargs}))
-    found = resolve(component, where=(own, "torchvision.models"), flag="--model")
-    torchvision = getattr(found.target, "__module__", "").startswith("torchvision.")
-    extra = {"num_classes": data.classes} if torchvision and data.classes and "num_classes" not in found.kwargs else {}
-    return lambda: cast(nn.Module, found(**extra))
+        return lambda: cast(nn.Module, build(**{k: v for k, v in fitting.items() if k not in build.kwargs}))
+    build = resolve(component, where=(own, "torchvision.models"), flag="--model")
+    torchvision = getattr(build.target, "__module__", "").startswith("torchvision.")
+    extra = {"num_classes": data.classes} if torchvision and data.classes and "num_classes" not in build.kwargs else {}
+    return lambda: cast(nn.Module, build(**extra))
+
+
+def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int:
+    try:
+        samples = len(data)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(
+            f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
+            "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
+        ) from error
+    whole, rest = divmod(samples, batch)
+    return max(1, whole + bool(rest) if config.last_batch == "keep" else whole)
 
 
 def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
@@ -217,10 +227,25 @@ def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
     return config.batch_size * config.accumulate * backend.world_size
 
 
-def _optimizer(config: TrainConfig, model: nn.Module, backend: Backend) -> Optimizer:
-    found = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
+def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backend) -> Optimizer:
+    build = getattr(task, "build_optimizer", None)
+    if build is not None:
+        unset = TrainConfig()
+        beside = [name for name in ("optimizer", "lr", "scale_lr") if getattr(config, name) != getattr(unset, name)]
+        if beside:
+            raise ConfigError(
+                f"{type(task).__name__}.build_optimizer makes the optimizer, so --{beside[0].replace('_', '-')} would have no "
+                "effect; leave one of them out"
+            )
+        optimizer = build(model)
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"{type(task).__name__}.build_optimizer made a {type(optimizer).__name__}, not a torch optimizer"
+            )
+        return optimizer
+    make = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
     lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
-    optimizer = found([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=lr)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"--optimizer {config.optimizer.name} made a {type(optimizer).__name__}, not a torch optimizer"
@@ -232,48 +257,72 @@ def _schedule(
     config: TrainConfig, optimizer: Optimizer, backend: Backend, steps_per_epoch: int
 ) -> tuple[LRScheduler, str]:
     if config.schedule.is_path:
-        if config.warmup_epochs:
-            raise ConfigError(
-                f"--warmup-epochs goes with the built-in schedules, not with --schedule {config.schedule.name}"
-            )
+        if config.warmup_epochs or config.warmup_steps:
+            flag = "--warmup-steps" if config.warmup_steps else "--warmup-epochs"
+            raise ConfigError(f"{flag} goes with the built-in schedules, not with --schedule {config.schedule.name}")
         args = dict(config.schedule.args)
         interval = str(args.pop("interval", "epoch"))  # torch's schedulers count epochs unless told otherwise
-        found = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
-        return found(optimizer), interval
+        make = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
+        return make(optimizer), interval
     total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
+    if config.epochs and (config.warmup_steps or 0) > total:
+        raise ConfigError(
+            f"--warmup-steps {config.warmup_steps} is more than the {total} steps of this run ({steps_per_epoch} an epoch); "
+            "the learning rate would never be reached"
+        )
     schedule = make_schedule(
         optimizer,
         config.schedule.name,
         config.schedule.args,
         total_steps=int(total),
         steps_per_epoch=steps_per_epoch,
-        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+        warmup_steps=warmup_steps,
         warmup_start=1 / backend.world_size if config.scale_lr else 0.0,
     )
     return schedule, "step"
 
 
-def _resume_from(config: TrainConfig, backend: Backend, checkpoints: Checkpoints) -> str | None:
-    """The checkpoint to continue from, as rank 0 sees it."""
-    if config.resume == "never":
-        return None
-    if config.resume != "auto":
-        return backend.broadcast_object(config.resume)
-    found = checkpoints.latest() if backend.rank == 0 else None
-    return backend.broadcast_object(None if found is None else str(found))
+def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) -> None:
+    """Write ``config.yaml``, or say why the one that is there stays."""
+    file = run_dir / "config.yaml"
+    goes_on = resume_from is not None and Path(resume_from.path).resolve().is_relative_to(run_dir.resolve())
+    stays = what_stays(file, config, goes_on=goes_on)
+    if stays is None:
+        write_whole(file, record_text(config))
+    elif stays and not (goes_on and config.epochs == 0):  # to evaluate changes nothing of the run
+        _log.warning("%s", stays)
 
 
-def _logger(config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: str | None) -> Logger:
+def _loggers(
+    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: Saved | None
+) -> tuple[Logger, Callable[[StepRecord], None] | None]:
+    """Who listens to logged steps and evaluations, and who to what happens between them."""
     if backend.rank != 0:
-        return NullLogger()
-    resumed_step = int(Path(resume_from).name.rpartition("-")[2]) if resume_from and resume_from[-1].isdigit() else 0
-    return FanOut([ProgressLogger(console, config.epochs), JsonlLogger(run_dir / "metrics.jsonl", resumed_step)])
+        return NullLogger(), None
+    resumed_step = resume_from.step if resume_from else 0
+    progress = ProgressLogger(console, config.epochs)
+    return FanOut([progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]), FanOut([progress]).log_step
+
+
+def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:
+    file = run_dir / "summary.json"
+    if result.samples or result.resumed_from is None or not file.exists():
+        write_summary(summary, file)
+        show_summary(summary, console, run_dir)
+        return
+    done = f"{result.epochs} epochs, {result.steps} steps"
+    if config.epochs == 0:
+        line = f"evaluated {result.resumed_from} ({done}); {file} stays as it was"
+    else:
+        line = f"this run was finished already: {done}. {file} stays as it was; more --epochs go on, another --run-dir begins anew"
+    console.print(line, highlight=False, markup=False)
 
 
 def _summary(
     config: TrainConfig, backend: Backend, model: nn.Module, result: FitResult, batch: int, wall_seconds: float
 ) -> Summary:
-    state = model.state_dict()
+    state = model_state(model)
     parameters = dict(model.named_parameters())
     return Summary(
         backend=backend.name,
@@ -290,7 +339,7 @@ def _summary(
         eval_loss=result.eval_metrics.get("loss"),
         eval_accuracy=result.eval_metrics.get("accuracy"),
         eval_metrics=result.eval_metrics,
-        samples_per_second=result.samples / result.train_seconds if result.train_seconds else 0.0,
+        samples_per_second=result.samples / result.train_seconds if result.train_seconds else None,
         wall_seconds=wall_seconds,
         seed=config.seed,
         precision=config.precision,

@@ -10,7 +10,8 @@ import atexit
 import itertools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.source import source_of
@@ -39,7 +41,7 @@ from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
-from hvdtrain.ranks.watch import NullWatch, Watch
+from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -91,6 +93,7 @@ class Backend(Communicator):
         self._running = False
         self._ended = False
         self._meeting: Meeting | None = None
+        self._local_first: LocalFirst | None = None
         self._launcher_freed = False
         self._agreements = itertools.count()
 
@@ -115,6 +118,11 @@ class Backend(Communicator):
     def local_rank(self) -> int:
         """This process's rank among those on its node."""
         return self.topology.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """The number of ranks on this process's node."""
+        return self.topology.local_world_size
 
     @classmethod
     def unusable(cls) -> str:
@@ -169,7 +177,7 @@ class Backend(Communicator):
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
         self._disconnect()
-        self._wire, self._watch, self._meeting = None, NullWatch(), None
+        self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
         atexit.unregister(self._leave_at_exit)
 
     def abort(self, error: BaseException) -> RankFailure | None:
@@ -317,7 +325,37 @@ class Backend(Communicator):
         ranks = list(ranks)
         if not ranks or sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] >= self.world_size:
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
-        return self._group(ranks)
+        group = self._group(ranks)
+        if group is not None:
+            group._forbidden = self._forbidden
+        return group
+
+    @contextmanager
+    def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:
+        """Let local rank 0 of each node run the block first, and the node's other ranks when it is done.
+
+        For what one rank prepares for its node: a download, a cache. Every rank of a node must enter; ranks of different
+        nodes do not wait for each other. Collectives and messages are refused inside, since the ranks are not in it
+        together. Blocks may be nested.
+
+        Args:
+            timeout_s: How long the others wait, in seconds; None for the backend's own.
+
+        Raises:
+            RankFailure: On the others: the first rank's block raised, and that ended the job.
+            CollectiveError: On the others: the first rank's block raised and the exception was caught there, or it did not
+                end in time.
+        """
+        if not self._running:
+            self.wire  # noqa: B018 - says that it is not
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        turn = nullcontext() if self._local_first is None else self._local_first.block(limit)
+        reason = (
+            "no collective and no message works inside `with backend.local_rank_first():`, which the ranks enter one after "
+            "the other; move it behind the block"
+        )
+        with turn, self._without_engine(reason):
+            yield
 
     def agree_beside(self, what: str, mine: str) -> list[str]:
         """Collect one small text of every rank on every rank, beside the engine; every rank must call it.
@@ -333,17 +371,39 @@ class Backend(Communicator):
             The texts, in rank order.
 
         Raises:
-            CollectiveError: A rank left, or did not come within the timeout; names it and what it does instead.
+            CollectiveError: A rank left, waits for this one in another operation, or did not come within the timeout; names
+                it and what it does instead.
             RankFailure: Another rank failed meanwhile.
         """
         if self.world_size == 1:
             return [mine]
         if self._meeting is None:
             raise CollectiveError("the backend is not running: use it inside `with hvdtrain.init() as backend:`")
-        return exchange(
-            self._meeting.watch, self._watch, f"agreement/{next(self._agreements)}", mine,
+        number, store = next(self._agreements), self._meeting.watch
+        texts = exchange(
+            store, self._watch, f"agreement/{number}", mine,
             rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
         )  # fmt: skip
+        for name in (str(self.rank), *(["all"] if self.rank == 0 else [])):  # everybody is through the one before
+            store.delete_key(f"agreement/{number - 1}/{name}")
+        return texts
+
+    def assemble(self, what: str) -> None:
+        """Return once every rank is here; every rank must call it, with the same words.
+
+        Beside the engine, which would take the first collective of a rank that is elsewhere for an answer. For the
+        beginning of work that people are tempted to do on one rank alone.
+
+        Args:
+            what: Names the work, in messages: "an evaluation after step 120".
+
+        Raises:
+            CollectiveError: A rank does something else, has left, or did not come in time; says which, and what it does.
+        """
+        texts = self.agree_beside(what, what)
+        for rank, theirs in enumerate(texts):
+            if theirs != texts[0]:
+                raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -382,6 +442,7 @@ class Backend(Communicator):
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
         self._watch = watch
+        self._local_first = LocalFirst(meeting.watch, self.topology, watch)
         try:
             assemble(
                 meeting.watch, watch, self._software(),

@@ -15,7 +15,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.reducer import ReducerReplica
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.wire import Wire, WireOp, Work
+from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
@@ -97,7 +97,7 @@ class TorchBackend(Backend):
                 f"{self.timeout_s:g} s{watch.missing('', ())}: {error}"
             ) from error
         self._all_met()
-        self._wire = C10dWire(dist.group.WORLD, range(topology.world_size), self._wire_device)
+        self._wire = self._make_wire(dist.group.WORLD, range(topology.world_size))
 
     def _init_process_group(self, meeting: Meeting) -> None:
         topology = self.topology
@@ -130,9 +130,10 @@ class TorchBackend(Backend):
         group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
         if self.rank not in ranks:
             return None
-        return Communicator(
-            C10dWire(group, ranks, self._wire_device), self._watch, check=self._check, label=f"group {ranks}"
-        )
+        return Communicator(self._make_wire(group, ranks), self._watch, check=self._check, label=f"group {ranks}")
+
+    def _make_wire(self, group: Any, ranks: Sequence[int]) -> Wire:
+        return C10dWire(group, ranks, self._wire_device)
 
 
 class C10dWire(Wire):
@@ -166,6 +167,20 @@ class C10dWire(Wire):
     def broadcast_(self, tensor: Tensor, src: int) -> Work:
         """Start dist.broadcast."""
         return self._started(dist.broadcast(tensor, self.ranks[src], group=self._group, async_op=True))
+
+    def reduce_(self, tensor: Tensor, op: WireOp, dst: int) -> Work:
+        """Start dist.reduce."""
+        return self._started(dist.reduce(tensor, self.ranks[dst], self._OPS[op], group=self._group, async_op=True))
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Start dist.isend and dist.irecv, both at once: NCCL would do them one after the other."""
+        both = ((dist.isend, sent, dst), (dist.irecv, out, src))
+        messages = [
+            dist.P2POp(start, tensor, self.ranks[peer], self._group)
+            for start, tensor, peer in both
+            if tensor is not None and peer is not None
+        ]
+        return Together([self._started(work) for work in dist.batch_isend_irecv(messages)])
 
     def barrier(self) -> Work:
         """Start dist.barrier."""

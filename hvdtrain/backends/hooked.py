@@ -93,6 +93,10 @@ class HookedReplica(Replica):
     def _send(self, pack: Pack) -> Work:
         """Begin to sum ``pack.tensors`` over the ranks, in place."""
 
+    def _send_tally(self, tensor: Tensor) -> Work:
+        """Begin to sum ``tensor`` over the ranks, in place."""
+        return self._backend.wire.all_reduce_(tensor, "sum")
+
     # -- Replica ------------------------------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
@@ -135,9 +139,8 @@ class HookedReplica(Replica):
 
     def _expect(self, tally: Tally) -> None:
         """Let gradients leave as they come, and the tally first."""
-        wire = self._backend.wire
-        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=wire.device)
-        self._tally_work = wire.all_reduce_(self._summed, "sum")
+        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._backend.wire.device)
+        self._tally_work = self._send_tally(self._summed)
         self._sent = []
         for pack in self._packs:
             pack.missing = set(range(len(pack.parameters)))

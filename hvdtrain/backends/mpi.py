@@ -6,17 +6,18 @@ which costs as much there as half of the exchange. GPU gradients go through Dist
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from hvdtrain.backends.ddp import TorchBackend
+from hvdtrain.backends.ddp import C10dWire, TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.wire import Work
+from hvdtrain.backends.wire import Together, Wire, Work
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import Options, give_up, library, shut_down
@@ -93,6 +94,9 @@ class MpiBackend(TorchBackend):
         super()._disconnect()
         shut_down()
 
+    def _make_wire(self, group: Any, ranks: Sequence[int]) -> Wire:
+        return MpiWire(group, ranks, self._wire_device)
+
     @property
     def _wire_device(self) -> torch.device:
         return self.device  # the group brings GPU tensors to MPI
@@ -100,6 +104,19 @@ class MpiBackend(TorchBackend):
     def _kill(self, error: BaseException) -> None:
         # MPI_Finalize would wait for ranks that are gone, and MPI_Abort reaches those that wait inside MPI.
         end_hard(code_of(error))
+
+
+class MpiWire(C10dWire):
+    """The wire of a C10dWire, on which a message waits for its receiver: MPI itself would buffer small ones."""
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Start a synchronous send and a receive."""
+        works: list[Work] = []
+        if out is not None and src is not None:
+            works.append(self._group.recv([out], src))
+        if sent is not None and dst is not None:
+            works.append(self._group.send([sent], dst, synchronous=True))
+        return Together(works)
 
 
 class MpiReplica(HookedReplica):

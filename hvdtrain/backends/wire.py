@@ -1,4 +1,4 @@
-"""What an engine must be able to do with bytes: six in-place operations on plain tensors.
+"""What an engine must be able to do with bytes: a few in-place operations on plain tensors.
 
 A `Wire` joins the ranks of one group. It knows nothing of averages, of booleans or of float16, of shapes that differ
 between ranks, or of autograd: `Communicator` adds those, once, for every engine. A new engine implements a `Wire`.
@@ -6,12 +6,15 @@ between ranks, or of autograd: `Communicator` adds those, once, for every engine
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from hvdtrain.errors import CollectiveError
 
 WireOp = Literal["sum", "min", "max", "product"]
 
@@ -38,6 +41,43 @@ class Done:
         return True
 
 
+class Then:
+    """An operation and what is done with its result, once."""
+
+    def __init__(self, work: Work, finish: Callable[[], object]) -> None:
+        self._work = work
+        self._finish: Callable[[], object] | None = finish
+
+    def wait(self) -> object:
+        """Block until the result is there and used."""
+        self._work.wait()
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        return None
+
+    def is_completed(self) -> bool:
+        """Say whether `wait` would return at once."""
+        return self._work.is_completed()
+
+
+class Together:
+    """Several operations as one."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = list(works)
+
+    def wait(self) -> object:
+        """Block until all results are there."""
+        for work in self._works:
+            work.wait()
+        return None
+
+    def is_completed(self) -> bool:
+        """Say whether `wait` would return at once."""
+        return all(work.is_completed() for work in self._works)
+
+
 class Wire(ABC):
     """One group of ranks and the engine's own operations on it.
 
@@ -54,6 +94,7 @@ class Wire(ABC):
         self.rank = rank
         self.ranks = tuple(ranks)
         self.device = device
+        self._turns: dict[tuple[str, int], threading.Lock] = {}
 
     @property
     def size(self) -> int:
@@ -79,6 +120,25 @@ class Wire(ABC):
     @abstractmethod
     def barrier(self) -> Work:
         """Complete once every rank has called it."""
+
+    def reduce_(self, tensor: Tensor, op: WireOp, dst: int) -> Work:
+        """Reduce ``tensor`` over the ranks, in place on group rank ``dst``; what the others' holds afterwards is undefined.
+
+        An engine without a native one inherits this: an all-reduce.
+        """
+        return self.all_reduce_(tensor, op)
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Send ``sent`` to group rank ``dst`` while ``out`` is received from group rank ``src``; either half may be None.
+
+        Both tensors are flat, of uint8, and as long as what is received or sent at the other end. Neither half waits for
+        the other, a sent message waits for its receiver, and messages from one rank to another keep their order.
+        """
+        raise CollectiveError(f"{type(self).__name__} passes no messages between two ranks")
+
+    def turn(self, direction: str, peer: int) -> threading.Lock:
+        """The lock of a direction ("to" or "from") to a group rank: whose messages come in parts must not be mixed up."""
+        return self._turns.setdefault((direction, peer), threading.Lock())
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
         """Reduce ``tensor``, shape (size, \\*out.shape), and keep this rank's part in ``out``.

@@ -10,10 +10,10 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from hvdtrain.cli.flags import UsageError
 from hvdtrain.cli.voice import complain, interrupted
 from hvdtrain.errors import HvdtrainError
-from hvdtrain.options import did_you_mean
+from hvdtrain.settings.flags import UsageError
+from hvdtrain.settings.wording import did_you_mean
 
 DEFAULT_COMMAND = "train"
 COMMANDS: Mapping[str, str] = {

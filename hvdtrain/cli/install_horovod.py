@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hvdtrain.backends.hvd import stamp as horovod_stamp
-from hvdtrain.cli.flags import build, config_text, help_text, read_flags
 from hvdtrain.cli.voice import say
 from hvdtrain.horovod_build.installing import Outcome, ahead, install, look
 from hvdtrain.horovod_build.wishes import Wishes
+from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
 
 _USAGE = "hvdtrain install-horovod [FLAG VALUE ...]"
@@ -46,7 +46,7 @@ class Terminal:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
-        self._last = (0.0, "")
+        self._last = 0.0
 
     def tell(self, line: str) -> None:
         """A line that stays."""
@@ -79,9 +79,9 @@ class Terminal:
         now = time.monotonic()
         if fraction is None:
             self._console.print(f"{what} ...", markup=False)
-        elif now - self._last[0] >= _EVERY_S:
+        elif now - self._last >= _EVERY_S:
             self._console.print(f"{fraction:4.0%}  {now - self._began:4.0f} s  {what}", markup=False)
-            self._last = (now, what)
+            self._last = now
 
     def close(self) -> None:
         """Remove the live line."""
@@ -123,11 +123,11 @@ def run(argv: Sequence[str]) -> int:
         outcome = install(wishes, terminal)
     finally:
         terminal.close()
-    say(_told(outcome))
+    say(_said(outcome))
     return 0
 
 
-def _told(outcome: Outcome) -> str:
+def _said(outcome: Outcome) -> str:
     stamp = outcome.stamp
     built_for = f"Horovod {stamp.horovod} for torch {stamp.torch}, with {_features(stamp)}"
     if outcome.done == "present":
@@ -137,21 +137,21 @@ def _told(outcome: Outcome) -> str:
 
 
 def _features(stamp: horovod_stamp.Stamp) -> str:
-    found = [f"MPI ({stamp.mpi.partition(',')[0]})"] if stamp.mpi else []
-    found += ["Gloo"] if stamp.gloo else []
-    found += [f"NCCL {stamp.nccl}"] if stamp.nccl else []
-    return ", ".join(found)
+    features = [f"MPI ({stamp.mpi.partition(',')[0]})"] if stamp.mpi else []
+    features += ["Gloo"] if stamp.gloo else []
+    features += [f"NCCL {stamp.nccl}"] if stamp.nccl else []
+    return ", ".join(features)
 
 
 def _check() -> int:
-    found = horovod_stamp.installed()
+    installed = horovod_stamp.installed()
     reason = horovod_stamp.why_not()
-    if found is not None:
-        say(f"Horovod in {found.folder}")
-    if found is not None and found.stamp is None:
+    if installed is not None:
+        say(f"Horovod in {installed.folder}")
+    if installed is not None and installed.stamp is None:
         say("not built by hvdtrain: it does not say what it was built with (horovodrun --check-build does)")
-    if found is not None and found.stamp is not None:
-        stamp = found.stamp
+    if installed is not None and installed.stamp is not None:
+        stamp = installed.stamp
         cuda = f"{stamp.cuda}, for {', '.join(stamp.cuda_arch)}" if stamp.cuda else "none"
         rows = (
             ("version", f"{stamp.horovod} from {stamp.source}, {len(stamp.edits)} edits"),

@@ -1,4 +1,4 @@
-"""``hvdtrain train``: the flags of :class:`hvdtrain.config.TrainConfig`, then the training."""
+"""``hvdtrain train``: the flags of :class:`hvdtrain.settings.config.TrainConfig`, then the training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from hvdtrain.cli.flags import build, config_text, help_text, read_flags
 from hvdtrain.cli.voice import say
-from hvdtrain.config import TrainConfig
+from hvdtrain.settings.config import TrainConfig
+from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
 
 _USAGE = "hvdtrain [train] [FLAG VALUE ...]"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import http.client
@@ -18,7 +17,6 @@ import logging
 import os
 import shutil
 import tarfile
-import time
 import urllib.request
 import uuid
 import zlib
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import DataError
+from hvdtrain.file_lock import LockTimeout, lock
 
 _log = logging.getLogger(__name__)
 
@@ -74,9 +73,9 @@ def once_per_node(
     with one_at_a_time(name, folder, timeout_s) as writable:
         if is_there():
             return
-        told = _read_text(failure)
-        if told != before and told:  # it failed while this process waited; the next attempt will try again
-            raise DataError(told.partition("\n")[2])
+        after = _read_text(failure)
+        if after != before and after:  # it failed while this process waited; the next attempt will try again
+            raise DataError(after.partition("\n")[2])
         if not writable:
             raise DataError(
                 f"{name} is not in {folder.absolute()}, which cannot be written to; choose another --data-dir"
@@ -115,33 +114,25 @@ def one_at_a_time(name: str, folder: Path, timeout_s: float) -> Iterator[bool]:
         yield False
         return
     try:
-        _wait_for_lock(descriptor, name, folder, timeout_s)
+        _take_turns(descriptor, name, folder, timeout_s)
         yield True
     finally:
         os.close(descriptor)
 
 
-def _wait_for_lock(descriptor: int, name: str, folder: Path, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    pause_s = 0.01
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise DataError(
-                f"the file system of {folder.absolute()} has no file locks ({error}), so that ranks cannot take turns "
-                f"there; download {name} beforehand with one process, or choose another --data-dir"
-            ) from error
-        if time.monotonic() >= end:
-            raise DataError(
-                f"waited {timeout_s:g} s for another process to download {name} to {folder.absolute()}; give it more "
-                "time with --timeout, or download beforehand with one process"
-            )
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 0.25)
+def _take_turns(descriptor: int, name: str, folder: Path, timeout_s: float) -> None:
+    try:
+        lock(descriptor, timeout_s=timeout_s)
+    except LockTimeout as error:
+        raise DataError(
+            f"waited {timeout_s:g} s for another process to download {name} to {folder.absolute()}; give it more "
+            "time with --timeout, or download beforehand with one process"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"the file system of {folder.absolute()} has no file locks ({error}), so that ranks cannot take turns "
+            f"there; download {name} beforehand with one process, or choose another --data-dir"
+        ) from error
 
 
 def fetch_and_unpack(archives: Sequence[Archive], folder: Path) -> None:

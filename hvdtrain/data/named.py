@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from hvdtrain.components import Resolved, resolve
 from hvdtrain.data import digits as digits_module
 from hvdtrain.data.downloads import one_at_a_time
 from hvdtrain.data.images import Synthetic
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.options import Component
+from hvdtrain.settings.components import Resolved, resolve
+from hvdtrain.settings.options import Component
 
 _IMAGE_FOLDER = "imagefolder:"
 

@@ -8,7 +8,7 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,6 +108,8 @@ class RankBatches:
         )
         self.batch_size = -(-global_batch_size // each)
         self.epoch = 0
+        self._first_sample = 0  # of the next iteration
+        self._under_way: dict[str, int] | None = None  # the position, while one is iterated over
         self._ranks = ranks
         self._seed = seed
         self._equal_passes = equal_passes
@@ -135,16 +137,35 @@ class RankBatches:
         """Yield this rank's batches of the next epoch, one a step; of length 0 where it has no sample in one."""
         if not self.partition.step(len(self) - 1).every_rank:
             self.prepare_empty()
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        for step in self.steps(epoch):
-            if not step.sizes:
-                yield self.on_device(self.empty)
-            for batch, _ in step:
-                yield batch
+        position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample}
+        self.epoch, self._first_sample = self.epoch + 1, 0
+        try:
+            for step in self.steps(position["epoch"], position["samples"]):
+                position["samples"] += step.samples
+                if not step.sizes:
+                    yield self.on_device(self.empty)
+                for batch, _ in step:
+                    yield batch
+        finally:  # also when the user breaks off: the next iteration is another epoch
+            if self._under_way is position:
+                self._under_way = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration begins, as one tells a DistributedSampler."""
-        self.epoch = epoch
+        self.epoch, self._first_sample, self._under_way = epoch, 0, None
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position, counted in samples over all ranks, the same on each; a batch that was handed out is done."""
+        return dict(self._under_way or {"epoch": self.epoch, "samples": self._first_sample})
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Let the next iteration hand out what was left of the epoch when `state_dict` was called; that may be nothing.
+
+        Raises:
+            ConfigError: No global batch of this loader begins there.
+        """
+        self.partition.step_at(state["samples"])
+        self.epoch, self._first_sample, self._under_way = state["epoch"], state["samples"], None
 
     def steps(self, epoch: int, start_sample: int = 0) -> Iterator[RankStep]:
         """Yield this rank's steps from a position in an epoch to its end.

@@ -7,17 +7,15 @@ A wheel's name carries the key of its plan as the build number, so that one fold
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from hvdtrain.backends.hvd.stamp import FILE, Stamp
+from hvdtrain.file_lock import LockTimeout, lock
 from hvdtrain.horovod_build.failure import BuildError
 
 LOCK_S = 7200.0
@@ -101,25 +99,15 @@ def locked(wheels: Path, key: str, *, waiting: Callable[[], None], limit_s: floa
             f"{wheels} cannot be written ({error.strerror}); name another folder by --wheel-dir"
         ) from error
     with file:
-        began = time.monotonic()
-        told = False
-        while not _try_lock(file.fileno()):
-            if not told:
-                waiting()
-                told = True
-            if time.monotonic() - began > limit_s:
-                raise BuildError(f"another build holds {path} since more than {limit_s:.0f} s; end it, then try again")
-            time.sleep(0.2)
+        try:
+            # Some network file systems have no locks: better without than not at all, for wheels are renamed into place.
+            with contextlib.suppress(OSError):
+                lock(file.fileno(), timeout_s=limit_s, waiting=waiting)
+        except LockTimeout as error:
+            raise BuildError(
+                f"another build holds {path} since more than {limit_s:.0f} s; end it, then try again"
+            ) from error
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems have no locks: better without than not at all, for wheels are renamed into place.
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
 
 
 def _check_file(wheel: Path) -> Path:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import option, settle
+from hvdtrain.settings.options import option, settle
 
 HOROVOD = "0.28.1"
 """The newest release of Horovod, the one the edits are made for."""

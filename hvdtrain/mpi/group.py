@@ -454,26 +454,36 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     # -- between two ranks --------------------------------------------------------------------------------------------
 
-    def send(self, tensors: list[Tensor], dst: int, tag: int = 0) -> MpiWork:
-        """Send a tensor to a rank of the group."""
+    def send(self, tensors: list[Tensor], dst: int, tag: int = 0, *, synchronous: bool = False) -> MpiWork:
+        """Send a tensor to a rank of the group.
+
+        Args:
+            tensors: One.
+            dst: The rank.
+            tag: Distinguishes messages between two ranks.
+            synchronous: The message is over when the receiver has begun to receive it, however small it is.
+        """
         (tensor,) = self._valid("send", tensors)
         staged = self._staging.take(tensor)
         self._staging.ready(staged)
         return self._message(
-            f"send(dst={dst}, tag={tag}) of {_form(tensor)}", tensor, staged.host, dst, tag, sends=True
+            f"send(dst={dst}, tag={tag}) of {_form(tensor)}",
+            tensor,
+            staged.host,
+            dst,
+            tag,
+            begin=self._comm.Issend if synchronous else self._comm.Isend,
         )
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> MpiWork:
         """Receive a tensor from a rank of the group."""
         (tensor,) = self._valid("recv", tensors)
-        return self._message(f"recv(src={src}, tag={tag}) of {_form(tensor)}", tensor, None, src, tag, sends=False)
+        return self._message(f"recv(src={src}, tag={tag}) of {_form(tensor)}", tensor, None, src, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> MpiWork:
         """Receive a tensor from whichever rank sends first; the work's `source_rank` tells which it was."""
         (tensor,) = self._valid("recv", tensors)
-        return self._message(
-            f"recv(any source, tag={tag}) of {_form(tensor)}", tensor, None, MPI.ANY_SOURCE, tag, sends=False
-        )
+        return self._message(f"recv(any source, tag={tag}) of {_form(tensor)}", tensor, None, MPI.ANY_SOURCE, tag)
 
     # -- several at once ----------------------------------------------------------------------------------------------
 
@@ -607,17 +617,25 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             self._coalescing.append(work)
         return work
 
-    def _message(self, what: str, tensor: Tensor, host: Tensor | None, peer: int, tag: int, *, sends: bool) -> MpiWork:
+    def _message(
+        self,
+        what: str,
+        tensor: Tensor,
+        host: Tensor | None,
+        peer: int,
+        tag: int,
+        begin: Callable[..., Any] | None = None,
+    ) -> MpiWork:
         what += self._over
         if tag < 0 or tag > _ANY_TAG_LIMIT:
             tag = zlib.crc32(str(tag).encode()) % _ANY_TAG_LIMIT
         if host is None:  # to be received
             room = self._staging.room(tensor)
-            work = MpiMessage(what, tensor, room.host, self._timeout_s)
+            work = MpiMessage(what, tensor, room.host, self._timeout_s, given_up=lambda: self._lane.broken)
             work.on_arrival = lambda: self._staging.give_back(room)
         else:
-            work = MpiMessage(what, tensor, host, self._timeout_s)
-        work.begin(self._comm, peer, tag, sends=sends)
+            work = MpiMessage(what, tensor, host, self._timeout_s, given_up=lambda: self._lane.broken)
+        work.begin(begin or self._comm.Irecv, peer, tag, sends=begin is not None)
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work

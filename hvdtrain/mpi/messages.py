@@ -21,10 +21,27 @@ from hvdtrain.mpi.lane import MpiWork
 
 
 class MpiMessage(MpiWork):
-    """A message between two ranks, in pieces that MPI can count; `wait` drives it."""
+    """A message between two ranks, in pieces that MPI can count; `wait` drives it.
 
-    def __init__(self, what: str, tensor: Tensor, host: Tensor, timeout_s: float) -> None:
+    Args:
+        what: The message, for messages of errors.
+        tensor: What is sent or received.
+        host: The memory that MPI works on.
+        timeout_s: Bound of the whole, in seconds.
+        given_up: Says why nobody need wait any more, once that is so.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        tensor: Tensor,
+        host: Tensor,
+        timeout_s: float,
+        *,
+        given_up: Callable[[], Exception | None] = lambda: None,
+    ) -> None:
         super().__init__(what, [tensor], timeout_s)
+        self._given_up = given_up
         self._host = host
         self._requests: list[MPI.Request] = []
         self._sizes: list[int] = []
@@ -33,15 +50,15 @@ class MpiMessage(MpiWork):
         self._poll_turn = threading.Lock()
         self.on_arrival: Callable[[], None] = lambda: None
 
-    def begin(self, comm: MPI.Intracomm, peer: int, tag: int, *, sends: bool) -> None:
-        """Start it."""
+    def begin(self, call: Callable[..., Any], peer: int, tag: int, *, sends: bool) -> None:
+        """Start it, by one of a communicator's Isend, Issend and Irecv."""
         flat = as_bytes(self._host)
         self._sends = sends
         for start in range(0, max(1, flat.numel()), operations.MAX_COUNT):
             count = min(operations.MAX_COUNT, flat.numel() - start)
             part = memory(flat, start, count)
             self._sizes.append(count)
-            self._requests.append(comm.Isend(part, peer, tag) if sends else comm.Irecv(part, peer, tag))
+            self._requests.append(call(part, peer, tag))
 
     def poll(self) -> bool:
         """Look whether it is over."""
@@ -54,6 +71,10 @@ class MpiMessage(MpiWork):
                     if not self._requests[0].Test(status):
                         if time.monotonic() > self._deadline:
                             self.finish(dist.DistBackendError(f"{self.what} timed out after {self.timeout_s:g} s"))
+                            return True
+                        reason = self._given_up()
+                        if reason is not None:
+                            self.finish(dist.DistBackendError(f"{self.what}: {reason}"))
                             return True
                         return False
                     self._requests.pop(0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hvdtrain.observe.logger import EvalRecord, StepRecord
+from hvdtrain.observe.whole_file import write_whole
 
 
 class JsonlLogger:
     """Appends records to a file, each line whole at once; NaN and infinities become null.
+
+    The file is left as it is until there is a record.
 
     Args:
         path: The file; its folder is made.
@@ -22,13 +24,9 @@ class JsonlLogger:
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if resumed_step and _step(line) <= resumed_step]
-            temporary = path.with_name(f"{path.name}.{os.getpid()}")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        self._resumed_step = resumed_step
+        self._file: TextIO | None = None
 
     def log_step(self, record: StepRecord) -> None:
         """Append a step."""
@@ -41,11 +39,22 @@ class JsonlLogger:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        if self._file is None:
+            self._file = self._open()
         self._file.write(json.dumps(clean) + "\n")
+
+    def _open(self) -> TextIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists():
+            lines = self._path.read_text().splitlines() if self._resumed_step else []
+            kept = [line for line in lines if _step(line) <= self._resumed_step]
+            write_whole(self._path, "".join(f"{line}\n" for line in kept))
+        return self._path.open("a", buffering=1)
 
 
 def _step(line: str) -> float:

@@ -1,4 +1,4 @@
-"""What the loop tells, as plain numbers, and who listens. Only rank 0 has listeners; the others have a `NullLogger`."""
+"""What the loop reports, as plain numbers, and who listens. Only rank 0 has listeners; the others have a `NullLogger`."""
 
 from __future__ import annotations
 
@@ -72,27 +72,27 @@ class NullLogger:
 
 
 class FanOut:
-    """Tells several loggers. One that fails (a full disk) is dropped with a warning; training goes on."""
+    """Passes records to several loggers. One that fails (a full disk) is dropped with a warning; training goes on."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = list(loggers)
 
     def log_step(self, record: StepRecord) -> None:
-        """Tell all."""
-        self._tell("log_step", record)
+        """Pass it to all."""
+        self._to_all("log_step", record)
 
     def log_eval(self, record: EvalRecord) -> None:
-        """Tell all."""
-        self._tell("log_eval", record)
+        """Pass it to all."""
+        self._to_all("log_eval", record)
 
     def close(self) -> None:
         """Close all."""
-        self._tell("close")
+        self._to_all("close")
 
-    def _tell(self, method: str, *record: object) -> None:
+    def _to_all(self, method: str, *record: object) -> None:
         for logger in list(self._loggers):
             try:
                 getattr(logger, method)(*record)
             except Exception as error:
-                _log.warning("%s failed and is not told any more: %s", type(logger).__name__, error)
+                _log.warning("%s failed and gets no more records: %s", type(logger).__name__, error)
                 self._loggers.remove(logger)

@@ -1,4 +1,7 @@
-"""How far the run is: a live line on a terminal, plain lines every few seconds elsewhere."""
+"""How far the run is: a live line on a terminal, plain lines every few seconds elsewhere.
+
+Plain lines come as often as records do, at most every few seconds; `Trainer(progress=)` sends some between logged steps.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +52,9 @@ class ProgressLogger:
 
     def log_eval(self, record: EvalRecord) -> None:
         """Show an evaluation."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
-        self._console.print(f"epoch {record.epoch}/{self._epochs} evaluated: {shown}", highlight=False)
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+        when = f"epoch {record.epoch}/{self._epochs} " if self._epochs else ""
+        self._console.print(f"{when}evaluated: {metrics}", highlight=False)
 
     def close(self) -> None:
         """Remove the live line."""

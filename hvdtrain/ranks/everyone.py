@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _LABEL = "beside the engine"  # how the watch counts exchanges
+_LOOK_S = 0.5  # how often a waiting rank looks what the others do instead
 _LONGEST_PAUSE_S = 0.05
 
 
@@ -58,7 +59,8 @@ def exchange(
 
     Raises:
         RankFailure: Another rank reported a failure meanwhile.
-        HvdtrainError: A ``failure``: some rank left, or did not come in time; names it.
+        HvdtrainError: A ``failure``: some rank left, waits for this one in another operation, or did not come in time;
+            names it.
     """
     if world_size == 1:
         return [mine]
@@ -70,10 +72,16 @@ def exchange(
         try:
             store.set(keys[rank], mine)
             end, pause = time.monotonic() + timeout_s, 0.001
+            next_look = time.monotonic() + _LOOK_S
             while not store.check(awaited):
                 watch.raise_if_failed()
                 if watch.failure is not None:  # this rank's own: it has found one that left
                     raise failure(watch.failure.message)
+                if time.monotonic() > next_look:
+                    next_look = time.monotonic() + _LOOK_S
+                    elsewhere = watch.elsewhere(_LABEL)
+                    if elsewhere:
+                        raise failure(f"rank {rank} is at {what}, and {elsewhere}")
                 if time.monotonic() > end:
                     absent = [other for other in everyone if not store.check([keys[other]])] or [0]
                     raise failure(

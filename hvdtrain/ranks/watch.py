@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+ALL_THE_SAME = "every rank must make the same collective calls"
 _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
 
 
@@ -62,6 +63,10 @@ class NullWatch:
 
     def raise_if_failed(self) -> None:
         """Do nothing."""
+
+    def elsewhere(self, label: str) -> str:
+        """Return ""."""
+        return ""
 
     def leave(self, timeout_s: float) -> None:
         """Do nothing."""
@@ -99,7 +104,9 @@ class Watch(NullWatch):
         self._interval_s = interval_s * max(1.0, world_size / 256)
         self._exit_process = exit_process
         self._counts: dict[str, int] = {}
-        self._waiting: tuple[str, str, tuple[int, ...], float] | None = None  # label, what, ranks, since
+        # Label, what, ranks, since; the innermost last. Threads wait beside each other.
+        self._waiting: list[tuple[str, str, tuple[int, ...], float]] = []
+        self._turn = threading.Lock()
         self._state = "computing"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hvdtrain-watch", daemon=True)
@@ -122,13 +129,16 @@ class Watch(NullWatch):
             again: The operation was counted when it was started; this is the wait for it.
         """
         self.raise_if_failed()
-        if not again:
-            self._counts[label] = self._counts.get(label, 0) + 1
-        outer, self._waiting = self._waiting, (label, what, tuple(ranks), time.monotonic())
+        waiting = (label, what, tuple(ranks), time.monotonic())
+        with self._turn:
+            if not again:
+                self._counts[label] = self._counts.get(label, 0) + 1
+            self._waiting.append(waiting)
         try:
             yield
         finally:
-            self._waiting = outer
+            with self._turn:
+                self._waiting.remove(waiting)
 
     def raise_if_failed(self) -> None:
         """Raise `RankFailure` if another rank has reported one."""
@@ -151,6 +161,21 @@ class Watch(NullWatch):
                 doing = f"in {record['what']}" if record["what"] else record["state"]
                 absent.append(f"rank {rank} on {record['host']} ({doing}; last heard of {silent:.0f} s ago)")
         return f"; missing: {', '.join(absent)}" if absent else ""
+
+    def elsewhere(self, label: str) -> str:
+        """Describe a rank that is in another operation, which cannot end without this rank and which it has not begun.
+
+        Args:
+            label: Of the operation that this rank is in: a rank in one of these is not elsewhere.
+        """
+        for rank in range(self._world_size):
+            record = self._read(f"rank/{rank}") if rank != self._rank else None
+            if record is None or not record["what"] or self._rank not in (record["ranks"] or [self._rank]):
+                continue
+            other = record["label"]
+            if other != label and record["counts"][other] > self._counts.get(other, 0):
+                return f"rank {rank} on {record['host']} is not: it waits in {record['what']}; {ALL_THE_SAME}"
+        return ""
 
     def leave(self, timeout_s: float) -> None:
         """Say that this rank is done, and return when all are, so that the store outlives everybody's use of it.
@@ -203,10 +228,13 @@ class Watch(NullWatch):
                 return
 
     def _publish(self) -> None:
-        waiting = self._waiting
+        with self._turn:
+            counts, waiting = dict(self._counts), self._waiting[-1] if self._waiting else None
         record = {
-            "counts": dict(self._counts),
+            "counts": counts,
             "what": waiting[1] if waiting else "",
+            "label": waiting[0] if waiting else "",
+            "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
             "state": self._state,
             "time": time.time(),
             "host": socket.gethostname(),
@@ -224,21 +252,19 @@ class Watch(NullWatch):
 
     def _stuck(self) -> str:
         """Describe the rank that left without beginning the operation that this rank is waiting in, if there is one."""
-        waiting = self._waiting
-        if waiting is None or time.monotonic() - waiting[3] < _STUCK_S:
-            return ""
-        label, what, ranks, since = waiting
-        mine = self._counts.get(label, 0)
-        for rank in ranks:
-            if rank == self._rank or not self._store.check([f"left/{rank}"]):
-                continue
-            record = self._read(f"rank/{rank}")
-            if record is not None and record["counts"].get(label, 0) < mine:
-                return (
-                    f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) while "
-                    f"rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; "
-                    "every rank must make the same collective calls"
-                )
+        with self._turn:
+            waits = [wait for wait in self._waiting if time.monotonic() - wait[3] >= _STUCK_S]
+        for label, what, ranks, since in waits:
+            mine = self._counts.get(label, 0)
+            for rank in ranks:
+                if rank == self._rank or not self._store.check([f"left/{rank}"]):
+                    continue
+                record = self._read(f"rank/{rank}")
+                if record is not None and record["counts"].get(label, 0) < mine:
+                    return (
+                        f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) "
+                        f"while rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; {ALL_THE_SAME}"
+                    )
         return ""
 
     def _await(self, stage: str, timeout_s: float) -> None:

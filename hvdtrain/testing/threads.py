@@ -39,7 +39,7 @@ def run_ranks(world_size: int, body: Callable[[Communicator], T], *, check: bool
         try:
             return body(Communicator(ThreadWire(number, table), check=check))
         except BaseException:
-            table.barrier.abort()  # the others need not wait
+            table.abort()  # the others need not wait
             raise
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -61,6 +61,36 @@ class _Table:
     def __init__(self, world_size: int) -> None:
         self.barrier = threading.Barrier(world_size, timeout=_TIMEOUT_S)
         self.laid: list[Tensor] = [torch.empty(0)] * world_size
+        self._changed = threading.Condition()
+        self._mail: dict[tuple[int, int], list[Tensor]] = {}
+
+    def put(self, src: int, dst: int, tensor: Tensor) -> None:
+        """Lay down a message."""
+        with self._changed:
+            self._mail.setdefault((src, dst), []).append(tensor)
+            self._changed.notify_all()
+
+    def until(self, src: int, dst: int, *, there: bool) -> None:
+        """Wait until a message between two ranks is there, or all are taken."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self.barrier.broken or bool(self._mail.get((src, dst))) == there, timeout=_TIMEOUT_S
+            )
+        if not came or self.barrier.broken:
+            raise threading.BrokenBarrierError
+
+    def take(self, src: int, dst: int) -> Tensor:
+        """Take the oldest message between two ranks."""
+        with self._changed:
+            tensor = self._mail[src, dst].pop(0)
+            self._changed.notify_all()
+        return tensor
+
+    def abort(self) -> None:
+        """Let nobody wait any more."""
+        self.barrier.abort()
+        with self._changed:
+            self._changed.notify_all()
 
 
 class ThreadWire(Wire):
@@ -108,6 +138,17 @@ class ThreadWire(Wire):
     def barrier(self) -> Work:
         """Meet."""
         self._table.barrier.wait()
+        return Done()
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Lay down what is sent, copy what is received, and wait until the first is taken."""
+        if sent is not None and dst is not None:
+            self._table.put(self.rank, dst, sent.clone())
+        if out is not None and src is not None:
+            self._table.until(src, self.rank, there=True)
+            out.copy_(self._table.take(src, self.rank))
+        if sent is not None and dst is not None:
+            self._table.until(self.rank, dst, there=False)
         return Done()
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@
 One checkpoint is a folder::
 
     step-00000120/
-        model.safetensors    parameters and buffers of rank 0
+        model.safetensors    parameters and buffers of rank 0, by the names they have without `torch.compile`
         training.pt          optimizer, schedule, scaler, position (read with weights_only=True)
         ranks.pt             each rank's random state and tally
         manifest.json        format, step, world size, versions; size and SHA-256 of each file; written last
@@ -21,10 +21,10 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_COMPILED = "_orig_mod"
 _FILES = ("model.safetensors", "training.pt", "ranks.pt")
 T = TypeVar("T")
 
@@ -62,6 +63,21 @@ class Ranks(Protocol):
     def all_gather_object(self, obj: T) -> list[T]:
         """Collect every rank's object on every rank."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A checkpoint that has been found whole.
+
+    Attributes:
+        path: The folder.
+        step: Optimizer steps done.
+        aliases: For each tensor of the model that is another's (tied weights), the name under which it was written.
+    """
+
+    path: str
+    step: int
+    aliases: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +128,7 @@ class Checkpoints:
         Args:
             ranks: The backend.
             step: Optimizer steps done; names the folder.
-            model: The model's state_dict; rank 0's is written.
+            model: The model's state (`model_state`); rank 0's is written.
             training: Tensors, numbers, text, and lists and dictionaries of these; rank 0's is written.
             rank_state: Likewise, of this rank; every rank's is written.
 
@@ -135,19 +151,32 @@ class Checkpoints:
             raise CheckpointError(f"{problem}. Earlier checkpoints are unharmed; mend it and go on with --resume auto")
         return str(path)
 
-    def latest(self) -> Path | None:
+    def latest(self) -> Saved | None:
         """Return the newest whole checkpoint, or None; warns of damaged ones. For rank 0."""
         if not self.folder.is_dir():
             return None
         self._sweep()
         for path in sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True):
             try:
-                check(path)
+                return check(path)
             except CheckpointError as error:
                 _log.warning("skipping a damaged checkpoint: %s", error)
-            else:
-                return path
         return None
+
+    def find(self, ranks: Ranks, which: Saved | Path | str = "latest") -> Saved | None:
+        """Return a checkpoint on every rank, as rank 0 sees it; every rank must call it.
+
+        Args:
+            ranks: The backend.
+            which: "latest" for the newest whole one in this folder, or the folder of one.
+
+        Returns:
+            The checkpoint; None if the newest was asked for and there is none.
+
+        Raises:
+            CheckpointError: On every rank: the one that was named is damaged or none.
+        """
+        return _agree(ranks, lambda: self.latest() if which == "latest" else opened(which))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -207,67 +236,95 @@ class Checkpoints:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def check(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's manifest if the checkpoint is whole.
+def opened(which: Saved | Path | str) -> Saved:
+    """Return a checkpoint as it was found, or find it at its path; see `check`."""
+    return which if isinstance(which, Saved) else check(Path(which))
+
+
+def check(path: Path) -> Saved:
+    """Return a checkpoint if it is whole; reads all of it.
 
     Raises:
         CheckpointError: Says which file is missing or damaged.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        version, files = manifest["format"], manifest["files"]
+        version = manifest["format"]
+        if version != FORMAT:
+            raise CheckpointError(f"{path} has format {version}; this hvdtrain {__version__} reads format {FORMAT}")
+        files = manifest["files"]
+        saved = Saved(path=str(path), step=int(manifest["step"]), aliases=dict(manifest["aliases"]))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is no checkpoint: it has no manifest.json; name a folder like step-00000120"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'manifest.json'} cannot be read: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this hvdtrain {__version__} reads format {FORMAT}")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if _fingerprint(file) != expected:
             raise CheckpointError(f"{file} is damaged: its size or SHA-256 differs from the manifest")
-    return manifest
+    return saved
 
 
-def load(ranks: Ranks, path: Path | str | None, model: nn.Module) -> Loaded | None:
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state_dict by the names that it has without `torch.compile`, of itself or of modules in it.
+
+    Raises:
+        CheckpointError: Two tensors have the same name without it.
+    """
+    state = model.state_dict()
+    plain = {_without_compile(name): value for name, value in state.items()}
+    if len(plain) != len(state):
+        twice = sorted(name for name in plain if sum(_without_compile(other) == name for other in state) > 1)
+        raise CheckpointError(
+            f"the model has several tensors named {twice[0]!r}, apart from {_COMPILED!r}; rename a module"
+        )
+    return plain
+
+
+def load(ranks: Ranks, which: Saved | Path | str | None, model: nn.Module) -> Loaded | None:
     """Read a checkpoint on rank 0, fill rank 0's model, and tell every rank the rest; every rank must call it.
 
     The other ranks' models are filled when the model is replicated, or by `Backend.broadcast_`.
 
     Args:
         ranks: The backend.
-        path: The folder; rank 0's counts. None for no checkpoint.
-        model: Of the same structure as the saved one.
+        which: A checkpoint that was found, or the folder of one; rank 0's counts. None for no checkpoint.
+        model: Of the same structure as the saved one; either of them may be compiled.
 
     Returns:
-        The checkpoint, without the model; None if rank 0 gave no path.
+        The checkpoint, without the model; None if rank 0 gave none.
 
     Raises:
         CheckpointError: On every rank: damaged, of another model, or not readable without unpickling.
     """
-    found: Loaded | None = None
+    return _agree(ranks, lambda: None if which is None else _read(opened(which), model))
+
+
+def _agree(ranks: Ranks, look: Callable[[], T]) -> T:
+    """Rank 0's result on every rank, or its failure."""
+    found: T | None = None
     problem = ""
-    if ranks.rank == 0 and path is not None:
+    if ranks.rank == 0:
         try:
-            found = _read(Path(path), model)
+            found = look()
         except (CheckpointError, OSError) as error:
             problem = str(error)
     problem, found = ranks.broadcast_object((problem, found))
     if problem:
         raise CheckpointError(problem)
-    return found
+    return cast(T, found)
 
 
-def _read(path: Path, model: nn.Module) -> Loaded:
-    manifest = check(path)
+def _read(saved: Saved, model: nn.Module) -> Loaded:
+    path = Path(saved.path)
     tensors = load_file(path / _FILES[0])
-    for name, source in manifest["aliases"].items():
+    for name, source in saved.aliases.items():
         tensors[name] = tensors[source]
-    _fill(path, model, tensors)
+    fill(model, tensors, str(path))
     try:
         training = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
         everyone = torch.load(path / _FILES[2], map_location="cpu", weights_only=True)
@@ -275,11 +332,22 @@ def _read(path: Path, model: nn.Module) -> Loaded:
         raise CheckpointError(
             f"{path}: the training state cannot be read without unpickling, which is not done: {error}"
         ) from error
-    return Loaded(path=str(path), step=manifest["step"], training=training, rank_states=everyone)
+    return Loaded(path=str(path), step=saved.step, training=training, rank_states=everyone)
 
 
-def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    own = model.state_dict()
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a `model_state`; either model may be compiled.
+
+    Args:
+        model: Loaded in place.
+        tensors: Of exactly its names, shapes and types.
+        where: What messages call the source.
+
+    Raises:
+        CheckpointError: The model is another; names the first differences.
+    """
+    tensors = {_without_compile(name): value for name, value in tensors.items()}
+    own = model_state(model)
     differences = [f"missing {name}" for name in own if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in own]
     differences += [
@@ -290,10 +358,15 @@ def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
-            f"{path} is of another model: {'; '.join(differences[:5])}{more}. Use the --model and --precision it was written "
+            f"{where} is of another model: {'; '.join(differences[:5])}{more}. Use the --model and --precision it was written "
             "with, another --run-dir, or --resume never"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: tensors[_without_compile(name)] for name in model.state_dict()})
+
+
+def _without_compile(name: str) -> str:
+    """A tensor's name without what `torch.compile` puts before it: its wrapper holds the module under a name of its own."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def _without_aliases(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

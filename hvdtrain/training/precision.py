@@ -55,12 +55,3 @@ class Precision:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss to call backward on."""
         return loss if self.scaler is None else self.scaler.scale(loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the scaler's state; empty without one."""
-        return {} if self.scaler is None else self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; a scaler's state without a scaler is dropped."""
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)

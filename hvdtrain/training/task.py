@@ -6,7 +6,7 @@ that it returns is a mean over the samples of the batch it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,23 +16,29 @@ from torch.utils.data import Dataset
 
 @runtime_checkable
 class Learning(Protocol):
-    """The part of a task that the loop calls."""
+    """The part of a task that the loop calls.
+
+    A task may also have ``collate``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it.
+    """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss to minimise: a scalar, the mean over the batch's samples."""
         ...
 
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """Return what evaluation reports, each a mean over the batch's samples; "loss" must be among them.
+    def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor | float]:
+        """Return what evaluation reports, each a mean over the batch's samples: numbers, or tensors without dimensions.
 
-        Called without gradients, in evaluation mode.
+        "loss" must be among them, and the names the same for every batch. Called without gradients, in evaluation mode.
         """
         ...
 
 
 @runtime_checkable
 class Task(Learning, Protocol):
-    """Everything that the command line needs to train: ``--task package.module:MyTask`` names a class of this shape."""
+    """Everything that the command line needs to train: ``--task package.module:MyTask`` names a class of this shape.
+
+    It may also have ``build_optimizer(model)``, which returns the optimizer, instead of --optimizer and --lr.
+    """
 
     def build_model(self) -> nn.Module:
         """Return a new model, on the CPU, in float32; called once on each rank, under the same seed."""

@@ -13,30 +13,35 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.source import Source, source_of
-from hvdtrain.errors import CheckpointError, ConfigError, NonFiniteLoss, Preempted
+from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
-from hvdtrain.training.checkpoint import Checkpoints, load
+from hvdtrain.training.checkpoint import Checkpoints, Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
-from hvdtrain.training.position import Position
+from hvdtrain.training.loop_state import LoopState, rehearse
+from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
+from hvdtrain.training.random_numbers import OwnRandomNumbers
+from hvdtrain.training.resume import resume, save
 from hvdtrain.training.same_call import check_same_call
-from hvdtrain.training.state import random_state, same_random_numbers, set_random_state
+from hvdtrain.training.schedules import Pacemaker
 from hvdtrain.training.task import Learning, Supervised
 
 _log = logging.getLogger(__name__)
@@ -70,6 +75,11 @@ class FitResult:
 class Trainer:
     """Trains one model on all ranks of a backend.
 
+    Seed alike on all ranks before models and data are made (``torch.manual_seed``). While `fit` trains, each rank draws
+    random numbers of its own, which follow from what was seeded, so that dropout and augmentation differ between ranks and
+    are the same in the next run; rank 0, and so a world of one, goes on with what was seeded. Afterwards all ranks are in
+    rank 0's state (see `hvdtrain.OwnRandomNumbers`).
+
     Args:
         backend: A running backend.
         model: Moved to the backend's device and the precision's type unless the optimizer already holds its parameters
@@ -78,17 +88,18 @@ class Trainer:
         loss: ``loss(model(x), y)`` for data of ``(x, y)``, a mean over samples; or give ``task``.
         task: What to learn (see `Learning`), for anything else.
         schedule: A torch scheduler over the optimizer.
-        schedule_interval: "step" to step it after every optimizer step, "epoch" after every epoch (a ReduceLROnPlateau
-            is always stepped after an evaluation, with its loss).
+        schedule_interval: "step" to step it after every optimizer step, "epoch" after every epoch. A ReduceLROnPlateau is
+            stepped after every evaluation instead, with its loss, but for one that is made only because the run ends.
         precision: "fp32", "fp64", "bf16" or "fp16".
         accumulate: Micro-batches per optimizer step and rank.
         clip_norm: Largest L2 norm of the averaged gradient.
         on_nan: "stop" all ranks at a NaN or infinite loss, or "skip" the step on all ranks.
         seed: Of the order of the samples and of augmentation in loader processes.
         workers: Loader processes per rank.
-        collate: As for `torch.utils.data.DataLoader`.
+        collate: As for `torch.utils.data.DataLoader`; the task's own `collate`, if it has one, unless given.
         logger: Told of steps and evaluations, as plain numbers.
         log_every: Steps between logged steps.
+        progress: Gets a record of a step between logged ones, about once a second; for a display, not for a file.
         checkpoints: Where to save; nothing is saved without.
         checkpoint_every: Steps between checkpoints, besides the one after each epoch; 0 for none besides.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
@@ -118,6 +129,7 @@ class Trainer:
         collate: Callable[[list[Any]], Any] | None = None,
         logger: Logger | None = None,
         log_every: int = 10,
+        progress: Callable[[StepRecord], None] | None = None,
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 0,
         stop_requested: Callable[[], bool] | None = None,
@@ -134,27 +146,32 @@ class Trainer:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
-        if schedule_interval not in ("step", "epoch"):
-            raise ConfigError(f"schedule_interval must be 'step' or 'epoch', got {schedule_interval!r}")
+        self._pacemaker = Pacemaker(schedule, schedule_interval)
+        if checkpoints is not None:
+            self._pacemaker.check_savable(optimizer)
         self.backend = backend
         self.precision = Precision(precision, backend.device)
         self.precision.prepare(model)
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self.position = Position()
-        self._schedule = schedule
-        self._schedule_interval = schedule_interval
+        self._state = LoopState(
+            backend, self.replica, schedule=schedule, scaler=self.precision.scaler, position=self.position
+        )
+        self._own_random_numbers = OwnRandomNumbers(backend)
         self._accumulate = accumulate
         self._clip_norm = clip_norm
         self._skip_nonfinite = on_nan == "skip"
         self._seed = seed
         self._workers = workers
-        self._collate = collate
+        self._collate = collate or getattr(task, "collate", None)
         self._logger: Logger = logger or NullLogger()
+        self._progress = progress
         self._checkpoints = checkpoints
         self._checkpoint_every = checkpoint_every
         self._checkup = Checkup(backend, log_every=log_every, stop_requested=stop_requested or (lambda: False))
-        self._pending_loss: tuple[int, Tensor, int] | None = None  # step, loss, samples: not yet looked at (GPU)
+        self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
+        self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
         self._train_seconds = 0.0
@@ -175,7 +192,7 @@ class Trainer:
         eval_every: int = 1,
         last_batch: str = "keep",
         drop_last: bool = False,
-        resume_from: str | None = None,
+        resume_from: Saved | Path | str | None = None,
     ) -> FitResult:
         """Train for some epochs; every rank must call it with the same arguments.
 
@@ -184,7 +201,7 @@ class Trainer:
                 each epoch. Or a DataLoader: of it are taken the data set, batch size, shuffling or sampler, drop_last,
                 collate function and loader processes, and not its random numbers (see `Backend.loader`).
             eval_data: Likewise; evaluated every ``eval_every`` epochs and at the end, each sample once.
-            epochs: Passes over the data, those before a resume included.
+            epochs: Passes over the data, those before a resume included; 0 to evaluate only.
             max_steps: End after so many optimizer steps, if that is earlier.
             batch_size: Samples per rank and micro-batch; or
             global_batch_size: samples per optimizer step over all ranks, which gives the same training for every world
@@ -194,13 +211,20 @@ class Trainer:
             last_batch: What becomes of samples that do not fill a last global batch: "keep" trains on them as a shorter
                 one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
             drop_last: DataLoader's word for ``last_batch="drop"``.
-            resume_from: A checkpoint folder to continue from.
+            resume_from: A checkpoint to continue from: its folder, or what `Checkpoints.find` returned.
 
         Raises:
-            ConfigError: An argument cannot work, or the ranks were given different arguments or data.
+            ConfigError: An argument cannot work, the ranks were given different arguments or data, or the schedule needs
+                evaluations and there is no evaluation data.
+            CheckpointError: The checkpoint cannot be continued from.
+            CollectiveError: Some rank did not call it; says which, and what it does.
             NonFiniteLoss: The loss became NaN or infinite (unless ``on_nan="skip"``).
             Preempted: Some rank was asked to stop; a checkpoint has been saved, if there is a place for it.
         """
+        if epochs < 0:
+            raise ConfigError(f"epochs must be 0 or more, got {epochs}")
+        self._pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
+        self.backend.assemble("fit")
         source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last)
         eval_source = None if eval_data is None else self._source(eval_data)
         self._check_call(
@@ -227,36 +251,37 @@ class Trainer:
         partition = batches.partition
         if self._in_step and partition.needs_empty_batches:
             batches.prepare_empty()
-        total_steps = min(epochs * partition.steps_per_epoch, max_steps or math.inf)
+        total_steps = min(epochs * partition.steps_per_epoch, math.inf if max_steps is None else max_steps)
         per_rank = max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
-        if resume_from is not None:
-            self._resume(resume_from, partition)
-            if self.position.steps < total_steps:
-                self._rehearse(batches)
-        self._checkup.begin(self.position.steps)
-        position, metrics = self.position, dict(self.position.eval_metrics)
-        while position.epoch < epochs and position.steps < total_steps:
-            self._train_epoch(batches, int(total_steps))
-            self._finish_epoch_schedule()
-            ended = position.epoch >= epochs or position.steps >= total_steps
-            if eval_source is not None and (ended or position.epoch % eval_every == 0):
-                metrics = self._evaluate(eval_source, eval_batch_size)
-                position.eval_metrics = metrics
-                self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=metrics))
-                if isinstance(self._schedule, ReduceLROnPlateau):
-                    self._schedule.step(metrics["loss"])
-            self._save()
-            self._stop_if_asked()
+        position, resumed_from = self.position, None
+        with self._own_random_numbers:
+            if resume_from is not None:
+                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, partition)
+                if position.steps < total_steps:
+                    self._rehearse(batches)
+            self._checkup.begin(position.steps)
+            while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
+                self._train_epoch(batches, int(total_steps))
+                ended = position.has_ended(epochs, total_steps, partition.samples_per_epoch)
+                regular = position.samples == 0 and position.epoch % eval_every == 0
+                if eval_source is not None and (regular or ended):
+                    self._evaluate_here(eval_source, eval_batch_size)
+                    if regular:
+                        self._pacemaker.after_evaluation(position.eval_metrics)
+                self._save()
+                self._stop_if_asked()
+            if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
+                self._evaluate_here(eval_source, eval_batch_size)
         return FitResult(
             epochs=position.epoch,
             steps=position.steps,
             skipped_steps=position.skipped_steps,
             train_loss=position.train_loss,
-            eval_metrics=metrics,
+            eval_metrics=dict(position.eval_metrics),
             samples=self._samples,
             train_seconds=self._train_seconds,
-            resumed_from=resume_from,
+            resumed_from=resumed_from,
         )
 
     def _train_epoch(self, batches: RankBatches, total_steps: int) -> None:
@@ -275,13 +300,14 @@ class Trainer:
                 self._save()
             if position.steps >= total_steps and position.samples < epoch_samples:
                 break
-        self._look_at_pending_loss()
+        self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, float(position.epoch_tally.samples)], dtype=torch.float64)
         ).tolist()
         position.train_loss = Tally(whole[0], int(whole[1])).mean
         if position.samples >= epoch_samples:
             position.finish_epoch()
+            self._pacemaker.after_epoch()
 
     def _train_step(self, step: RankStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
@@ -291,15 +317,18 @@ class Trainer:
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
+                check_loss(loss)
                 if samples:
-                    self._note_loss(loss, samples)
+                    self._pending_loss.note(loss, samples)
                 replica.backward(precision.scale(loss), samples=samples, total=step.samples)
+        lr = replica.optimizer.param_groups[0]["lr"]
+        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
         if result.skipped:
             self.position.skipped_steps += 1
             _log.info("step %d: the gradient is not finite; no update on any rank", self.position.steps)
-        elif self._schedule is not None and self._schedule_interval == "step":
-            self._schedule.step()
+        else:
+            self._pacemaker.after_step()
         self._gradient_norm = result.gradient_norm
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -315,37 +344,27 @@ class Trainer:
             Each metric's mean over all samples, the same on every rank.
 
         Raises:
-            ConfigError: The data set is empty, or differs between the ranks.
+            ConfigError: The data set is empty or differs between the ranks, or what the task's `metrics` returned cannot be
+                averaged; the message names the metric.
+            CollectiveError: Some rank did not call it; says which, and what it does.
         """
         source = self._source(data)
+        self.backend.assemble(f"an evaluation of {source.length} samples after step {self.position.steps}")
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
         return self._evaluate(source, batch_size or source.batch_size or 64)
 
-    @torch.no_grad()
     def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
-        length = source.length
-        if length == 0:
+        if source.length == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
-        backend, replica = self.backend, self.replica
-        replica.sync_buffers()
-        model = replica.inference_model
-        was_training = model.training
-        model.eval()
-        sums: dict[str, Tensor] = {}
-        for loaded, samples in evaluation_batches(source, backend, batch_size=batch_size, seed=self._seed):
-            batch = self.precision.cast(loaded)
-            with self.precision.autocast():
-                found = self.task.metrics(model, batch)
-            for name, value in found.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=backend.device)) + (
-                    value.detach().double() * samples
-                )
-        model.train(was_training)
-        # Rank 0 has a sample if anybody has, so it knows the names; a rank without samples adds zeros.
-        names: list[str] = backend.broadcast_object(sorted(sums))
-        zero = torch.zeros((), dtype=torch.float64, device=backend.device)
-        totals = backend.all_reduce(torch.stack([sums.get(name, zero) for name in names]))
-        return dict(zip(names, (totals / length).tolist(), strict=True))
+        batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
+        return evaluate(self.backend, self.replica, self.task, self.precision, batches)
+
+    def _evaluate_here(self, source: Source, batch_size: int) -> None:
+        """Evaluate at this position, and say it."""
+        position = self.position
+        position.eval_metrics = self._evaluate(source, batch_size)
+        position.evaluated_at = position.steps
+        self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=position.eval_metrics))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -382,45 +401,20 @@ class Trainer:
         if eval_source is not None:
             check_same_data(eval_source, self.backend, seed=self._seed, name="eval_data")
 
-    def _note_loss(self, loss: Tensor, samples: int) -> None:
-        """Count a micro-batch's loss. On a GPU it is looked at one micro-batch later, when it is there anyway."""
-        detached = loss.detach()
-        if detached.numel() != 1:
-            raise ConfigError(
-                f"the loss must be a scalar, the mean over the batch's samples; got shape {tuple(detached.shape)}"
-            )
-        self._look_at_pending_loss()
-        self._pending_loss = (self.position.steps, detached, samples)
-        if detached.device.type == "cpu":
-            self._look_at_pending_loss()
-
-    def _look_at_pending_loss(self) -> None:
-        if self._pending_loss is None:
-            return
-        step, loss, samples = self._pending_loss
-        self._pending_loss = None
-        value = float(loss)
-        if math.isfinite(value):
-            self.position.count(value, samples)
-        elif not self._skip_nonfinite:
-            raise NonFiniteLoss(
-                f"the loss is {value} at step {step + 1} (epoch {self.position.epoch + 1}) on rank {self.backend.rank}. Lower --lr, "
-                "clip with --clip-norm, look for broken samples, or go on without such steps with --on-nan skip"
-            )
-
     def _hold_checkup(self, total_steps: int) -> None:
-        self._look_at_pending_loss()
+        self._pending_loss.look()
         position = self.position
         verdict = self._checkup.hold(position.steps, position.take_recent())
-        if self._checkup.logs(position.steps):
+        report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
+        if report is not None:
             rate = self._samples / self._train_seconds if self._train_seconds else math.nan
-            self._logger.log_step(
+            report(
                 StepRecord(
                     step=position.steps,
                     total_steps=total_steps,
                     epoch=position.epoch,
                     loss=verdict.tally.mean,
-                    lr=float(self.replica.optimizer.param_groups[0]["lr"]),
+                    lr=float(self._lr),
                     samples_per_second=rate,
                     gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
                 )
@@ -438,95 +432,23 @@ class Trainer:
         where = f"saved {path}" if path else "nothing was saved, because there is no place for checkpoints"
         raise Preempted(f"asked to stop after step {self.position.steps}; {where}")
 
-    def _finish_epoch_schedule(self) -> None:
-        plateau = isinstance(self._schedule, ReduceLROnPlateau)
-        if self._schedule is not None and self._schedule_interval == "epoch" and not plateau:
-            self._schedule.step()
-
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self) -> str | None:
         if self._checkpoints is None:
             return None
-        self._look_at_pending_loss()
-        position, replica = self.position, self.replica
-        tally = position.epoch_tally
-        return self._checkpoints.save(
-            self.backend,
-            step=position.steps,
-            model=replica.module.state_dict(),
-            training={
-                "optimizer": replica.optimizer.state_dict(),
-                "schedule": None if self._schedule is None else _plain(self._schedule.state_dict()),
-                "precision": self.precision.state_dict(),
-                "position": position.state_dict(),
-                "seed": self._seed,
-            },
-            rank_state={"random": random_state(), "tally": [tally.loss_sum, tally.samples]},
-        )
-
-    def _resume(self, path: str, partition: BatchPartition) -> None:
-        """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches."""
-        backend, replica = self.backend, self.replica
-        loaded = load(backend, path, replica.module)
-        if loaded is None:
-            raise CheckpointError(f"rank 0 was given no checkpoint to resume from, rank {backend.rank} {path}")
-        training = loaded.training
-        if training["seed"] != self._seed:
-            _log.warning("the checkpoint was written with --seed %s, this run has %s", training["seed"], self._seed)
-        try:
-            replica.optimizer.load_state_dict(training["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} was written with another optimizer: {error}; use the same, or --resume never"
-            ) from error
-        if self._schedule is not None and training["schedule"] is not None:
-            self._schedule.load_state_dict(training["schedule"])
-        self.precision.load_state_dict(training["precision"])
-        replica.copy_from_rank_zero()
-        states = loaded.rank_states
-        if len(states) == backend.world_size:
-            set_random_state(states[backend.rank]["random"])
-            tally = Tally(*states[backend.rank]["tally"])
-        else:
-            _log.info(
-                "the checkpoint is of %d ranks, this run has %d: random numbers begin anew",
-                len(states),
-                backend.world_size,
-            )
-            sums = [state["tally"] for state in states] if backend.rank == 0 else []
-            tally = Tally(sum(s[0] for s in sums), sum(s[1] for s in sums))
-        self.position.load_state_dict(training["position"], tally)
-        try:
-            partition.step_at(self.position.samples)
-        except ConfigError as error:
-            raise CheckpointError(f"{path} stopped in the middle of an epoch: {error}") from error
+        self._pending_loss.look()
+        return save(self._state, self._checkpoints, self.position, self._seed)
 
     def _rehearse(self, batches: RankBatches) -> None:
-        """Run one forward and backward pass for the engine's sake, and leave everything as it was."""
         if not batches.partition.step(0).every_rank:
             return
-        module = self.replica.module
-        module.train()
-        buffers = [buffer.clone() for buffer in module.buffers()]
-        with same_random_numbers():
+        with untouched_random_numbers():
             first, _ = next(iter(next(batches.steps(0))))
-            batch = self.precision.cast(first)
+        batch = self.precision.cast(first)
 
-            def forward(model: nn.Module) -> Tensor:
-                with self.precision.autocast():
-                    return self.task.loss(model, batch)
+        def forward(model: nn.Module) -> Tensor:
+            with self.precision.autocast():
+                return self.task.loss(model, batch)
 
-            self.replica.rehearse(forward)
-        with torch.no_grad():
-            for buffer, before in zip(module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-
-
-def _plain(value: Any) -> Any:
-    """A scheduler's state without what cannot be read back without unpickling (functions, which become None)."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, (int, float, str, bool, Tensor, type(None))) else None
+        rehearse(self.replica, forward)

@@ -207,3 +207,37 @@ def test_torchs_own_questions_are_answered(rank, size):
     assert dist.group.WORLD.rank() == rank
     assert dist.group.WORLD.size() == size
     assert dist.is_initialized()
+
+
+def test_a_synchronous_send_is_over_when_the_receiver_takes_it(rank, size):
+    if size == 1:
+        pytest.skip("needs two ranks")
+    if rank == 0:
+        work = dist.group.WORLD.send([torch.tensor(5)], 1, synchronous=True)
+        time.sleep(0.3)
+        assert not work.is_completed()
+        dist.send(torch.tensor(6), 1, tag=1)  # small, so that MPI takes it without the receiver
+        assert work.wait()
+    elif rank == 1:
+        found = torch.tensor(0)
+        dist.recv(found, 0, tag=1)
+        dist.recv(found, 0)
+        assert int(found) == 5
+
+
+def test_nobody_waits_for_a_message_of_a_group_that_has_given_up(rank, size):
+    if size == 1:
+        pytest.skip("needs two ranks")
+    group = dist.new_group(list(range(size)))
+    if rank < 2:
+        work = group.recv([torch.tensor(0)], 1 - rank)
+        began = time.monotonic()
+        group.give_up("rank 7 on elsewhere failed first")
+        with pytest.raises(dist.DistBackendError, match=r"recv\(src=\d.*rank 7 on elsewhere failed first"):
+            work.wait()
+        assert time.monotonic() - began < 5
+    dist.barrier()
+    if rank < 2:
+        group.send([torch.tensor(1)], 1 - rank)  # MPI still has the receive
+    dist.barrier()
+    dist.destroy_process_group(group)

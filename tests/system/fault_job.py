@@ -39,9 +39,35 @@ class Leave(Exception):
     pass
 
 
+def alone(mode, backend):
+    """Rank 0 does alone what all ranks must do; the others train on, or are done."""
+    model = nn.Linear(4, 2)
+    trainer = hvdtrain.Trainer(
+        backend, model, torch.optim.SGD(model.parameters(), lr=0.1), loss=nn.functional.cross_entropy
+    )
+    data = torch.utils.data.TensorDataset(torch.ones(30, 4), torch.zeros(30, dtype=torch.int64))
+    trainer.fit(data, global_batch_size=15)
+    if backend.rank == 0:
+        if mode.startswith("save"):
+            hvdtrain.LoopState(backend, trainer.replica).save(hvdtrain.Checkpoints("/nowhere/at/all"), 2)
+        else:
+            trainer.evaluate(data)
+    if mode == "evaluate-fit":
+        trainer.fit(data, epochs=2, global_batch_size=15)
+    elif mode == "evaluate-evaluate":
+        trainer.evaluate(torch.utils.data.Subset(data, range(20)))
+    elif mode != "evaluate-leave":
+        loss = trainer.replica.model(torch.randn(8, 4)).square().mean()
+        trainer.replica.backward(loss, samples=8, total=8 * backend.world_size)
+        trainer.replica.step()
+
+
 def main():
     mode, timeout_s = sys.argv[1], float(sys.argv[2])
     with hvdtrain.init(sys.argv[3], device="cpu", timeout_s=timeout_s) as backend:
+        if "-" in mode:
+            alone(mode, backend)
+            return
         model = Faulty(mode, backend.rank)
         replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
         try:
@@ -52,6 +78,10 @@ def main():
                     time.sleep(60)
                 if mode == "subset":
                     backend.all_reduce(torch.ones(3, 5))
+                if mode == "message" and backend.rank != CULPRIT:
+                    backend.recv(CULPRIT)
+                if mode == "message":
+                    time.sleep(60)
                 if mode == "collective":
                     backend.all_reduce(torch.ones(3))
                 loss = replica.model(torch.randn(8, 4)).square().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -32,6 +33,22 @@ def test_own_loop_learns_on_two_ranks():
     assert accuracy(ended.output) > 0.9
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_own_loop_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been_stopped(tmp_path: Path, ranks):
+    example = str(EXAMPLES / "own_loop_resume.py")
+    argv = [sys.executable, example] if ranks == 1 else torchrun(ranks, example)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for more in ([str(whole)], [str(parts), "--stop-after", "57"], [str(parts)]):
+        ended = run([*argv, *more])
+        assert ended.code == 0, ended.output
+        if "--stop-after" in more:
+            assert max(parts.iterdir()).name == "step-00000057"
+    assert max(parts.iterdir()).name == max(whole.iterdir()).name > "step-00000057"
+    for file in ("model.safetensors", "training.pt", "ranks.pt"):
+        one, other = (json.loads((max(run.iterdir()) / "manifest.json").read_text())["files"] for run in (whole, parts))
+        assert one[file] == other[file], file
+
+
 def test_spawn_from_script():
     ended = run([sys.executable, str(EXAMPLES / "spawn_from_script.py")])
     assert ended.code == 0, ended.output
@@ -49,5 +66,13 @@ def test_a_custom_task_runs_as_a_script_and_by_name(tmp_path: Path):
 
 
 def test_every_example_is_run_here():
-    tried = {"own_loop", "one_process", "data_parallel", "mnist_files", "spawn_from_script", "custom_task"}
+    tried = {
+        "own_loop",
+        "own_loop_resume",
+        "one_process",
+        "data_parallel",
+        "mnist_files",
+        "spawn_from_script",
+        "custom_task",
+    }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

@@ -98,6 +98,37 @@ def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(la
     assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output
 
 
+@pytest.mark.slow
+def test_a_message_that_is_not_sent_names_the_rank_that_did_not(job):
+    ended = run(job("message", 8))
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 8 + 10
+    assert re.search(
+        r"recv\(src=1\) over world failed on rank [02]; missing: rank 1 on \S+ \(computing", ended.output
+    ), ended.output
+
+
+ALONE = {
+    "evaluate-step": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in ",
+    "evaluate-fit": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in all_gather",
+    "evaluate-evaluate": "rank 0 is at an evaluation of 30 samples after step 2, and rank \\d at an evaluation of 20",
+    "evaluate-leave": "has left the program .* in an evaluation of 30 samples after step 2",
+    "save-step": "saving a checkpoint of step 2, and rank \\d on .* it waits in ",
+}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["evaluate-step", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ALONE if mode != "evaluate-step")],
+)
+def test_what_rank_zero_does_alone_is_named_with_what_the_others_do(job, mode):
+    ended = run(job(mode, 180), timeout_s=240)
+    assert ended.code != 0
+    assert ended.seconds < STARTUP_S + 15  # and not the timeout of 180 s
+    assert re.search(ALONE[mode], ended.output), ended.output
+    assert "every rank must make the same collective calls" in ended.output
+
+
 @pytest.mark.parametrize("backend", ["torch", "mpi", "horovod"])
 def test_another_version_on_one_host_is_refused_and_both_are_named(tmp_path, backend):
     if missing("mpirun", backend):

@@ -15,16 +15,17 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.hvd import settings
 from hvdtrain.backends.hvd.joining import Joining
 from hvdtrain.backends.hvd.library import built_with, hvd, version
+from hvdtrain.backends.hvd.pairs import Pairs
 from hvdtrain.backends.hvd.replica import HorovodReplica
 from hvdtrain.backends.hvd.stamp import why_not
 from hvdtrain.backends.hvd.waiting import Waiter, shut_down
 from hvdtrain.backends.hvd.wire import HorovodWire
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks.exit import code_of, end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -112,7 +113,9 @@ class HorovodBackend(Backend):
         except BaseException:
             self._watch.close()
             raise
-        self._wire = self._make_wire(range(self.world_size), hvd.global_process_set, "world")
+        one_node = self.topology.num_nodes == 1
+        self._pairs = Pairs(meeting.watch, self.rank, self.timeout_s, self._watch, one_node=one_node)
+        self._wire = self._make_wire(range(self.world_size), hvd.global_process_set, "world", 0)
 
     def _software(self) -> dict[str, str]:
         return {**super()._software(), "Horovod": built_with()}
@@ -121,6 +124,7 @@ class HorovodBackend(Backend):
         return self._joining.announce(self._waiter)
 
     def _disconnect(self) -> None:
+        self._pairs.close()
         if not shut_down(self.timeout_s):
             end_hard(1)
         self._joining.close()
@@ -150,7 +154,7 @@ class HorovodBackend(Backend):
             self._process_sets[key] = process_set
         if self.rank not in ranks:
             return None
-        wire = self._make_wire(ranks, process_set, f"group{self._groups_made}")
+        wire = self._make_wire(ranks, process_set, f"group{self._groups_made}", self._groups_made)
         return Communicator(wire, self._watch, check=self._check, label=f"group {ranks}")
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -163,6 +167,6 @@ class HorovodBackend(Backend):
     def _waiter(self) -> Waiter:
         return Waiter(self.timeout_s, self._watch, f"rank {self.rank} of {self.world_size}")
 
-    def _make_wire(self, ranks: Sequence[int], process_set: Any, label: str) -> HorovodWire:
+    def _make_wire(self, ranks: Sequence[int], process_set: Any, label: str, channel: int) -> HorovodWire:
         device = self.device if self._gpu else torch.device("cpu")  # without NCCL, Horovod takes CPU tensors
-        return HorovodWire(self.rank, ranks, device, process_set, label, self._waiter)
+        return HorovodWire(self.rank, ranks, device, process_set, label, self._waiter, self._pairs, channel)

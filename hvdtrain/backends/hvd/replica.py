@@ -15,8 +15,8 @@ from hvdtrain.backends.hvd.wire import HorovodWork
 from hvdtrain.backends.replica import ReplicaOptions
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -76,6 +76,10 @@ class HorovodReplica(HookedReplica):
         return HorovodWork(
             self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
+
+    def _send_tally(self, tensor: Tensor) -> Work:
+        name = f"{self._label}.tally"  # one name for all steps: Horovod's cache knows it from the second on
+        return HorovodWork(self._waiter, hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step")
 
     def _scale(self, tally: Tally) -> None:
         if self._adasum and tally.ranks < self._backend.world_size:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 NAMES = tuple(field.name for field in fields(HorovodConfig))
 

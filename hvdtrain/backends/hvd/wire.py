@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hvdtrain.backends.hvd.library import hvd
+from hvdtrain.backends.hvd.pairs import Pairs
 from hvdtrain.backends.hvd.waiting import Waiter
-from hvdtrain.backends.wire import Wire, WireOp, Work
+from hvdtrain.backends.wire import Then, Wire, WireOp, Work
 
 _NAMES = 512  # names in use for collectives; more in flight wait for the oldest
 
@@ -57,14 +58,25 @@ class HorovodWire(Wire):
         process_set: Horovod's name for the group.
         label: Different for every group.
         waiter: Bounds every wait.
+        pairs: Passes messages between two ranks.
+        channel: Of this group's messages; different for every group.
     """
 
     _OPS: ClassVar[dict[str, int]] = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max, "product": hvd.Product}
 
     def __init__(
-        self, rank: int, ranks: Sequence[int], device: torch.device, process_set: Any, label: str, waiter: Waiter
+        self,
+        rank: int,
+        ranks: Sequence[int],
+        device: torch.device,
+        process_set: Any,
+        label: str,
+        waiter: Waiter,
+        pairs: Pairs,
+        channel: int,
     ) -> None:
         super().__init__(list(ranks).index(rank), ranks, device)
+        self._pairs, self._channel = pairs, channel
         self._waiter = waiter
         self._set = process_set
         self._label = label
@@ -112,6 +124,14 @@ class HorovodWire(Wire):
     def barrier(self) -> Work:
         """Start an all-reduce of one element: Horovod's own barrier cannot be waited for with a bound."""
         return self.all_reduce_(torch.zeros(1, dtype=torch.int32, device=self.device), "sum")
+
+    def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
+        """Pass them beside Horovod, which has no messages between two ranks; GPU tensors come through the CPU."""
+        to, source = (None if peer is None else self.ranks[peer] for peer in (dst, src))
+        on_cpu = self.device.type == "cpu"
+        room = out if out is None or on_cpu else torch.empty_like(out, device="cpu")
+        work = self._pairs.send_receive(None if sent is None else sent.cpu(), to, room, source, self._channel)
+        return work if out is None or room is None or on_cpu else Then(work, lambda: out.copy_(room))
 
     def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
         """Start hvd.reducescatter_async for sums; for the rest Horovod has none."""

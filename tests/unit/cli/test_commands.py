@@ -69,12 +69,11 @@ def test_help_and_argument_errors_answer_in_half_a_second_without_torch_and_nump
     loaded = set(done.stderr.splitlines()[-1].split())
     assert "hvdtrain.cli.train" in loaded
     assert not loaded & {"torch", "numpy", "torchvision", "rich", "hvdtrain.run"}
-    walls = []
-    for _ in range(3):  # the best of three: other work on the machine is not ours
-        start = time.perf_counter()
-        hvdtrain(*argv)
-        walls.append(time.perf_counter() - start)
-    assert min(walls) < ANSWER_S
+    before = os.times()
+    hvdtrain(*argv)
+    after = os.times()  # the processor's time: other work on the machine is not ours
+    spent_s = after.children_user - before.children_user + after.children_system - before.children_system
+    assert 0 < spent_s < ANSWER_S
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.options import Component
+from hvdtrain.settings.options import Component
 
 HERE = __name__
 
@@ -68,7 +68,7 @@ from pathlib import Path
 {how}
 from hvdtrain.data.named import load_data
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component
+from hvdtrain.settings.options import Component
 load_data(Component("digits"), folder=Path("unused"), download=True, timeout_s=5)
 try:
     load_data(Component("mnist"), folder=Path("unused"), download=True, timeout_s=5)
@@ -100,7 +100,7 @@ def test_a_torchvision_for_another_torch_is_answered_with_what_to_install(tmp_pa
 def test_digits_do_not_load_torchvision(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from hvdtrain.data.named import load_data; "
-        "from hvdtrain.options import Component; "
+        "from hvdtrain.settings.options import Component; "
         "load_data(Component('digits'), folder=Path('unused'), download=True, timeout_s=5); "
         "print('torchvision' in sys.modules)"
     )

@@ -88,6 +88,43 @@ def test_an_epoch_goes_on_in_the_middle() -> None:
     assert on_ranks(2, rest) == [True, True]
 
 
+@pytest.mark.parametrize("done", range(5))
+def test_a_position_goes_on_with_what_was_left_of_the_epoch(done: int) -> None:
+    def rest(ranks: Turns) -> bool:
+        whole, first, second = (
+            RankBatches(source_of(numbers(23), batch_size=3, shuffle=True), ranks, seed=2) for _ in range(3)
+        )
+        expected = [met(whole), met(whole)]
+        iterator = iter(first)
+        before = [next(iterator)[0].tolist() for _ in range(done)]
+        second.load_state_dict(first.state_dict())
+        return [before + met(second), met(second)] == expected
+
+    assert on_ranks(2, rest) == [True, True]
+
+
+def test_after_an_epoch_that_ended_or_was_broken_off_the_position_is_the_next_ones_beginning() -> None:
+    def positions(ranks: Turns) -> list[Any]:
+        batches = RankBatches(source_of(numbers(7), batch_size=1), ranks)
+        said = [batches.state_dict()]
+        for _ in batches:
+            said.append(batches.state_dict())
+        said.append(batches.state_dict())
+        for _ in batches:
+            break
+        return [(state["epoch"], state["samples"]) for state in [*said, batches.state_dict()]]
+
+    assert on_ranks(2, positions) == [[(0, 0), (0, 2), (0, 4), (0, 6), (0, 7), (1, 0), (2, 0)]] * 2
+
+
+def test_a_position_that_no_batch_begins_at_is_refused() -> None:
+    def refuse(ranks: Turns) -> None:
+        with pytest.raises(ConfigError, match="cannot continue after 5 of 7 samples"):
+            RankBatches(source_of(numbers(7), batch_size=1), ranks).load_state_dict({"epoch": 0, "samples": 5})
+
+    on_ranks(2, refuse)
+
+
 # -- a sampler of the user's ------------------------------------------------------------------------------------------
 
 

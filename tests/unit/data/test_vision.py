@@ -32,7 +32,7 @@ from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.samplers import PartitionSampler
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.options import Component
+from hvdtrain.settings.options import Component
 
 TRAIN, TEST = 20, 10
 

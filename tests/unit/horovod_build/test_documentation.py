@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvdtrain.horovod_build.edits import EDITS
 from hvdtrain.horovod_build.wishes import Wishes
-from hvdtrain.options import options_of
+from hvdtrain.settings.options import options_of
 
 TEXT = (Path(__file__).resolve().parents[3] / "docs" / "horovod.md").read_text()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.backends.local import LocalBackend
-from hvdtrain.config import TrainConfig
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import detect
+from hvdtrain.settings.config import TrainConfig
 from hvdtrain.topology import Topology
 
 RULES = "OMPI_MCA_coll_tuned_dynamic_rules_filename"

@@ -39,9 +39,23 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
     assert [(entry["step"], entry["loss"]) for entry in lines(path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
 
 
+def test_a_file_stays_as_it_is_until_there_is_a_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for resumed_step in (0, 2):
+        path.write_text('{"step": 2}\n{"step": 3}\n')
+        before = path.stat()
+        logger = JsonlLogger(path, resumed_step)
+        logger.close()
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        logger = JsonlLogger(path, resumed_step)
+        logger.log_step(record(5))
+        logger.close()
+        assert [entry["step"] for entry in lines(path)] == ([2, 5] if resumed_step else [5])
+
+
 def test_a_logger_that_fails_is_dropped_and_the_others_go_on(tmp_path, caplog):
-    broken, whole = JsonlLogger(tmp_path / "a.jsonl"), JsonlLogger(tmp_path / "b.jsonl")
-    broken.close()
+    (tmp_path / "file").touch()
+    broken, whole = JsonlLogger(tmp_path / "file" / "a.jsonl"), JsonlLogger(tmp_path / "b.jsonl")
     both = FanOut([broken, whole])
     both.log_step(record(1))
     both.log_step(record(2))

@@ -27,10 +27,10 @@ def lines(every_s: float, *, terminal: bool = False) -> list[str]:
 
 
 def test_the_first_and_the_last_step_and_each_evaluation_are_shown():
-    found = lines(1000.0)
-    assert found[0] == "step 1/9  epoch 1/1  loss 0.5000  1,234 samples/s"  # nothing is known of the time left
-    assert found[1].startswith("step 9/9")
-    assert found[2:] == ["epoch 1/1 evaluated: accuracy 0.7500"]
+    shown = lines(1000.0)
+    assert shown[0] == "step 1/9  epoch 1/1  loss 0.5000  1,234 samples/s"  # nothing is known of the time left
+    assert shown[1].startswith("step 9/9")
+    assert shown[2:] == ["epoch 1/1 evaluated: accuracy 0.7500"]
 
 
 def test_every_step_is_shown_if_it_is_time():
@@ -40,3 +40,9 @@ def test_every_step_is_shown_if_it_is_time():
 
 def test_a_terminal_gets_a_live_line_that_goes_away():
     assert any("samples/s" in line for line in lines(5.0, terminal=True))
+
+
+def test_an_evaluation_without_training_has_no_epoch_to_name():
+    said = io.StringIO()
+    ProgressLogger(Console(file=said), 0).log_eval(EvalRecord(step=0, epoch=0, metrics={"loss": 0.25}))
+    assert said.getvalue() == "evaluated: loss 0.2500\n"

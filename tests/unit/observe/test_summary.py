@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hvdtrain.errors import CheckpointError
+from hvdtrain.errors import OutputError
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 
 SUMMARY = Summary(
@@ -55,7 +55,7 @@ def test_the_file_is_json_and_what_is_not_finite_is_null(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(CheckpointError, match="taken"):
+    with pytest.raises(OutputError, match="taken"):
         write_summary(SUMMARY, tmp_path / "taken" / "summary.json")
 
 
@@ -67,5 +67,19 @@ def test_the_lines_say_what_was_done(tmp_path):
     assert "eval accuracy  0.8750" in lines
     assert "speed          12,346 samples/s; 7.2 s in all" in lines
     assert not any("skipped" in line for line in lines)
+    assert "trained        3 epochs, 69 steps of 64 samples, fp32" in lines
     show_summary(replace(SUMMARY, skipped_steps=2), Console(file=said, width=200), tmp_path)
     assert "skipped steps  2" in said.getvalue()
+
+
+def test_a_run_that_only_evaluated_shows_no_training(tmp_path):
+    said = io.StringIO()
+    evaluated = replace(SUMMARY, epochs=0, steps=0, train_loss=math.nan, samples_per_second=None)
+    show_summary(evaluated, Console(file=said, width=200), tmp_path)
+    assert "nan" not in said.getvalue()
+    assert "train loss" not in said.getvalue()
+    assert "samples/s" not in said.getvalue()
+    assert "eval accuracy  0.8750" in said.getvalue()
+    write_summary(evaluated, tmp_path / "summary.json")
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert (written["train_loss"], written["samples_per_second"]) == (None, None)

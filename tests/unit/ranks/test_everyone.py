@@ -68,16 +68,30 @@ def test_a_world_of_one_asks_nobody():
 
 
 @pytest.mark.parametrize("absent", [0, 1, 2])
-def test_ranks_that_do_not_come_are_named_with_what_they_do_instead(ranks, absent):
+def test_a_rank_that_waits_in_what_the_others_have_not_begun_is_named_long_before_the_time_out(ranks, absent):
     with ranks.watches[absent].region("world", "all_reduce of 4 bytes", range(3)):
         time.sleep(0.2)  # its record says so
         began = time.monotonic()
-        found = everywhere(ranks, texts(timeout_s=0.5), [rank for rank in range(3) if rank != absent])
+        found = everywhere(ranks, texts(timeout_s=20), [rank for rank in range(3) if rank != absent])
     assert time.monotonic() - began < 5
     for rank, error in found.items():
         assert isinstance(error, CollectiveError)
-        assert f"rank {rank} waited 0.5 s for rank {absent} in a test; missing: rank {absent} on " in str(error)
-        assert "(in all_reduce of 4 bytes;" in str(error)
+        assert f"rank {rank} is at a test, and rank {absent} on " in str(error)
+        assert "is not: it waits in all_reduce of 4 bytes; every rank must make the same" in str(error)
+
+
+@pytest.mark.parametrize("of_two", [False, True])
+def test_a_rank_in_what_can_end_without_the_others_is_waited_for_and_named_with_it(ranks, of_two, monkeypatch):
+    monkeypatch.setattr("hvdtrain.ranks.everyone._LOOK_S", 0.05)
+    label, members = ("group", range(1, 3)) if of_two else ("world", range(3))
+    for rank in members if not of_two else ():  # all have begun it; one is still in it
+        with ranks.watches[rank].region(label, "all_reduce of 4 bytes", members):
+            pass
+    with ranks.watches[2].region(label, "all_reduce of 4 bytes", members, again=not of_two):
+        time.sleep(0.2)
+        found = everywhere(ranks, texts(timeout_s=0.5), [0])
+    assert "rank 0 waited 0.5 s for ranks 1, 2 in a test; missing: rank 1 on " in str(found[0])
+    assert "(in all_reduce of 4 bytes;" in str(found[0])
 
 
 def test_several_absent_ranks_are_all_named(ranks):

@@ -103,3 +103,41 @@ def test_a_lost_store_ends_the_rank(ranks):
     ranks.server = None
     until(lambda: {1, 2} <= set(ranks.ended), 30)
     del one, two
+
+
+def test_threads_of_a_rank_wait_beside_each_other(ranks):
+    """One thread's wait ends while another's goes on: what is still waited for is what the others read."""
+    zero, one, _ = ranks
+    inner, outer_done = threading.Event(), threading.Event()
+
+    def first():
+        with zero.region("world", "the first thread's wait", (1,)):
+            inner.wait(10)
+        outer_done.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    until(lambda: zero._waiting)
+    with zero.region("other", "the main thread's wait", (1,)):
+        inner.set()
+        assert outer_done.wait(10)
+        with one.region("other", "x", (0,)), one.region("other", "x", (0,)):
+            until(lambda: "the main thread's wait" in one.missing("other", (0,)))
+    thread.join()
+    assert zero._waiting == []
+
+
+def test_no_count_is_lost_between_threads(ranks):
+    zero, *_ = ranks
+
+    def many():
+        for _ in range(2000):
+            with zero.region("world", "x", (1,)):
+                pass
+
+    threads = [threading.Thread(target=many) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert zero._counts == {"world": 8000}

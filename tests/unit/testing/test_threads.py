@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -27,6 +28,35 @@ def test_collectives_between_threads(ranks):
         assert told == {"from": ranks - 1}
         assert sent == [[r] * (rank + 1) for r in range(ranks)]
         assert scattered == sum(r * rank for r in range(ranks))
+
+
+def test_messages_between_threads_wait_for_their_receiver():
+    order = []
+
+    def body(communicator):
+        rank = communicator.wire.rank
+        around = communicator.sendrecv(torch.arange(rank), (rank + 1) % 3, (rank - 1) % 3)
+        if rank == 0:
+            time.sleep(0.05)
+            order.append("received")
+            return around.tolist(), communicator.recv(2).tolist()
+        if rank == 2:
+            communicator.send(torch.tensor([5, 6]), 0)
+            order.append("sent")
+        return around.tolist(), None
+
+    assert run_ranks(3, body) == [([0, 1], [5, 6]), ([], None), ([0], None)]
+    assert order == ["received", "sent"]
+
+
+def test_a_rank_that_waits_for_a_message_of_a_failed_one_ends():
+    def body(communicator):
+        if communicator.wire.rank == 1:
+            raise ValueError("rank 1 had enough")
+        communicator.recv(1)
+
+    with pytest.raises(ValueError, match="had enough"):
+        run_ranks(2, body)
 
 
 def test_the_error_of_the_rank_that_failed_is_raised_and_the_others_end():

@@ -14,17 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.backends.local import LocalBackend
 from hvdtrain.errors import CheckpointError
-from hvdtrain.launch.detect import Detection
-from hvdtrain.topology import Topology
-from hvdtrain.training.checkpoint import Checkpoints, load
-
-
-@pytest.fixture
-def alone():
-    with LocalBackend(Detection(topology=Topology.single(), reason="test", job_id="test"), device="cpu") as backend:
-        yield backend
+from hvdtrain.training.checkpoint import Checkpoints, load, model_state
 
 
 class Tied(nn.Module):
@@ -68,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, alone, cap
         save(checkpoints, alone, step, model)
     damaged = tmp_path / "step-00000002" / file
     damaged.write_bytes(damaged.read_bytes()[:-5])
-    assert checkpoints.latest().name == "step-00000001"
+    assert checkpoints.latest().step == 1
     assert file in caplog.text
     with pytest.raises(CheckpointError, match=file):
         load(alone, tmp_path / "step-00000002", model)
@@ -78,6 +69,70 @@ def test_another_model_is_named(tmp_path, alone):
     path = save(Checkpoints(tmp_path), alone, 1, nn.Linear(3, 3))
     with pytest.raises(CheckpointError, match=r"weight is \(3, 3\).*the model's \(4, 3\)"):
         load(alone, path, nn.Linear(3, 4))
+
+
+def test_what_was_found_whole_is_not_read_twice(tmp_path, alone):
+    checkpoints, model = Checkpoints(tmp_path), nn.Linear(3, 3)
+    path = save(checkpoints, alone, 7, model)
+    found = checkpoints.find(alone)
+    assert (found.path, found.step) == (path, 7)
+    os.remove(os.path.join(path, "manifest.json"))
+    assert load(alone, found, nn.Linear(3, 3)).step == 7
+
+
+def test_a_checkpoint_is_found_by_its_folder_or_as_the_newest(tmp_path, alone):
+    checkpoints = Checkpoints(tmp_path / "none yet")
+    assert checkpoints.find(alone) is None
+    path = save(checkpoints, alone, 3, nn.Linear(1, 1))
+    assert checkpoints.find(alone) == checkpoints.find(alone, path)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        checkpoints.find(alone, tmp_path)
+
+
+class Partly(nn.Module):
+    def __init__(self, compiled):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+        if compiled:
+            self.encoder = torch.compile(self.encoder, backend="eager")
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+MODELS = {
+    "plain": lambda: Partly(False),
+    "compiled": lambda: torch.compile(Partly(False), backend="eager"),
+    "compiled in part": lambda: Partly(True),
+    "compiled in part and whole": lambda: torch.compile(Partly(True), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("written", MODELS)
+@pytest.mark.parametrize("read", MODELS)
+def test_a_compiled_model_has_plain_names_and_either_kind_reads_the_other(tmp_path, alone, written, read):
+    one, other = MODELS[written](), MODELS[read]()
+    assert list(model_state(one)) == list(Partly(False).state_dict())
+    path = Checkpoints(tmp_path).save(alone, step=1, model=model_state(one), training={}, rank_state={})
+    load(alone, path, other)
+    for name, value in model_state(one).items():
+        assert torch.equal(model_state(other)[name], value)
+
+
+def test_a_checkpoint_with_a_compilers_names_is_read(tmp_path, alone):
+    one = torch.compile(nn.Linear(3, 3), backend="eager")
+    path = Checkpoints(tmp_path).save(alone, step=1, model=one.state_dict(), training={}, rank_state={})
+    other = nn.Linear(3, 3)
+    load(alone, path, other)
+    assert torch.equal(other.weight, one.weight)
+
+
+def test_names_that_a_compiler_would_make_equal_are_refused():
+    model = nn.ModuleDict({"_orig_mod": nn.Linear(1, 1)})
+    model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(CheckpointError, match="several tensors named 'weight'"):
+        model_state(model)
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path, alone):
@@ -97,7 +152,7 @@ def test_a_full_disk_is_said_and_leaves_the_earlier_ones(tmp_path, alone):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert checkpoints.latest().name == "step-00000001"
+    assert checkpoints.latest().step == 1
 
 
 WRITER = """

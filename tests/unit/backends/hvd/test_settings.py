@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from hvdtrain.backends.hvd import settings
-from hvdtrain.config import HorovodConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.horovod_config import HorovodConfig
 
 NO_GROUPS = {"process_sets": False}
 

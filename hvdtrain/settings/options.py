@@ -1,8 +1,8 @@
 """How one dataclass field becomes a flag, a YAML key and a checked value.
 
 A dataclass whose fields are made with :func:`option` needs nothing else: :func:`options_of` lists them for the command
-line and for YAML, :func:`settle` (called by its ``__post_init__``) converts and checks what it was given, and
-:func:`merge` lays several sources over each other. Messages name the flag, the value and what would be right.
+line and for YAML, and :func:`settle` (called by its ``__post_init__``) converts and checks what it was given. Messages
+name the flag, the value and what would be right.
 
 This module parses no argv, reads no file, and imports nothing beyond the standard library.
 """
@@ -10,17 +10,17 @@ This module parses no argv, reads no file, and imports nothing beyond the standa
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import did_you_mean, nearest, one_of
 
 _IDENTIFIER = r"[^\W\d]\w*"
 _IMPORT_PATH = re.compile(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*[.:]{_IDENTIFIER}(\.{_IDENTIFIER})*")
@@ -65,7 +65,7 @@ class Option:
         choices: The only values (strings) there are.
         at_least, above, at_most, below: Bounds of a number.
         names: Short names of a component; with ``prefixes`` those that carry a tail ("imagefolder:DIR").
-        more_names: Whether other short names may exist that only an import can tell ("AdamW" of torch.optim).
+        more_names: Whether other short names may exist that only an import can show ("AdamW" of torch.optim).
         excludes: Fields that cannot be given together with this one.
         implied: The component meant when this one is None.
         duration: A number of seconds that may be written "90s", "5m", "2h".
@@ -261,13 +261,13 @@ def option(default: Any, help: str, **details: Any) -> Any:
 def options_of(cls: type, section: str = "") -> tuple[Option, ...]:
     """The options of a dataclass, in the order of its fields; with ``section`` as the fields of that section."""
     hints = typing.get_type_hints(cls)
-    found = []
+    options = []
     for entry in dataclasses.fields(cls):
         kinds = typing.get_args(hints[entry.name]) or (hints[entry.name],)
         default = entry.default
         if entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
-        found.append(
+        options.append(
             Option(
                 name=f"{section}.{entry.name}" if section else entry.name,
                 kind=next(kind for kind in kinds if kind is not types.NoneType),
@@ -276,15 +276,15 @@ def options_of(cls: type, section: str = "") -> tuple[Option, ...]:
                 **entry.metadata[_METADATA],
             )
         )
-    return tuple(found)
+    return tuple(options)
 
 
 def every_option_of(cls: type) -> tuple[Option, ...]:
     """The options of a dataclass with each section's own in the section's place."""
-    found: list[Option] = []
+    options: list[Option] = []
     for entry in options_of(cls):
-        found += options_of(entry.kind, entry.name) if entry.is_section else [entry]
-    return tuple(found)
+        options += options_of(entry.kind, entry.name) if entry.is_section else [entry]
+    return tuple(options)
 
 
 def settle(config: Any, section: str = "") -> None:
@@ -306,95 +306,16 @@ def spelled(cls: type, values: Mapping[Any, Any], *, section: str = "") -> dict[
         ConfigError: A key is unknown (with the nearest valid one) or given twice.
     """
     fields = [entry.name.rpartition(".")[2] for entry in options_of(cls, section)]
-    found: dict[str, Any] = {}
+    by_field: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         shown = f"{section}.{key}" if section else str(key)
         if name not in fields:
             raise ConfigError(f"unknown key {shown!r}{did_you_mean(name, fields)}")
-        if name in found:
+        if name in by_field:
             raise ConfigError(f"the key {shown!r} is given twice")
-        found[name] = value
-    return found
-
-
-def layer(cls: type, values: Mapping[Any, Any], *, section: str = "") -> dict[str, Any]:
-    """One source of values, converted and checked: a YAML file, or the flags. It may be incomplete.
-
-    Args:
-        cls: The options dataclass.
-        values: Keys as in YAML; components may have arguments without a name, sections some of their keys.
-        section: The section that ``cls`` is, with its values in ``values``.
-
-    Raises:
-        ConfigError: A key is unknown, or a value is wrong by itself.
-    """
-    found = spelled(cls, values, section=section)
-    for entry in options_of(cls, section):
-        name = entry.name.rpartition(".")[2]
-        value = found.get(name)
-        if name not in found or (value is None and entry.optional):
-            continue
-        if entry.is_section and isinstance(value, Mapping):
-            found[name] = layer(entry.kind, value, section=entry.name)
-        elif entry.kind is Component and entry.partial_component(value)[0] is None:
-            found[name] = {"args": entry.partial_component(value)[1]}
-        else:
-            found[name] = entry.convert(value)
-    return found
-
-
-def merge(cls: type, layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Keyword arguments for ``cls`` out of several sources, later ones winning.
-
-    A component's arguments are added to those of the layers below unless this layer names the component anew, which
-    starts from that component alone. A section merges key by key. A field drops those it excludes from lower layers.
-
-    Args:
-        cls: The options dataclass.
-        layers: What :func:`layer` returned, lowest first.
-    """
-    merged: dict[str, Any] = {}
-    for values in layers:
-        for entry in options_of(cls):
-            if entry.name not in values:
-                continue
-            value = values[entry.name]
-            if value is not None:
-                for other in entry.excludes:
-                    if other not in values:
-                        merged.pop(other, None)
-            if entry.kind is Component and isinstance(value, Mapping):
-                value = _with_arguments(entry, merged.get(entry.name, entry.default), value["args"])
-            elif entry.is_section and isinstance(value, Mapping):
-                lower = merged.get(entry.name)
-                value = {**(lower if isinstance(lower, Mapping) else {}), **value}
-            merged[entry.name] = value
-    return merged
-
-
-def _with_arguments(entry: Option, lower: Component | None, args: Mapping[str, Any]) -> Component:
-    below = lower or entry.implied
-    if below is None:
-        raise ConfigError(
-            f"{entry.flag}.{next(iter(args), 'ARG')} needs {entry.flag} {entry.metavar or 'NAME'} as well"
-        )
-    return Component(below.name, {**below.args, **args})
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """An options dataclass as nested dicts of plain values, for YAML or JSON; :func:`layer` takes it back."""
-    return {entry.name: _plain_value(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Component):
-        if not value.args:
-            return value.name
-        if {"name", "args"} & set(value.args):
-            return {"name": value.name, "args": dict(value.args)}
-        return {"name": value.name, **value.args}
-    return plain(value) if dataclasses.is_dataclass(value) else value
+        by_field[name] = value
+    return by_field
 
 
 def flag_of(name: str) -> str:
@@ -405,23 +326,3 @@ def flag_of(name: str) -> str:
 def is_import_path(name: str) -> bool:
     """Whether ``name`` reads like ``package.module.Name`` or ``package.module:Name``."""
     return _IMPORT_PATH.fullmatch(name) is not None
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name most like ``name``, upper and lower case being alike; None when nothing comes close."""
-    by_lower: dict[str, str] = {}
-    for candidate in valid:
-        by_lower.setdefault(candidate.lower(), candidate)
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
-
-
-def did_you_mean(name: Any, valid: Iterable[str], show: Callable[[str], str] = repr) -> str:
-    """``"; did you mean 'mnist'?"``, or nothing when no valid name comes close."""
-    found = nearest(str(name), valid)
-    return f"; did you mean {show(found)}?" if found else ""
-
-
-def one_of(choices: Iterable[str]) -> str:
-    """``"one of fp32, fp64"``."""
-    return f"one of {', '.join(choices)}"

@@ -9,12 +9,12 @@ answered before torch is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hvdtrain.errors import BackendUnavailable, ConfigError
-from hvdtrain.options import Component, did_you_mean, layer, merge, one_of, option, plain, settle
+from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
+from hvdtrain.settings.options import Component, option, settle
+from hvdtrain.settings.wording import did_you_mean, one_of
 
 __all__ = [
     "BACKENDS",
@@ -41,110 +41,6 @@ DEFAULT_DATA = Component("digits")
 _DATA, _MODEL, _OPTIM = "data", "model", "optimisation"
 _DISTRIBUTED, _RUN = "distributed", "run"
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-
-
-_HOROVOD = "horovod (backend horovod)"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HorovodConfig:
-    """What can be told to Horovod; the section ``horovod`` of a configuration, ``--horovod.cycle-time-ms`` as a flag.
-
-    What is left out keeps Horovod's own default, or what horovodrun's flags and HOROVOD_* variables say, but for the
-    fusion threshold (see docs/horovod.md).
-    """
-
-    compression: str = option(
-        "none",
-        "gradients travel as they are, or in two bytes a value: fp16 (summed as such), bf16 (summed in float32)",
-        group=_HOROVOD,
-        choices=("none", "fp16", "bf16"),
-    )
-    op: str = option(
-        "average",
-        "how gradients are combined: average, or adasum (Maleki et al. 2020; 2, 4, 8, ... ranks, needs MPI)",
-        group=_HOROVOD,
-        choices=("average", "adasum"),
-    )
-    gradient_predivide_factor: float = option(
-        1.0, "divide gradients by this before the sum, and multiply by it after", group=_HOROVOD, metavar="X", above=0
-    )
-    num_groups: int | None = option(
-        None,
-        "N grouped all-reduces, or 0: each gradient by itself, fused by Horovod",
-        group=_HOROVOD,
-        metavar="N",
-        at_least=0,
-        default_text="packed by --bucket-mb",
-    )
-    fusion_threshold_mb: float | None = option(
-        None,
-        "size of Horovod's fusion buffer, in MiB; 0 fuses nothing",
-        group=_HOROVOD,
-        metavar="MIB",
-        at_least=0,
-        default_text="0, and 128 with --horovod.num-groups or --horovod.autotune",
-    )
-    cycle_time_ms: float | None = option(
-        None,
-        "how often Horovod looks for work, in milliseconds",
-        group=_HOROVOD,
-        metavar="MS",
-        at_least=0,
-        default_text="1",
-    )
-    cache_capacity: int | None = option(
-        None,
-        "tensors that Horovod remembers, to negotiate them faster; 0 for none",
-        group=_HOROVOD,
-        metavar="N",
-        at_least=0,
-        default_text="1024",
-    )
-    autotune: bool = option(False, "search for the best fusion threshold and cycle time while training", group=_HOROVOD)
-    autotune_log: str | None = option(
-        None, "file for what autotune tries (CSV)", group=_HOROVOD, metavar="FILE", default_text="none"
-    )
-    hierarchical_allreduce: bool = option(False, "reduce within each node first (NCCL only)", group=_HOROVOD)
-    hierarchical_allgather: bool = option(False, "gather within each node first (MPI only)", group=_HOROVOD)
-    timeline: str | None = option(
-        None,
-        "file for Horovod's trace of every tensor, for chrome://tracing",
-        group=_HOROVOD,
-        metavar="FILE",
-        default_text="none",
-    )
-    timeline_mark_cycles: bool = option(False, "mark Horovod's cycles in the trace", group=_HOROVOD)
-    stall_check_s: float | None = option(
-        None,
-        "seconds after which Horovod warns of tensors that some ranks lack; 0 for never",
-        group=_HOROVOD,
-        metavar="SECONDS",
-        at_least=0,
-        duration=True,
-        default_text="60",
-    )
-    stall_shutdown_s: float | None = option(
-        None,
-        "seconds after which Horovod ends a job that stalls so; 0 for never (--timeout does, in any case)",
-        group=_HOROVOD,
-        metavar="SECONDS",
-        at_least=0,
-        duration=True,
-        default_text="0",
-    )
-    process_sets: bool = option(False, "allow groups of ranks (backend.group), at a small cost", group=_HOROVOD)
-
-    def __post_init__(self) -> None:
-        settle(self, "horovod")
-        if self.autotune_log is not None and not self.autotune:
-            raise ConfigError("--horovod.autotune-log needs --horovod.autotune")
-        if self.timeline_mark_cycles and self.timeline is None:
-            raise ConfigError("--horovod.timeline-mark-cycles needs --horovod.timeline FILE")
-        if self.op == "adasum" and (self.compression == "bf16" or self.gradient_predivide_factor != 1.0):
-            raise ConfigError(
-                "--horovod.op adasum goes with neither --horovod.compression bf16 nor --horovod.gradient-predivide-factor"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +97,13 @@ class TrainConfig:
         at_least=1,
         default_text="as in training",
     )
+    last_batch: str = option(
+        "keep",
+        "the last global batch of an epoch, where it is smaller than the others: keep it, drop it, or merge it into "
+        "the one before it",
+        group=_DATA,
+        choices=("keep", "drop", "merge"),
+    )
     workers: int = option(
         0, "processes per rank that load data; 0 loads in the training process", group=_DATA, metavar="N", at_least=0
     )
@@ -227,7 +130,7 @@ class TrainConfig:
         default_text="cnn",
     )
 
-    epochs: int = option(10, "passes over the training data", group=_OPTIM, metavar="N", at_least=1)
+    epochs: int = option(10, "passes over the training data; 0 only evaluates", group=_OPTIM, metavar="N", at_least=0)
     max_steps: int | None = option(
         None,
         "end after this many optimizer steps, if that is before --epochs",
@@ -250,7 +153,21 @@ class TrainConfig:
         group=_OPTIM,
     )
     warmup_epochs: float = option(
-        0.0, "epochs over which the learning rate rises linearly", group=_OPTIM, metavar="X", at_least=0
+        0.0,
+        "epochs over which the learning rate rises linearly",
+        group=_OPTIM,
+        metavar="X",
+        at_least=0,
+        excludes=("warmup_steps",),
+    )
+    warmup_steps: int | None = option(
+        None,
+        "the same in optimizer steps, instead of --warmup-epochs",
+        group=_OPTIM,
+        metavar="N",
+        at_least=0,
+        excludes=("warmup_epochs",),
+        default_text="as --warmup-epochs says",
     )
     schedule: Component = option(
         Component("cosine"),
@@ -324,7 +241,7 @@ class TrainConfig:
     sync_batch_norm: bool = option(
         False, "batch normalisation over the whole global batch instead of each rank's share", group=_DISTRIBUTED
     )
-    horovod: HorovodConfig = option(HorovodConfig(), "settings of Horovod", group=_HOROVOD)
+    horovod: HorovodConfig = option(HorovodConfig(), "settings of Horovod", group=HOROVOD_GROUP)
     timeout: float = option(
         600.0,
         "longest wait for another rank, in seconds, or with a unit: 90s, 5m, 2h",
@@ -336,7 +253,7 @@ class TrainConfig:
 
     run_dir: str | None = option(
         None,
-        "folder of checkpoints, metrics.jsonl and summary.json",
+        "folder of config.yaml, metrics.jsonl, summary.json and checkpoints",
         group=_RUN,
         metavar="DIR",
         default_text="a new folder under runs/",
@@ -402,11 +319,7 @@ class TrainConfig:
                     f"--task {self.task.name} brings its own {name}, so --{name} {value.name} would have no effect; "
                     f"leave one out (arguments for the task: --task.NAME VALUE)"
                 )
-        if self.warmup_epochs > self.epochs:
-            raise ConfigError(
-                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}; the learning rate "
-                "would never be reached"
-            )
+        self._check_warmup()
         if self.data_parallel and self.backend not in ("auto", "local"):
             raise ConfigError(
                 f"--data-parallel is one process with several GPUs, which --backend {self.backend} is not; "
@@ -424,20 +337,22 @@ class TrainConfig:
                 f"--horovod.* settings are for --backend horovod, got --backend {self.backend}; leave them out"
             )
 
-    @classmethod
-    def from_layers(cls, layers: Iterable[Mapping[Any, Any]]) -> TrainConfig:
-        """A configuration out of several mappings such as YAML files and flags, later ones winning.
-
-        A component named anew starts without the arguments of the layers below; arguments alone are added to them.
-
-        Raises:
-            ConfigError: A key is unknown (with the nearest valid one) or a value is wrong.
-        """
-        return cls(**merge(cls, [layer(cls, values) for values in layers]))
-
-    def to_mapping(self) -> dict[str, Any]:
-        """The configuration as YAML and JSON can carry it; :meth:`from_layers` makes an equal one of it."""
-        return plain(self)
+    def _check_warmup(self) -> None:
+        if self.warmup_epochs and self.warmup_steps is not None:
+            raise ConfigError(
+                f"--warmup-epochs {self.warmup_epochs:g} and --warmup-steps {self.warmup_steps} exclude each other; "
+                "give one"
+            )
+        if self.epochs and self.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}; the learning rate "
+                "would never be reached"
+            )
+        if self.max_steps is not None and (self.warmup_steps or 0) > self.max_steps:
+            raise ConfigError(
+                f"--warmup-steps {self.warmup_steps} is more than --max-steps {self.max_steps}; the learning rate "
+                "would never be reached"
+            )
 
 
 def _check_backend(name: str) -> None:

@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component, did_you_mean, nearest
+from hvdtrain.settings.options import Component
+from hvdtrain.settings.wording import did_you_mean, nearest
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _INSTALL = {"torchvision": "pip install 'hvdtrain[vision]'"}
@@ -54,7 +55,9 @@ class Resolved:
             if isinstance(error, ConfigError):
                 raise
             given = ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
-            raise ConfigError(f"{self.flag} {self.path}({given}) failed: {_told(error)}{self._meant(error)}") from error
+            raise ConfigError(
+                f"{self.flag} {self.path}({given}) failed: {_described(error)}{self._meant(error)}"
+            ) from error
 
     def _meant(self, error: BaseException) -> str:
         """The nearest argument to one that was passed on by ``**kwargs`` and refused further down."""
@@ -120,13 +123,16 @@ def _import(name: str, flag: str) -> tuple[Any, str]:
 
 
 def _longest_module(parts: list[str], flag: str) -> tuple[ModuleType, list[str]]:
-    """The longest importable start of a dotted path, and the attributes that follow it."""
+    """The longest importable start of a dotted path, and the attributes that follow it.
+
+    Not `pkgutil.resolve_name`, which takes a module that is there and fails to import for one that is not there.
+    """
     module = _module(parts[:1], flag)
     for position, name in enumerate(parts[1:], start=1):
-        found = getattr(module, name, None)
-        if isinstance(found, ModuleType):
-            module = found
-        elif found is None and hasattr(module, "__path__"):
+        attribute = getattr(module, name, None)
+        if isinstance(attribute, ModuleType):
+            module = attribute
+        elif attribute is None and hasattr(module, "__path__"):
             module = _module(parts[: position + 1], flag)
         else:
             return module, parts[position:]
@@ -140,10 +146,12 @@ def _module(parts: list[str], flag: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing != path and not path.startswith(missing + "."):
-            raise ConfigError(f"{flag}: importing {path!r} failed: {_told(error)}") from error
+            raise ConfigError(f"{flag}: importing {path!r} failed: {_described(error)}") from error
         _refuse_module(flag, missing, error)
     except Exception as error:
-        raise ConfigError(f"{flag}: importing {path!r} failed: {_told(error)}{_torchvision_advice(path)}") from error
+        raise ConfigError(
+            f"{flag}: importing {path!r} failed: {_described(error)}{_torchvision_advice(path)}"
+        ) from error
 
 
 def _refuse_module(flag: str, missing: str, error: ImportError) -> NoReturn:
@@ -162,7 +170,7 @@ def _refuse_module(flag: str, missing: str, error: ImportError) -> NoReturn:
 
 def _refuse_name(flag: str, name: str, owner: Any, error: BaseException | None = None) -> NoReturn:
     path = getattr(owner, "__name__", repr(owner))
-    names = [found for found in dir(owner) if not found.startswith("_")]
+    names = [public for public in dir(owner) if not public.startswith("_")]
     names += [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))]
     raise ConfigError(f"{flag}: {path} has no {name!r}{did_you_mean(name, names)}") from error
 
@@ -174,11 +182,11 @@ def _look_up(
     known: dict[str, tuple[Callable[..., Any], str]] = {}
     for space in where:
         if isinstance(space, Mapping):
-            found = {key: (target, key) for key, target in space.items()}
+            here = {key: (target, key) for key, target in space.items()}
         else:
             module = _module(space.split("."), flag)
-            found = {key: (target, f"{space}.{key}") for key, target in vars(module).items() if _is_public(key, target)}
-        for key, entry in found.items():
+            here = {key: (target, f"{space}.{key}") for key, target in vars(module).items() if _is_public(key, target)}
+        for key, entry in here.items():
             known.setdefault(key, entry)
     alike = [key for key in known if key.lower() == name.lower()]
     if name in known or len(alike) == 1:
@@ -215,7 +223,7 @@ def _check_arguments(target: Callable[..., Any], component: Component, flag: str
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters, or None for a builtin that does not tell."""
+    """The parameters, or None for a builtin that does not say."""
     try:
         return inspect.signature(target).parameters
     except (TypeError, ValueError):
@@ -235,7 +243,7 @@ def _torchvision_advice(path: str) -> str:
     )
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """Type, text and place of an error, on one line."""
     frames = traceback.extract_tb(error.__traceback__)
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Fields as options: conversion, bounds, sections, and layers over each other."""
+"""Fields as options: conversion, bounds, sections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component, is_import_path, layer, merge, nearest, option, options_of, plain, settle
+from hvdtrain.settings.layers import layer, merge
+from hvdtrain.settings.options import Component, is_import_path, option, options_of, settle
 
 # ruff: noqa: RUF009
 
@@ -122,51 +123,6 @@ def test_a_wrong_value_is_refused_when_the_dataclass_is_made_directly() -> None:
         Engine(cycle_time_ms=-1)
 
 
-def test_a_key_with_dashes_and_with_underscores_in_one_source_is_given_twice() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'stesp'"):
-        layer(Settings, {"stesp": 1})
-    with pytest.raises(ConfigError, match="'cycle-time-ms' is given twice"):
-        layer(Engine, {"cycle_time_ms": 1, "cycle-time-ms": 2})
-
-
-def test_later_layers_win_field_by_field() -> None:
-    assert build({"steps": 2, "mode": "slow"}, {"steps": 5}) == Settings(steps=5, mode="slow")
-
-
-def test_arguments_alone_are_added_to_the_component_below() -> None:
-    assert build({"tool": {"args": {"long": 1}}}).tool == Component("saw", {"teeth": 9, "long": 1})
-    assert build({"tool": {"name": "axe", "kg": 2}}, {"tool": {"args": {"kg": 3}}}).tool == Component("axe", {"kg": 3})
-
-
-def test_naming_a_component_anew_drops_the_arguments_below() -> None:
-    assert build({"tool": "saw"}).tool == Component("saw")
-    assert build({"tool": {"name": "axe", "kg": 2}}, {"tool": "saw"}).tool == Component("saw")
-
-
-def test_arguments_alone_are_given_to_the_implied_component() -> None:
-    assert build({"extra": {"args": {"kg": 2}}}).extra == Component("axe", {"kg": 2})
-
-
-def test_a_section_merges_key_by_key() -> None:
-    merged = build({"engine": {"cycle_time_ms": 4}}, {"engine": {"autotune": True}}).engine
-    assert merged == Engine(cycle_time_ms=4, autotune=True)
-
-
-def test_a_field_replaces_the_one_that_it_excludes_in_a_lower_layer_only() -> None:
-    assert build({"few": 1}, {"many": 2}) == Settings(many=2)
-    assert build({"few": 1}, {"many": None}) == Settings(few=1)
-    both = build({"few": 1, "many": 2})
-    assert (both.few, both.many) == (1, 2)
-
-
-def test_plain_values_make_an_equal_configuration() -> None:
-    config = build(
-        {"tool": {"name": "axe", "args": {"name": "Ann", "kg": 2}}, "engine": {"autotune": True}, "rate": 0.5}
-    )
-    assert build(plain(config)) == config
-    assert plain(config)["engine"] == {"cycle_time_ms": 1.0, "autotune": True}
-
-
 def test_options_carry_the_flag_of_their_section() -> None:
     assert [entry.flag for entry in options_of(Engine, "engine")] == ["--engine.cycle-time-ms", "--engine.autotune"]
     assert [entry.is_section for entry in options_of(Settings)][-2:] == [False, True]
@@ -178,8 +134,3 @@ def test_options_carry_the_flag_of_their_section() -> None:
 )
 def test_an_import_path_is_told_from_a_short_name(name: str, expected: bool) -> None:
     assert is_import_path(name) is expected
-
-
-def test_the_nearest_name_ignores_case_and_is_none_when_nothing_is_near() -> None:
-    assert nearest("adamW", ("SGD", "AdamW")) == "AdamW"
-    assert nearest("zzz", ("SGD", "AdamW")) is None

@@ -1,7 +1,9 @@
 """Flags, ``--config`` files and ``--help`` of a command whose settings are an options dataclass.
 
-Not argparse: the arguments of a component (``--model.num-classes 10``) are known only once the component is imported,
-and argparse refuses flags that it has not been told of. Nothing is imported here but what reads YAML.
+Not argparse: `parse_known_args` leaves the arguments of a component (``--model.num-classes 10``) unread, which are
+known only once it is imported, takes ``--lr -1e-3`` for a flag without a value, and names no nearest flag;
+`BooleanOptionalAction` makes ``--no-horovod.autotune`` and refuses ``--download=false``. Nothing is imported here
+beyond the standard library, but ruamel.yaml where there is YAML to read.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hvdtrain.cli.yaml_text import dump, load_mapping, parse_value
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component, Option, every_option_of, flag_of, layer, merge, nearest, options_of, plain
+from hvdtrain.settings.layers import layer, merge, plain
+from hvdtrain.settings.options import Component, Option, every_option_of, flag_of, options_of
+from hvdtrain.settings.wording import nearest
+from hvdtrain.settings.yaml_text import dump, load_mapping, parse_value
 
 _HELP_COLUMN = 26
 _GENERAL = (
@@ -205,7 +209,7 @@ def _negative(name: str) -> str:
 
 def _shown_flag(entry: Option) -> str:
     if entry.kind is bool:
-        return re.sub(r"^--(.*\.)?", lambda found: f"{found[0]}[no-]", entry.flag)
+        return re.sub(r"^--(.*\.)?", lambda start: f"{start[0]}[no-]", entry.flag)
     value = entry.metavar or "|".join(entry.choices) or "VALUE"
     return f"{entry.flag} {value}" + (f", {entry.flag}.ARG VALUE" if entry.kind is Component else "")
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hvdtrain.cli.yaml_text import dump, load_mapping, parse_value
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.yaml_text import dump, load_mapping, parse_value
 
 
 @pytest.mark.parametrize(
@@ -35,12 +37,16 @@ from hvdtrain.errors import ConfigError
         ("{a: 1, b: [2]}", {"a": 1, "b": [2]}),
         ("'10'", "10"),
         ("a.b:C", "a.b:C"),
+        ("=", "="),
+        ("<<", "<<"),
+        ("01:02:03", "01:02:03"),
+        ("2026-01-31 10:00:00", "2026-01-31 10:00:00"),
     ],
 )
 def test_a_value_is_what_yaml_1_2_says(text: str, expected: Any) -> None:
-    found = parse_value(text, "--model.x")
-    assert found == expected
-    assert type(found) is type(expected)
+    value = parse_value(text, "--model.x")
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 def test_a_broken_value_names_the_flag() -> None:
@@ -56,24 +62,45 @@ def test_a_broken_value_names_the_flag() -> None:
 def test_what_is_dumped_is_loaded_equal(tmp_path: Path, value: Any) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(dump({"key": value}), encoding="utf-8")
-    found = load_mapping(str(file))["key"]
-    assert found == value
-    assert type(found) is type(value)
+    loaded = load_mapping(str(file))["key"]
+    assert loaded == value
+    assert type(loaded) is type(value)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=("Cs",)))
+    | st.from_regex(r"[-+.0-9eExXob_:~<=nyofNYtrue ]{0,8}", fullmatch=True),  # what nearly is another type
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abk1 :#", min_size=1), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(VALUES)
+def test_any_plain_value_is_one_line_and_comes_back_equal_with_its_types(value: Any) -> None:
+    text = dump({"key": value})
+    assert text.count("\n") == 1
+    assert repr(parse_value(text, "--x")) == repr({"key": value})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"a: 1\nb: [1\n", r"a\.yaml, line \d+, column 1: expected ',' or '\]'"),
-        (b"a: 1\nb: 2\na: 3\n", r"a\.yaml, line 3, column 1: the key 'a' is given twice"),
-        (b"model: {n: 1, n: 2}\n", r"line 1, column 15: the key 'n' is given twice"),
+        (b"a: 1\nb: 2\na: 3\n", r'a\.yaml, line 3, column 1: found duplicate key "a"'),
+        (b"model: {n: 1, n: 2}\n", r'line 1, column 15: found duplicate key "n"'),
         (b"- a\n- b\n", r"a\.yaml must hold keys and values such as 'epochs: 3', got a list"),
         (b"epochs 3\n", r"got a str"),
         (b"a: !!python/object/apply:os.system ['true']\n", r"line 1, column 4: could not determine a constructor"),
         (b"a: 1\n---\nb: 2\n", r"line 2, column 1: but found another document"),
         (b"a: \xff\xfe\xfa\n", r"a\.yaml: "),
         (b"a: " + b"[" * 20_000, r"a\.yaml: nested too deeply"),
-        (b"? [a]\n: 1\n", r"line 1, column 3: found unhashable key"),
+        (b"a: {n: 1, n: |-\n  two\n  lines}\n", r"a\.yaml, line \d+"),
+        (b"n: 1\nn: |-\n  two\n  lines\n", r"line 2, column 1: found duplicate key .n. with value .two lines."),
     ],
 )
 def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, content: bytes, message: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.cli.flags import UsageError, build, config_text, help_text, read_flags
-from hvdtrain.config import Component, TrainConfig
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import every_option_of, option, settle
+from hvdtrain.settings.config import Component, TrainConfig
+from hvdtrain.settings.flags import UsageError, build, config_text, help_text, read_flags
+from hvdtrain.settings.options import every_option_of, option, settle
 
 # ruff: noqa: RUF009
 
@@ -28,6 +28,9 @@ def configured(*argv: str) -> TrainConfig:
         (["--max_steps", "7"], {"max_steps": 7}),
         (["--max-steps=7"], {"max_steps": 7}),
         (["--epochs", "3", "--epochs", "4"], {"epochs": 4}),
+        (["--epochs", "0"], {"epochs": 0}),
+        (["--warmup-steps", "9"], {"warmup_steps": 9, "warmup_epochs": 0.0}),
+        (["--last-batch", "merge"], {"last_batch": "merge"}),
         (["--lr", "1e-2"], {"lr": 0.01}),
         (["--clip-norm", "none"], {"clip_norm": None}),
         (["--timeout", "5m"], {"timeout": 300.0}),
@@ -117,6 +120,15 @@ def test_a_flag_replaces_the_setting_of_a_file_that_it_excludes(tmp_path: Path) 
     assert configured("--config", write(tmp_path, "b.yaml", "task: a.b:C\n"), "--task", "none").task is None
 
 
+def test_warm_up_in_steps_and_in_epochs_replace_each_other(tmp_path: Path) -> None:
+    epochs = write(tmp_path, "a.yaml", config_text(configured("--warmup-epochs", "2")))
+    config = configured("--config", epochs, "--warmup-steps", "7")
+    assert (config.warmup_epochs, config.warmup_steps) == (0.0, 7)
+    steps = write(tmp_path, "b.yaml", config_text(config))
+    config = configured("--config", steps, "--warmup-epochs", "1")
+    assert (config.warmup_epochs, config.warmup_steps) == (1.0, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,6 +138,9 @@ def test_a_flag_replaces_the_setting_of_a_file_that_it_excludes(tmp_path: Path) 
         ("data: minst\n", "a.yaml: --data does not know 'minst'; did you mean 'mnist'?"),
         ("deterministic: yes\n", "a.yaml: --deterministic must be true or false, got 'yes'"),
         ("1: 2\n", "a.yaml: unknown key '1'"),
+        ("? [a]\n: 1\n", "a.yaml: unknown key"),
+        ("model: {name: mlp, [a]: 1}\n", "a.yaml: --model: ('a',) cannot be the name of an argument"),
+        ("warmup_steps: 3\nwarmup_epochs: 1\n", "--warmup-epochs 1 and --warmup-steps 3 exclude each other"),
         ("epochs: null\n", "a.yaml: --epochs needs a value"),
     ],
 )
@@ -213,6 +228,6 @@ def test_the_printed_configuration_is_one_key_a_line_under_headings() -> None:
     assert "# optimisation" in lines
     assert "model: {name: mlp, hidden: [8, 4]}" in lines
     assert "data: digits" in lines
-    assert "lr: 1.0e-05" in lines
+    assert "lr: 1e-05" in lines
     assert "clip_norm: null" in lines
     assert "deterministic: false" in lines

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hvdtrain.config import BACKEND_GROUP, Component, TrainConfig
 from hvdtrain.errors import BackendUnavailable, ConfigError
-from hvdtrain.options import every_option_of
+from hvdtrain.settings.config import BACKEND_GROUP, Component, TrainConfig
+from hvdtrain.settings.layers import layer, merge, plain
+from hvdtrain.settings.options import every_option_of
 
 
 def test_the_defaults_are_the_digits_job() -> None:
@@ -21,6 +22,14 @@ def test_the_defaults_are_the_digits_job() -> None:
     assert (config.data, config.model, config.task) == (Component("digits"), Component("cnn"), None)
     assert (config.batch_size, config.global_batch_size) == (32, None)
     assert (config.backend, config.resume, config.run_dir) == ("auto", "auto", None)
+
+
+def layered(*layers: dict[str, Any]) -> TrainConfig:
+    return TrainConfig(**merge(TrainConfig, [layer(TrainConfig, values) for values in layers]))
+
+
+def test_no_epochs_means_evaluation_whatever_a_file_says_of_warm_up() -> None:
+    assert TrainConfig(epochs=0, warmup_epochs=5).epochs == 0
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -67,6 +76,14 @@ def test_a_task_leaves_model_and_data_open() -> None:
         ({"device": "gpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "cuda:x"}, "got 'cuda:x'; did you mean 'cuda"),
         ({"warmup_epochs": 6, "epochs": 5}, "--warmup-epochs 6 is more than --epochs 5"),
+        (
+            {"warmup_epochs": 1, "warmup_steps": 0},
+            "--warmup-epochs 1 and --warmup-steps 0 exclude each other; give one",
+        ),
+        ({"warmup_steps": 6, "max_steps": 5}, "--warmup-steps 6 is more than --max-steps 5"),
+        ({"warmup_steps": -1}, "--warmup-steps must be at least 0, got -1"),
+        ({"epochs": -1}, "--epochs must be at least 0, got -1"),
+        ({"last_batch": "drpo"}, "--last-batch must be one of keep, drop, merge, got 'drpo'; did you mean 'drop'?"),
         ({"data_parallel": True, "backend": "torch"}, "--data-parallel .* --backend torch is not; use --backend local"),
         ({"process_group": "nccl", "device": "cpu"}, "--process-group nccl needs GPUs, got --device cpu"),
         ({"process_group": "gloo", "backend": "local"}, "--process-group gloo is for --backend torch"),
@@ -105,27 +122,24 @@ def test_a_backend_that_another_package_registers_is_known(tmp_path: Path, monke
         TrainConfig(backend="pigoen")
 
 
-def test_the_mapping_of_a_configuration_survives_json_and_makes_an_equal_one() -> None:
-    config = TrainConfig.from_layers(
-        [
-            {"model": {"name": "torchvision.models.resnet18", "num_classes": 10}, "max-steps": "5", "timeout": "2m"},
-            {"optimizer": "SGD", "global_batch_size": 60},
-            {"optimizer": {"args": {"momentum": 0.9}}},
-        ]
-    )
+def test_plain_values_of_a_configuration_survive_json_and_make_an_equal_one() -> None:
+    layers = [
+        {"model": {"name": "torchvision.models.resnet18", "num_classes": 10}, "max-steps": "5", "timeout": "2m"},
+        {"optimizer": "SGD", "global_batch_size": 60},
+        {"optimizer": {"args": {"momentum": 0.9}}},
+    ]
+    config = layered(*layers)
     assert config.optimizer == Component("SGD", {"momentum": 0.9})
     assert (config.batch_size, config.global_batch_size, config.timeout) == (None, 60, 120.0)
-    assert TrainConfig.from_layers([json.loads(json.dumps(config.to_mapping()))]) == config
+    assert layered(json.loads(json.dumps(plain(config)))) == config
 
 
 def test_a_mapping_of_defaults_gives_way_to_a_task_and_to_a_global_batch() -> None:
-    config = TrainConfig.from_layers([TrainConfig().to_mapping(), {"task": "a.b:C", "global_batch_size": 60}])
+    config = layered(plain(TrainConfig()), {"task": "a.b:C", "global_batch_size": 60})
     assert (config.model, config.data, config.batch_size) == (None, None, None)
 
 
 def test_importing_the_configuration_loads_neither_torch_nor_numpy_nor_yaml() -> None:
-    code = (
-        "import sys, hvdtrain.config; print(sorted({'torch', 'numpy', 'yaml', 'importlib.metadata'} & {*sys.modules}))"
-    )
+    code = "import sys, hvdtrain.settings.config; print(sorted({'torch', 'numpy', 'ruamel.yaml', 'importlib.metadata'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvdtrain.components import resolve
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import Component
+from hvdtrain.settings.components import resolve
+from hvdtrain.settings.options import Component
 
 OPTIM = {"where": ("torch.optim",), "flag": "--optimizer", "provided": ("params", "lr")}
 
@@ -68,7 +68,7 @@ def test_a_torchvision_model_refuses_an_argument_with_the_nearest_one() -> None:
         ("torch.optim:SDG", "--optimizer: torch.optim has no 'SDG'; did you mean 'SGD'?"),
         ("torch.optm:SGD", "--optimizer: torch has no 'optm'; did you mean 'optim'?"),
         ("torch.optim.SGD.stepp", "--optimizer: SGD has no 'stepp'; did you mean 'step'?"),
-        ("zqxw_nothing.like:This", "there is no module 'zqxw_nothing'; install it, or run from the folder that holds"),
+        ("qqqzzz_q.like:This", "there is no module 'qqqzzz_q'; install it, or run from the folder that holds"),
         ("adamm", r"--optimizer does not know 'adamm'; did you mean 'Adam(W|ax)?'\?.* package.module:Name"),
         ("torch.optim", "--optimizer 'torch.optim' is a module, which cannot be called"),
         ("torch.pi.__doc__", "cannot be called|has no"),
@@ -126,7 +126,7 @@ def test_a_module_of_the_users_that_fails_is_told_with_its_place(
 def test_a_missing_torchvision_is_told_with_the_command_that_installs_it(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "from hvdtrain.components import resolve; from hvdtrain.options import Component\n"
+        "from hvdtrain.settings.components import resolve; from hvdtrain.settings.options import Component\n"
         "resolve(Component('torchvision.models.resnet18'), flag='--model')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -139,7 +139,7 @@ def test_a_torchvision_of_another_torch_is_told_with_the_remedy(tmp_path: Path) 
     (tmp_path / "torchvision" / "__init__.py").write_text(text)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from hvdtrain.components import resolve; from hvdtrain.options import Component\n"
+        "from hvdtrain.settings.components import resolve; from hvdtrain.settings.options import Component\n"
         "resolve(Component('torchvision.models.resnet18'), flag='--model')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -1,0 +1,28 @@
+"""Small files that are there whole or not at all: written beside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from hvdtrain.errors import OutputError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put ``text`` into a file, which keeps its old content until the new one is complete; its folder is made.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise OutputError(
+            f"could not write {path}: {error.strerror}; free space there, or choose another --run-dir"
+        ) from error

@@ -1,0 +1,259 @@
+"""What a training loop must remember to go on exactly where it was, in one place, for the Trainer's loop and for yours.
+
+Model, optimizer, schedule, gradient scaler, the random numbers of every rank, the position in the data, and whatever else
+has a state. It is written as one checkpoint (`hvdtrain.training.checkpoint`); nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.backends.base import Backend
+from hvdtrain.backends.replica import Replica
+from hvdtrain.data.random_numbers import untouched_random_numbers
+from hvdtrain.errors import CheckpointError, ConfigError
+from hvdtrain.training.checkpoint import Checkpoints, Loaded, Saved, fill, load, model_state
+from hvdtrain.training.plain_state import from_plain, is_stateful, to_plain
+from hvdtrain.training.random_numbers import random_state, set_random_state
+from hvdtrain.training.schedules import describe
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+    from torch.optim import Optimizer
+
+_log = logging.getLogger(__name__)
+
+_OWN = ("optimizer", "schedule", "precision", "kinds")  # names in a checkpoint that are not the user's
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything whose state can be saved and continued."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Continue from a state."""
+        ...
+
+
+class LoopState:
+    """A loop's state, to be saved and loaded; see examples/own_loop_resume.py.
+
+    Args:
+        backend: A running backend.
+        replica: Its model and its optimizer, if it has one, are saved.
+        schedule: A learning-rate scheduler.
+        scaler: A GradScaler.
+        others: More that has `state_dict` and `load_state_dict`, by names of your choice: a loader of `Backend.loader`, whose
+            position in the data is saved, an average of the model, another `Replica`. Rank 0's is saved, and loaded on
+            every rank.
+
+    Raises:
+        ConfigError: An argument has no state, or a name is taken.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        replica: Replica,
+        *,
+        schedule: Any = None,
+        scaler: GradScaler | None = None,
+        **others: Stateful | Replica,
+    ) -> None:
+        for name, value in others.items():
+            if name in _OWN:
+                raise ConfigError(f"{name!r} is the name of a part of every checkpoint; choose another")
+            if not isinstance(value, Replica) and not is_stateful(value):
+                raise ConfigError(f"{name}={type(value).__name__} has no state_dict and load_state_dict to be saved by")
+        self._backend = backend
+        self._replica = replica
+        self._schedule = schedule
+        self._scaler = scaler
+        self._others = others
+
+    def save(self, checkpoints: Checkpoints, step: int, *, of_this_rank: Mapping[str, Any] | None = None) -> str:
+        """Write a checkpoint; every rank must call it at the same place of its loop.
+
+        Args:
+            checkpoints: Where to.
+            step: Optimizer steps done; names the checkpoint.
+            of_this_rank: More of this rank's own, for `read`.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: On every rank: it could not be written, or holds what cannot be saved.
+        """
+        self._backend.assemble(f"saving a checkpoint of step {step}")
+        return checkpoints.save(
+            self._backend,
+            step=step,
+            model=model_state(self._replica.module),
+            training={name: self._plain(name, part) for name, part in self._parts().items()} | {"kinds": self._kinds()},
+            rank_state={"random": random_state(), **to_plain(dict(of_this_rank or {}), "of_this_rank")},
+        )
+
+    def load(
+        self, which: Checkpoints | Saved | Path | str | None, rehearsal: Callable[[nn.Module], Tensor] | None = None
+    ) -> int:
+        """Go on from a checkpoint, if there is one; every rank must call it.
+
+        On as many ranks as it was written by all goes on exactly; on another number random numbers begin anew.
+
+        Args:
+            which: The newest of these checkpoints, or the folder of one. None, or no checkpoint there, changes nothing.
+            rehearsal: Returns a loss of the model that it is given, as a training step computes it, on any batch of at least
+                one sample a rank. It is called once, without effect, if something was loaded. Some engines decide in their
+                first step how gradients lie in what they send; without it a sum over three or more ranks may round
+                differently than it would have without the interruption.
+
+        Returns:
+            Optimizer steps done: 0 if nothing was loaded.
+
+        Raises:
+            CheckpointError: On every rank: damaged, or of another model, optimizer or schedule.
+        """
+        loaded = self.read(which)
+        if loaded is None:
+            return 0
+        if rehearsal is not None:
+            rehearse(self._replica, rehearsal)
+        return loaded.step
+
+    def read(self, which: Checkpoints | Saved | Path | str | None) -> Loaded | None:
+        """Do what `load` does, and return all that the checkpoint holds, each rank's ``of_this_rank`` included."""
+        backend, replica = self._backend, self._replica
+        if isinstance(which, Checkpoints):
+            which = which.find(backend)
+        loaded = load(backend, which, replica.module)
+        if loaded is None:
+            return None
+        self._check_kinds(loaded)
+        for name, part in self._parts().items():
+            self._continue(loaded, name, part)
+        replica.copy_from_rank_zero()
+        if len(loaded.rank_states) == backend.world_size:
+            set_random_state(loaded.rank_states[backend.rank]["random"])
+        else:
+            _log.info(
+                "the checkpoint is of %d ranks, this run has %d: random numbers begin anew",
+                len(loaded.rank_states),
+                backend.world_size,
+            )
+        everyone = [from_plain(state, None, "of_this_rank") for state in loaded.rank_states]
+        return replace(loaded, rank_states=everyone)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, Any]:
+        """What is saved of rank 0, by name; None for what this loop does not have."""
+        return {
+            "optimizer": _optimizer(self._replica),
+            "schedule": self._schedule,
+            "precision": self._scaler,
+            **self._others,
+        }
+
+    def _kinds(self) -> dict[str, str]:
+        optimizer = _optimizer(self._replica)
+        return {
+            "optimizer": "" if optimizer is None else type(optimizer).__name__,
+            "schedule": "" if self._schedule is None else describe(self._schedule),
+        }
+
+    def _plain(self, name: str, part: Any) -> Any:
+        if part is None:
+            return None
+        return to_plain(_state(part), f"the {name}'s state", kept=(_optimizer(self._replica), self._schedule))
+
+    def _check_kinds(self, loaded: Loaded) -> None:
+        saved, own = loaded.training.get("kinds", {}), self._kinds()
+        for name, kind in own.items():
+            if saved.get(name, kind) == kind:
+                continue
+            if not (kind and saved[name]):
+                _log.warning(
+                    "%s was written with %s %s, and this run has %s: %s",
+                    loaded.path,
+                    name,
+                    saved[name] or "none",
+                    kind or "none",
+                    "it begins anew" if kind else "what was saved of it is left out",
+                )
+                continue
+            raise CheckpointError(
+                f"{loaded.path} was written with {name} {saved[name]}, and this run has {kind}: use the same, or --resume never"
+            )
+
+    def _continue(self, loaded: Loaded, name: str, part: Any) -> None:
+        state = loaded.training.get(name)
+        if part is None or (name in _OWN and not state):
+            return
+        if name not in loaded.training:
+            raise CheckpointError(
+                f"{loaded.path} was written by another loop: it has no {name!r}, but "
+                f"{', '.join(sorted(set(loaded.training) - {'kinds'}))}"
+            )
+        try:
+            _load(part, from_plain(state, _state(part), f"the {name}'s state"))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{loaded.path} was written with another {name}: {error}; use the same, or --resume never"
+            ) from error
+
+
+def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
+    """Run one forward and backward pass for the engine's sake, and leave everything as it was; every rank must call it.
+
+    Args:
+        replica: Not in the middle of a step.
+        forward: Returns a loss of the model that it is given.
+    """
+    module = replica.module
+    was_training = module.training
+    module.train()
+    buffers = [buffer.clone() for buffer in module.buffers()]
+    with untouched_random_numbers():
+        replica.rehearse(forward)
+    with torch.no_grad():
+        for buffer, before in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    module.train(was_training)
+
+
+def _optimizer(replica: Replica) -> Optimizer | None:
+    try:
+        return replica.optimizer
+    except ConfigError:
+        return None
+
+
+def _state(part: Any) -> Any:
+    if isinstance(part, Replica):
+        optimizer = _optimizer(part)
+        return {"model": model_state(part.module), "optimizer": None if optimizer is None else optimizer.state_dict()}
+    return model_state(part) if isinstance(part, nn.Module) else part.state_dict()
+
+
+def _load(part: Any, state: Any) -> None:
+    if isinstance(part, Replica):
+        fill(part.module, state["model"], "the checkpoint")
+        optimizer = _optimizer(part)
+        if optimizer is not None and state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    elif isinstance(part, nn.Module):
+        fill(part, state, "the checkpoint")
+    else:
+        part.load_state_dict(state)
