@@ -7,6 +7,8 @@ TRAINS := $(VENV)/.trains
 READY := $(VENV)/.ready
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
+# Without bytecode every rank of every test would compile its modules anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint clean
@@ -32,11 +34,11 @@ $(READY): $(TRAINS)
 train: $(TRAINS)  ## train on the built-in digits under horovodrun, two ranks
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" horovodrun -np $(RANKS) python -m hvdtrain --run-dir runs/digits --resume never
 
-test: $(READY)  ## run the tests (conformance on 1 to 4 ranks included)
-	$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(READY)  ## run the tests (conformance on 1 to 3 ranks included); each is named when it starts
+	$(VENV)/bin/python -m pytest -v -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(READY)  ## run the slow tests too
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -v $(PYTEST_ARGS)
 
 lint: $(READY)  ## style and types
 	$(VENV)/bin/ruff check .

@@ -8,32 +8,40 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LAUNCHERS, MPI, ROOT, TORCH, missing, run
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LAUNCHERS, MPI, ROOT, TORCH, Launch, missing, run
 
 JOB = str(Path(__file__).with_name("fault_job.py"))
 STARTUP_S = 60  # of three ranks on a busy machine; the time-out that would end a hang is longer
 
 
-@pytest.fixture(params=[TORCH, HOROVOD_GLOO, HOROVOD_MPIRUN, MPI], ids=str)
-def job(request):
+def engines(horovod: Launch) -> pytest.MarkDecorator:
+    """Every engine; Horovod under one of its two launchers, and under the other one in `make test-all`."""
+    other = HOROVOD_MPIRUN if horovod == HOROVOD_GLOO else HOROVOD_GLOO
+    return pytest.mark.parametrize(
+        "launch", [TORCH, MPI, horovod, pytest.param(other, marks=pytest.mark.slow)], ids=str
+    )
+
+
+def job(launch: Launch, mode: str, timeout_s: int, ranks: int = 3) -> list[str]:
     """A job of three ranks, the second of which goes wrong in some way."""
-    launch = request.param
-    return lambda mode, timeout_s: launch.argv(3, JOB, mode, str(timeout_s), launch.backend)
+    return launch.argv(ranks, JOB, mode, str(timeout_s), launch.backend)
 
 
-def test_a_job_without_a_fault_ends_well_and_says_nothing(job):
-    ended = run(job("ok", 60))
+@engines(HOROVOD_MPIRUN)
+def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
+    ended = run(job(launch, "ok", 60))
     assert ended.code == 0, ended.output
     for rank in range(3):  # lines of several ranks may run into each other
         assert ended.output.count(f"rank {rank} done") == 1
     assert "hvdtrain" not in ended.output
 
 
+@engines(HOROVOD_GLOO)
 @pytest.mark.parametrize(
     ("mode", "text"), [("raise", "planted in the model"), ("collective", "planted between collectives")]
 )
-def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(job, mode, text):
-    ended = run(job(mode, 180), timeout_s=240)
+def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(launch, mode, text):
+    ended = run(job(launch, mode, 180), timeout_s=240)
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 10  # and not the timeout of 180 s
     # Launchers mark lines in their ways; torchrun's summary repeats the error, indented.
@@ -45,9 +53,9 @@ def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(job, 
 
 
 KILLED = [
-    *[(launch, 3) for launch in (TORCH, HOROVOD_GLOO, HOROVOD_MPIRUN, MPI)],
+    *[(launch, 3) for launch in (TORCH, HOROVOD_GLOO, MPI)],
     # What horovodrun --mpi starts is an mpirun, and what ends two or four ranks is what ends three.
-    pytest.param(HOROVOD_MPI, 3, marks=pytest.mark.slow),
+    *[pytest.param(launch, 3, marks=pytest.mark.slow) for launch in (HOROVOD_MPI, HOROVOD_MPIRUN)],
     *[
         pytest.param(launch, ranks, marks=pytest.mark.slow)
         for launch in (TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI)
@@ -58,30 +66,33 @@ KILLED = [
 
 @pytest.mark.parametrize(("launch", "ranks"), KILLED, ids=str)
 def test_a_rank_that_is_killed_ends_all(launch, ranks):
-    ended = run(launch.argv(ranks, JOB, "kill", "180", launch.backend), timeout_s=240)
+    ended = run(job(launch, "kill", 180, ranks), timeout_s=240)
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 10
     assert re.search(r"SIGKILL|signal 9|code -9|[Kk]illed", ended.output), ended.output
 
 
+@engines(HOROVOD_MPIRUN)
 @pytest.mark.parametrize("mode", ["exit", "leave"])
-def test_a_rank_that_leaves_early_is_named(job, mode):
-    ended = run(job(mode, 180), timeout_s=240)
+def test_a_rank_that_leaves_early_is_named(launch, mode):
+    ended = run(job(launch, mode, 180), timeout_s=240)
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 15
     assert "rank 1" in ended.output
     assert "has left the program" in ended.output
 
 
-def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named(job):
-    ended = run(job("stall", 8))
+@engines(HOROVOD_MPIRUN)
+def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named(launch):
+    ended = run(job(launch, "stall", 8))
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert "missing: rank 1" in ended.output
 
 
-def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(job):
-    ended = run(job("subset", 8))
+@engines(HOROVOD_GLOO)
+def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(launch):
+    ended = run(job(launch, "subset", 8))
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert re.search(r"all_reduce\(op=sum\) of torch.float32 \(3, 5\) .*missing: rank 1", ended.output), ended.output

@@ -13,7 +13,7 @@ from launching import LAUNCHERS, MPI, missing, run
 RANKS = Path(__file__).resolve().parents[1] / "ranks"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_every_operation_on_every_rank(ranks):
     options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
     ended = run(MPI.argv(ranks, "-m", "pytest", *options, str(RANKS)), timeout_s=240)

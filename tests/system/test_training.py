@@ -36,8 +36,8 @@ def reference(tmp_path_factory):
 
 LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI]
 CASES = [
-    # What horovodrun --mpi starts is an mpirun.
-    pytest.param(launch, ranks, 61, marks=pytest.mark.slow if launch == HOROVOD_MPIRUN and ranks < 4 else ())
+    # Every launcher at three ranks, whose shares are unequal; the conformance suite has the same on every engine at more.
+    pytest.param(launch, ranks, 61, marks=pytest.mark.slow if ranks != 3 else ())
     for launch in LAUNCHES
     for ranks in (2, 3, 4)
 ] + [
