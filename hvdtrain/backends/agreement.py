@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvdtrain.errors import ModelMismatch
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from hvdtrain.backends.communicator import Communicator
 
 _Row = tuple[str, str]  # name, description
@@ -141,14 +140,56 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _copy_optimizer(communicator: Communicator, optimizer: Optimizer) -> None:
+    """Write rank 0's settings and state into the optimizer's own dictionaries and tensors, where users may hold them.
+
+    ``load_state_dict`` would put new ones in their place, and round states to their parameters' type.
+    """
     root = communicator.wire.rank == 0
-    tensors: list[Tensor] = []
-    outline = communicator.broadcast_object(_take_tensors(optimizer.state_dict(), tensors) if root else None)
-    if not root:
-        tensors = [torch.empty(stand.shape, dtype=stand.dtype) for stand in _stands(outline)]
-    filled = [communicator.broadcast(tensor.detach()) for tensor in tensors]
-    if not root:
-        optimizer.load_state_dict(_put_tensors(outline, filled))
+    own: list[Tensor] = []
+    mine = _take_tensors(optimizer.state_dict(), own)
+    outline = communicator.broadcast_object(mine if root else None)
+    stands = _stands(outline)
+    tensors = own if root else [torch.empty(stand.shape, dtype=stand.dtype) for stand in stands]
+    received = [communicator.broadcast(tensor.detach()) for tensor in tensors]
+    if root:
+        return
+    with torch.no_grad():
+        if repr(mine) == repr(outline):
+            for tensor, value in zip(own, received, strict=True):
+                tensor.copy_(value)
+        elif (
+            type(optimizer).state_dict is Optimizer.state_dict
+            and type(optimizer).load_state_dict is Optimizer.load_state_dict
+        ):
+            _overwrite(optimizer, _put_tensors(outline, received))
+        else:
+            optimizer.load_state_dict(_put_tensors(outline, received))
+
+
+def _overwrite(optimizer: Optimizer, theirs: dict[str, Any]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for group, other in zip(optimizer.param_groups, theirs["param_groups"], strict=True):
+        for name, value in other.items():
+            if name != "params":
+                group[name] = _into(group.get(name), value)
+    for index, parameter in enumerate(parameters):
+        state = theirs["state"].get(index)
+        if state is None:
+            optimizer.state.pop(parameter, None)
+            continue
+        before = optimizer.state[parameter]
+        kept = {name: _into(before.get(name), value, parameter) for name, value in state.items()}
+        before.clear()
+        before.update(kept)
+
+
+def _into(own: Any, value: Any, parameter: nn.Parameter | None = None) -> Any:
+    """``value``, in the tensor that is there if it fits; a state of the parameter's shape on the parameter's device."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(own, Tensor) and own.shape == value.shape and own.dtype == value.dtype:
+        return own.copy_(value)
+    return value.to(parameter.device) if parameter is not None and value.shape == parameter.shape else value
 
 
 def _take_tensors(value: Any, into: list[Tensor]) -> Any:
@@ -186,3 +227,6 @@ class _Stand:
 
     def __init__(self, index: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.index, self.dtype, self.shape = index, dtype, shape
+
+    def __repr__(self) -> str:
+        return f"tensor {self.index} {self.dtype} {self.shape}"

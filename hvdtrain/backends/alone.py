@@ -14,6 +14,8 @@ from hvdtrain.backends.weighting import Tally
 class LocalReplica(Replica):
     """The only copy: nothing is exchanged."""
 
+    _reuses_gradients = False
+
     def _set_up(self) -> None:
         self._split: nn.Module | None = None
 

@@ -71,6 +71,8 @@ class HookedReplica(Replica):
 
     # Whether the engine matches operations by their order, not by name: packs are then sent in the same on every rank.
     _by_order = False
+    _own_hooks = 1
+    sends_from_hooks = True
 
     def __init__(
         self,
@@ -108,18 +110,23 @@ class HookedReplica(Replica):
         self._packs = make_packs(dense, self._carried, self.bucket_bytes, self._groups)
         self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
         self._sent: list[Pack] = []
+        self._lacking: list[str] = []  # parameters without a gradient, which is an error
+        self._sums: dict[int, Tensor] = {}  # of sparse gradients
+        self._nobody: set[int] = set()  # parameters that no rank used
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in dense]
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         self._expect(tally)
         loss.backward(weight, retain_graph=retain_graph)
+        self._send_rest(False)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
-        self._expect(tally)  # `_finish` sends all
+        self._expect(tally)
+        self._send_rest(empty)
 
     def _finish(self, empty: bool) -> Tensor:
-        self._armed = False
-        nobody = self._complete_packs(empty)
+        if self._lacking:
+            raise self._unused_error(self._lacking)
         for pack in self._sent:
             if isinstance(pack.work, StagedWork):
                 pack.work.advance()
@@ -128,10 +135,11 @@ class HookedReplica(Replica):
             pack.work.wait()
             self._unpack(pack)
         for parameter in self._parameters:
-            if id(parameter) in self._sparse:
-                parameter.grad = sum_sparse(self._backend, parameter)
-            if id(parameter) in nobody:
+            if id(parameter) in self._sums:
+                parameter.grad = self._sums[id(parameter)]
+            if id(parameter) in self._nobody:
                 parameter.grad = None
+        self._sums.clear()
         self._tally_work.wait()
         return self._summed
 
@@ -207,11 +215,17 @@ class HookedReplica(Replica):
             if parameter.grad.data_ptr() != tensor.data_ptr() or parameter.grad.dtype != tensor.dtype:
                 parameter.grad.copy_(tensor)
 
-    def _complete_packs(self, empty: bool) -> set[int]:
-        """Send what backward could not, zeros for the gradients that only other ranks have; return those nobody has."""
+    def _send_rest(self, empty: bool) -> None:
+        """Send what backward could not: zeros for gradients that only other ranks have, sparse ones, and who used what.
+
+        All of it now, so that the exchanges of several replicas follow each other in one order on every rank.
+        """
+        self._armed = False
         used = [p.grad is not None for p in self._parameters]
+        self._lacking = []
         if not (empty or self.options.find_unused_parameters or all(used)):
-            raise self._unused_error([self._names[id(p)] for p in self._parameters if p.grad is None])
+            self._lacking = [self._names[id(p)] for p in self._parameters if p.grad is None]
+            return
         for pack in self._packs:
             if pack.work is not None:
                 continue
@@ -222,10 +236,11 @@ class HookedReplica(Replica):
                 if pack.flat:
                     self._copy_in(pack, at)
             self._dispatch(pack)
-        if not self.options.find_unused_parameters:
-            return set()
-        everywhere = self._backend.all_reduce(torch.tensor(used), "max").tolist()
-        return {id(p) for p, found in zip(self._parameters, everywhere, strict=True) if not found}
+        self._sums = {id(p): sum_sparse(self._backend, p) for p in self._parameters if id(p) in self._sparse}
+        self._nobody = set()
+        if self.options.find_unused_parameters:
+            everywhere = self._backend.all_reduce(torch.tensor(used), "max").tolist()
+            self._nobody = {id(p) for p, somewhere in zip(self._parameters, everywhere, strict=True) if not somewhere}
 
 
 def make_packs(

@@ -11,6 +11,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp.grad_scaler import GradScaler
@@ -52,11 +54,18 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], b
         gradients: Averaged over the ranks.
         began: `now` of the step's first backward pass.
     """
+    if scaler._scale is None:  # a rank without samples, in the first step
+        scaler.scale(torch.zeros((), device=gradients[0].device))
     before = next((earlier.scale for earlier in _updates.get(scaler, ()) if earlier.moment > began), None)
     if before is not None and (factor := scaler.get_scale() / before) != 1.0:
         for gradient in gradients:
             gradient.mul_(factor)  # a power of two by default, so nothing is rounded
     scaler.unscale_(optimizer)
+
+
+def found_infinity(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    """Whether `unscale` has found one. (A fused optimizer skips by itself, so that its step says nothing.)"""
+    return any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())
 
 
 def update_scaler(scaler: GradScaler, began: int, *, skipped: bool) -> None:

@@ -106,7 +106,8 @@ class ReducerReplica(Replica):
     def _prepare(self, *losses: Tensor) -> Tensor:
         """Expect the backward pass that ends the step; return what the tally's gradient goes into."""
         self._reducer._rebuild_buckets()
-        root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
+        with torch.enable_grad():  # also in a step() under no_grad()
+            root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
         self._reducer.prepare_for_backward([*losses, root] if self.options.find_unused_parameters else [])
         return root
 

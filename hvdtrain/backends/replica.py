@@ -15,6 +15,7 @@ On a rank without samples in a step, `step` alone takes part in it.
 from __future__ import annotations
 
 import enum
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
-from hvdtrain.backends.loss_scale import unscale, update_scaler
+from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting
@@ -68,9 +70,13 @@ class StepResult:
     skipped: bool
 
 
+_living: weakref.WeakSet[Replica] = weakref.WeakSet()
+
+
 class _Phase(enum.Enum):
     EMPTY = "no backward pass yet"
     GATHERING = "backward has run, none of it was the last"
+    INTERRUPTED = "an exception ended the last backward pass, while it exchanged gradients"
     LEAVING = "the last backward pass has begun the exchange"
     EXCHANGED = "every gradient is the average"
     STEPPED = "the optimizer has used it"
@@ -85,6 +91,8 @@ class Replica(ABC):
     """
 
     _suitable_bucket_bytes = 25 * 2**20
+    _reuses_gradients = True  # the engine writes a step's gradients where the last step's were
+    _own_hooks = 0  # post-accumulate hooks that the engine has put on each parameter
     _engine_averages = True  # the engine divides the ranks' sum by the world size while it exchanges
 
     def __init__(
@@ -101,6 +109,7 @@ class Replica(ABC):
         check_same_structure(self._gather, module, optimizer)
         copy_state_from_rank_zero(backend, module, optimizer)
         self._phase = _Phase.EMPTY
+        self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
         self._weighting = Weighting(backend, backend.world_size if self._engine_averages else 1)
         self._last = True
@@ -109,6 +118,7 @@ class Replica(ABC):
         self._set_up()
         if optimizer is not None:
             guard_steps(optimizer, self)
+        _living.add(self)
 
     # -- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -168,19 +178,24 @@ class Replica(ABC):
             TrainingError: Out of order; gradients are there that no backward() of this step made; some calls of a step
                 gave ``total`` and others did not; the loss is no scalar or depends on no parameter.
         """
-        self._check_loss(loss)
+        self._check_loss(loss, samples)
         if self._phase is not _Phase.GATHERING:
             self._begin_or_refuse()
+        self._keeper.refuse_changes()
         leaving = self._last and self._overlap
         if leaving:
+            self._keeper.look_at_lent()
             self._follow_changes()
         weight = self._weighting.weigh(samples, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
         if leaving:
             weight *= self._settle_unit()
+            self._phase = _Phase.INTERRUPTED
+        others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
-            if leaving:
-                self._phase = _Phase.LEAVING
+            if samples == 0:
+                self._pass_without_samples(loss, leaving=leaving, retain_graph=retain_graph)
+            elif leaving:
                 with self._exchanging():
                     self._send_during(loss, loss.new_full(loss.shape, weight), self._weighting.tally, retain_graph)
             else:
@@ -190,6 +205,14 @@ class Replica(ABC):
             if explained is None:
                 raise
             raise explained from error
+        if leaving:
+            self._phase = _Phase.LEAVING
+        self._keeper.note()
+        if any(differ(other.state(), before) for other, before in others):
+            raise TrainingError(
+                "this backward pass added to gradients of another replica that had been exchanged already; call that replica's step() "
+                "first, or freeze what the loss must not reach"
+            )
 
     def reduce_gradients(self) -> None:
         """Complete the exchange: every ``.grad`` is the gradient averaged over the samples of the global batch.
@@ -201,9 +224,11 @@ class Replica(ABC):
             self._begin_step()
         if self._phase in (_Phase.EXCHANGED, _Phase.STEPPED):
             return
-        empty = self._phase is _Phase.EMPTY
-        if empty:
-            self._refuse_foreign_gradients()
+        self._refuse_interrupted()
+        empty = self._weighting.empty
+        if self._phase is _Phase.EMPTY:
+            self._keeper.refuse_foreign()
+        self._keeper.refuse_changes()
         if self._phase is not _Phase.LEAVING:
             self._follow_changes()
             self._settle_unit()
@@ -220,6 +245,7 @@ class Replica(ABC):
             summed = self._finish(empty)
         if empty or self._weighting.tally.uncounted or summed.device.type == "cpu":  # else a GPU need not be waited for
             self._scale(Tally.of(summed.tolist()))
+        self._keeper.lend(self._reuses_gradients)
         self._phase = _Phase.EXCHANGED
         self._left_gradients = bool(self._gradients())
 
@@ -246,6 +272,8 @@ class Replica(ABC):
         """
         optimizer = self.optimizer
         self.reduce_gradients()
+        if not self._gradients():
+            scaler = None  # no rank had a sample: there is nothing to unscale
         if scaler is not None:
             unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
         norm: Tensor | None = None
@@ -256,8 +284,8 @@ class Replica(ABC):
         skipped = skip_nonfinite and norm is not None and not bool(torch.isfinite(norm))
         if not skipped:
             if scaler is not None:
+                skipped = found_infinity(scaler, optimizer)
                 scaler.step(optimizer)
-                skipped = self._phase is not _Phase.STEPPED  # the scaler found an infinity
             else:
                 optimizer.step()
         if scaler is not None and update:
@@ -267,17 +295,24 @@ class Replica(ABC):
         return StepResult(norm, skipped)
 
     def clear(self) -> None:
-        """Forget this step's gradients (set to None) and begin a new step."""
+        """Forget this step's gradients (set to None) and begin a new step.
+
+        After the step's last `backward`, whose gradients are on their way to all ranks, every rank must call it.
+        """
+        self._refuse_interrupted()
+        if self._phase is _Phase.LEAVING:
+            with self._exchanging():
+                self._finish(False)
         for parameter in self._watched.held:
             parameter.grad = None
         self._begin_step()
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients, float64 for float64 models; 0 if there is no gradient."""
-        values = [_values(g) for g in self._gradients()]
-        if not values:
+        numbers = [values(g) for g in self._gradients()]
+        if not numbers:
             return torch.zeros((), device=self._backend.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in values]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in numbers]))
         return norm
 
     @property
@@ -356,6 +391,8 @@ class Replica(ABC):
         """The optimizer has stepped."""
         if self._phase is _Phase.EXCHANGED:
             self._phase = _Phase.STEPPED
+            if self._gradients():
+                self._weighting.steps += 1
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -376,6 +413,7 @@ class Replica(ABC):
         self._phase = _Phase.EMPTY
         self._weighting.begin_step()
         self._left_gradients = False  # the exchange left any
+        self._keeper.forget()
 
     def _is_over(self) -> bool:
         """Whether the user has used and cleared this step's gradients."""
@@ -383,8 +421,25 @@ class Replica(ABC):
             return False
         return self._phase in (_Phase.EXCHANGED, _Phase.STEPPED) and not self._gradients()
 
+    def _refuse_interrupted(self) -> None:
+        if self._phase is _Phase.INTERRUPTED and self._backend.world_size > 1:
+            raise TrainingError(
+                "an exception ended backward() while it exchanged gradients with the other ranks, which cannot be taken up again; let "
+                "it end the run, and continue from a checkpoint"
+            )
+
+    def _pass_without_samples(self, loss: Tensor, *, leaving: bool, retain_graph: bool) -> None:
+        """Run the backward pass of an empty batch, which other ranks may be waiting in, and use nothing of it."""
+        if loss.requires_grad:
+            zero = torch.zeros_like(loss)
+            torch.autograd.grad(loss, self._parameters, zero, retain_graph=retain_graph, allow_unused=True)
+        if leaving:
+            with self._exchanging():
+                self._send_after(self._weighting.tally, self._weighting.empty)
+
     def _begin_or_refuse(self) -> None:
         """A backward pass that is not one more of this step begins the next one, if this one's gradients are gone."""
+        self._refuse_interrupted()
         if self._phase is _Phase.LEAVING or (self._phase is _Phase.EXCHANGED and self._gradients()):
             raise TrainingError(
                 "backward() after this step's last micro-batch; call step() first. If they belong to one step, mark the earlier micro-"
@@ -393,30 +448,15 @@ class Replica(ABC):
             )
         if self._phase is not _Phase.EMPTY:
             self._begin_step()
-        self._refuse_foreign_gradients()
+        self._keeper.refuse_foreign()
         self._weighting.begin_backward()
 
-    def _refuse_foreign_gradients(self) -> None:
-        foreign = [p for p in self._watched.trained if p.grad is not None]
-        if not foreign:
-            return
-        for parameter in foreign:
-            assert parameter.grad is not None
-            if bool(_values(parameter.grad).count_nonzero()):
-                raise TrainingError(
-                    f"{self._name(parameter)!r} holds a gradient that no replica.backward() of this step made: loss.backward() was called "
-                    "instead, or the last step's gradients were not cleared. Call replica.backward(loss, samples=...), and "
-                    "replica.step() or optimizer.zero_grad() after each step"
-                )
-        for parameter in foreign:  # zeros, from zero_grad(set_to_none=False)
-            parameter.grad = None
-
-    def _check_loss(self, loss: Tensor) -> None:
+    def _check_loss(self, loss: Tensor, samples: int) -> None:
         if loss.numel() != 1:
             raise TrainingError(
                 f"the loss must be a scalar, the mean over the micro-batch's samples; got shape {tuple(loss.shape)}"
             )
-        if not loss.requires_grad:
+        if not loss.requires_grad and samples:
             raise TrainingError(
                 f"rank {self._backend.rank}: the loss depends on no parameter that requires grad (computed under torch.no_grad(), "
                 "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
@@ -445,6 +485,7 @@ class Replica(ABC):
 
     def _follow_changes(self) -> None:
         """Train what the model and the optimizer hold now, the same on all ranks."""
+        self._keeper.refuse_hooks(self._own_hooks)
         if not self._watched.changed():
             return
         new = self._watched.take()
@@ -468,10 +509,6 @@ class Replica(ABC):
         for gradient in self._gradients():
             gradient.mul_(factor.to(gradient.dtype))
         return norm
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _explained(error: RuntimeError) -> TrainingError | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-_Seen = tuple[list[int], list[int], list[bool], list[int]]
+_Seen = tuple[list[int], list[int], list[bool], list[int], list[torch.dtype], list[int]]
 
 
 class Watched:
@@ -46,7 +48,7 @@ class Watched:
         return new
 
     def changed(self) -> bool:
-        """Whether modules, parameters, what requires gradients, or the optimizer's groups are other than when taken."""
+        """Whether modules, parameters, their kinds, what requires gradients, or the optimizer's groups are other than when taken."""
         return self._look() != self._seen
 
     def _look(self) -> _Seen:
@@ -56,4 +58,6 @@ class Watched:
             [id(parameter) for module in self._modules for parameter in module._parameters.values()],
             [parameter.requires_grad for parameter in self._own],
             [id(parameter) for group in groups for parameter in group["params"]],
+            [parameter.dtype for parameter in self._own],
+            [-1 if is_lazy(parameter) else parameter.numel() for parameter in self._own],
         )

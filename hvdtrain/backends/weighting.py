@@ -7,6 +7,7 @@ is near a step's total, the same on all ranks, and a power of two, so that no gr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from hvdtrain.errors import TrainingError
 if TYPE_CHECKING:
     from hvdtrain.backends.communicator import Communicator
 
-_BEGAN = 4096  # moments are told modulo this
+_MODULO = 4096  # growing numbers are told modulo this
+_replicas = itertools.count(1)  # of this process; every rank makes them in the same order
 
 
 @dataclass(slots=True)
@@ -33,6 +35,8 @@ class Tally:
         counted: Backward passes with one.
         ranks: Ranks with a backward pass in this step.
         began: `hvdtrain.backends.loss_scale.now` of the first of them, summed over these ranks.
+        steps: Optimizer steps on exchanged gradients so far, summed over all ranks.
+        replica: The replica's number in its process, summed over all ranks.
     """
 
     samples: int = 0
@@ -40,12 +44,15 @@ class Tally:
     counted: int = 0
     ranks: int = 0
     began: int = 0
+    steps: int = 0
+    replica: int = 0
 
-    SIZE: ClassVar[int] = 5
+    SIZE: ClassVar[int] = 7
 
     def values(self) -> list[float]:
         """As numbers that can be summed, small ones that float32 holds."""
-        return [float(v) for v in (self.samples, self.uncounted, self.counted, self.ranks, self.began % _BEGAN)]
+        small = (self.began % _MODULO, self.steps % _MODULO, self.replica % _MODULO)
+        return [float(v) for v in (self.samples, self.uncounted, self.counted, self.ranks, *small)]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Tally:
@@ -62,20 +69,28 @@ class Weighting:
 
     Attributes:
         tally: Of this rank in this step.
+        steps: Optimizer steps on exchanged gradients so far.
     """
 
     def __init__(self, communicator: Communicator, divisor: int) -> None:
         self._communicator = communicator
         self._divisor = divisor
+        self._replica = next(_replicas)
+        self.steps = 0
         self._unit: float | None = None  # about as many samples as a step has
         self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
         self.begin_step()
 
     def begin_step(self) -> None:
         """Count from nothing."""
-        self.tally = Tally()
+        self.tally = Tally(steps=self.steps, replica=self._replica)
         self._shared = 0  # samples of the last loss, if the next one is of the same forward pass
         self._seen = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether this rank has had no sample in this step."""
+        return self._seen == 0
 
     def begin_backward(self) -> None:
         """The step's first backward pass on this rank comes now."""
@@ -92,8 +107,9 @@ class Weighting:
         Raises:
             TrainingError: A number that cannot be, or other words than in this step's earlier calls.
         """
-        if samples < 0:
-            raise TrainingError(f"samples must be 0 or more, got {samples}")
+        if samples < 0 or int(samples) != samples:
+            raise TrainingError(f"samples must be a whole number, 0 or more, got {samples}")
+        samples = int(samples)
         if self.tally.uncounted + self.tally.counted and (total is None) != (self.tally.uncounted > 0):
             raise TrainingError("give total= to every backward() of a step, or to none")
         self._seen += samples
@@ -136,8 +152,18 @@ class Weighting:
         """What the exchanged gradients must be multiplied by, given the ranks' summed tallies; None if no rank had any.
 
         Raises:
-            TrainingError: Some ranks gave a total and others did not; on every rank that knows.
+            TrainingError: The ranks did not do the same; on every rank that knows.
         """
+        everyone = self._communicator.wire.size
+        if summed.replica != everyone * (self._replica % _MODULO):
+            raise TrainingError(
+                "the ranks exchange gradients of different replicas; call backward() on several replicas in the same order on every rank"
+            )
+        if summed.steps != everyone * (self.tally.steps % _MODULO):
+            raise TrainingError(
+                f"the ranks have taken different numbers of optimizer steps (this one {self.tally.steps}), so that their parameters "
+                "differ; step, or call replica.clear(), on all ranks alike"
+            )
         if summed.uncounted and summed.counted:
             raise TrainingError(
                 "some ranks gave total= to backward() in this step, and others did not; give it on every rank, or on none"
@@ -145,7 +171,7 @@ class Weighting:
         if summed.ranks == 0:
             return None
         if self.tally.ranks == 0:  # the losses of these gradients were scaled when the other ranks began
-            self.tally.began = moment(summed.began // summed.ranks, modulo=_BEGAN)
+            self.tally.began = moment(summed.began // summed.ranks, modulo=_MODULO)
         if not summed.uncounted:
             return 1.0
         factor = (self._unit or 1.0) / summed.samples if summed.samples else 1.0

@@ -30,6 +30,7 @@ STAIRS = [
     ["ranks.watch", "ranks.exit"],
     ["ranks.everyone", "ranks.rendezvous"],
     ["backends.wire", "backends.optimizer_guard", "backends.loss_scale", "backends.watched"],
+    ["backends.keeper"],
     ["backends.forms", "backends.local_first"],
     ["backends.member"],
     ["backends.rooted"],

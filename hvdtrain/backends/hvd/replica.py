@@ -57,6 +57,12 @@ class HorovodReplica(HookedReplica):
         )  # each rank's own mean gradient goes in, and a combination of them comes out
         compression = config.compression
         groups = 0 if self._adasum and config.num_groups is None else config.num_groups  # Adasum weighs each tensor
+        complex_one = next((name for name, p in module.named_parameters() if p.is_complex()), None)
+        if complex_one is not None:
+            raise ConfigError(
+                f"parameter {complex_one!r} is complex, which Horovod cannot sum; keep its parts as real parameters (torch.view_as_complex "
+                "in the forward pass), or use --backend torch or mpi"
+            )
         super().__init__(
             backend, module, optimizer, options, carried=lambda dtype: _carried(dtype, compression), groups=groups
         )

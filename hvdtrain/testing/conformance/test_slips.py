@@ -242,6 +242,199 @@ def test_a_count_of_samples_does_not_overflow_half_precision(backend, tokens):
         assert not replica.step(scaler=scaler).skipped
 
 
+def plain(model, replica):
+    model(samples(2)).square().mean().backward()
+
+
+def by_hand(model, replica):
+    model[0].weight.grad.mul_(2)
+
+
+def replaced(model, replica):
+    model[0].weight.grad = model[0].weight.grad * 2
+
+
+def cleared(model, replica):
+    replica.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last", "earlier"])
+@pytest.mark.parametrize("touch", [plain, by_hand, replaced, cleared])
+def test_gradients_that_others_touch_before_they_are_exchanged_are_refused(backend, touch, last):
+    model = made()
+    replica = replicate(backend, model)
+    with replica.accumulate(last=last):
+        replica.backward(loss_of(replica.model, backend), samples=2)
+    touch(model, replica)
+    with pytest.raises(TrainingError, match="was changed after"):
+        replica.step()
+
+
+def test_another_replicas_loss_may_not_reach_gradients_that_were_exchanged(backend):
+    one, two = made(1), made(2)
+    first, second = replicate(backend, one), backend.replicate(two, torch.optim.SGD(two.parameters(), lr=0.1))
+    first.backward(loss_of(one, backend), samples=2)
+    first.reduce_gradients()
+    x = samples(2, 2 * backend.rank)
+    through = one(torch.cat([two(x), two(x)], 1)).square().mean()
+    with pytest.raises(TrainingError, match="gradients of another replica that had been exchanged"):
+        second.backward(through, samples=2)
+
+
+@pytest.mark.parametrize("kind", ["logging", "optimizer"])
+def test_hooks_that_run_while_gradients_leave_are_refused(backend, kind):
+    model = made()
+    replica = replicate(backend, model)
+    seen = []
+    hook = seen.append if kind == "logging" else (lambda p: p.data.sub_(p.grad))
+    handle = model[0].weight.register_post_accumulate_grad_hook(hook)
+    with pytest.raises(TrainingError, match=r"'0\.weight' has a register_post_accumulate_grad_hook"):
+        replica.backward(loss_of(replica.model, backend), samples=2)
+    handle.remove()
+    replica.backward(loss_of(replica.model, backend), samples=2)
+    replica.step()
+
+
+@pytest.mark.parametrize("total", [True, False], ids=["total", "counted"])
+def test_a_step_that_all_ranks_give_up_leaves_nothing_behind(backend, total):
+    n = backend.world_size
+    model = made()
+    alone = copy.deepcopy(model)
+    replica = replicate(backend, model)
+    known = 2 * n if total else None
+    for _ in range(2):
+        replica.backward(loss_of(replica.model, backend) * 100, samples=2, total=known)
+        replica.clear()
+        with replica.accumulate(last=False):
+            replica.backward(loss_of(replica.model, backend) * 100, samples=2, total=known)
+        replica.clear()
+        replica.backward(loss_of(replica.model, backend), samples=2, total=known)
+        replica.step()
+        alone.zero_grad()
+        for rank in range(n):
+            (alone(samples(2, 2 * rank)).square().mean() / n).backward()
+        with torch.no_grad():
+            for p in alone.parameters():
+                p.sub_(0.1 * p.grad)
+    for p, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p, wanted, **CLOSE)
+
+
+def test_a_step_that_one_rank_gives_up_is_noticed_at_the_next(backend):
+    n = backend.world_size
+    replica = replicate(backend, made())
+    replica.backward(loss_of(replica.model, backend), samples=2)
+    if backend.rank == n - 1:
+        replica.clear()
+    else:
+        replica.step()
+    replica.backward(loss_of(replica.model, backend), samples=2)
+    if n == 1:
+        replica.step()
+        return
+    with pytest.raises(TrainingError, match="different numbers of optimizer steps"):
+        replica.step()
+
+
+def test_replicas_whose_gradients_cross_are_noticed(backend):
+    replicas = [replicate(backend, made(seed)) for seed in (1, 2)]
+    mine = replicas if backend.rank % 2 == 0 else replicas[::-1]
+    for replica in mine:
+        replica.backward(loss_of(replica.model, backend), samples=2)
+    if backend.world_size == 1 or backend.name == "horovod":  # which matches by name
+        for replica in replicas:
+            replica.step()
+        return
+    for replica in mine:
+        with pytest.raises(TrainingError, match="gradients of different replicas"):
+            replica.step()
+
+
+def test_an_exception_in_the_exchange_cannot_be_passed_over(backend):
+    model = made()
+    replica = replicate(backend, model)
+    handle = model[0].weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        replica.backward(loss_of(replica.model, backend), samples=2)
+    handle.remove()
+    if backend.world_size == 1:
+        replica.clear()
+        replica.backward(loss_of(replica.model, backend), samples=2)
+        replica.step()
+        return
+    for call in (replica.clear, replica.step):
+        with pytest.raises(TrainingError, match="continue from a checkpoint"):
+            call()
+
+
+def test_gradients_that_are_kept_are_spoken_of(backend, caplog):
+    model = made()
+    replica = replicate(backend, model)
+    kept = []
+    for _ in range(3):
+        replica.backward(loss_of(replica.model, backend), samples=2)
+        replica.reduce_gradients()
+        kept = [p.grad for p in model.parameters()]
+        replica.optimizer.step()
+        replica.optimizer.zero_grad()
+    said = [record for record in caplog.records if "still referenced" in record.message]
+    assert len(said) == (backend.world_size > 1)
+    del kept
+
+
+def test_what_users_hold_of_an_optimizer_stays_theirs(backend):
+    model = made(backend.rank)
+    optimizer = torch.optim.NAdam(model.parameters(), lr=torch.tensor(0.1 * (backend.rank + 1)))
+    group, rate = optimizer.param_groups[0], optimizer.param_groups[0]["lr"]
+    for _ in range(backend.rank % 2 + 1):
+        model(samples(1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    backend.replicate(model, optimizer)
+    assert optimizer.param_groups[0] is group
+    assert optimizer.param_groups[0]["lr"] is rate
+    states = backend.all_gather_object(
+        [{k: (v.dtype, v.tolist()) for k, v in s.items()} for s in optimizer.state.values()]
+    )
+    assert all(state == states[0] for state in states)
+    assert float(rate) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("where", ["first", "all"])
+def test_a_scaler_meets_ranks_without_samples(backend, where):
+    n = backend.world_size
+    model = made().float()
+    replica = replicate(backend, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(2):
+        silent = where == "all" or (step == 0 and backend.rank == n - 1 and n > 1)
+        if not silent:
+            replica.backward(scaler.scale(replica.model(torch.ones(2, 4)).square().mean()), samples=2)
+        assert not replica.step(scaler=scaler).skipped
+    states = backend.all_gather_object([p.tolist() for p in model.parameters()])
+    assert all(state == states[0] for state in states)
+
+
+def test_samples_are_whole_numbers_and_none_adds_nothing(backend):
+    model = made()
+    replica = replicate(backend, model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TrainingError, match="whole number"):
+        replica.backward(loss_of(replica.model, backend), samples=1.5)
+    replica.clear()
+    replica.backward(replica.model(samples(2)).sum() * math.nan, samples=0)
+    replica.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_under_no_grad(backend):
+    replica = replicate(backend, made())
+    if backend.rank == 0:
+        replica.backward(loss_of(replica.model, backend), samples=2)
+    with torch.no_grad():
+        replica.step()
+
+
 class Wrapper:
     """Looks like an optimizer, and is none of torch's."""
 

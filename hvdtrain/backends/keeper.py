@@ -1,0 +1,141 @@
+"""What others do to a step's gradients behind a replica's back, noticed before the ranks drift apart.
+
+Gradients change hands: backward passes of the replica make them, the engine exchanges them, the user may use and change
+them, the optimizer uses them, somebody clears them. Whatever touches them out of turn, or keeps them too long, is refused
+or said here, on every engine alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.backends.watched import Watched
+from hvdtrain.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+State = list[tuple[Tensor | None, int]]  # each gradient and its version
+
+
+class Keeper:
+    """Keeps an eye on the gradients of one replica.
+
+    Args:
+        watched: Its parameters.
+        name_of: A parameter's name, for messages.
+    """
+
+    def __init__(self, watched: Watched, name_of: Callable[[nn.Parameter], str]) -> None:
+        self._watched = watched
+        self._name_of = name_of
+        self._made: State | None = None  # as the last backward pass of this step left them
+        self._lent: list[Tensor] = []  # those of the last step
+        self._told = False
+
+    def state(self) -> State:
+        """Return each gradient and its version, to be compared by `differ`."""
+        return [(g, -1 if g is None else g._version) for g in [p.grad for p in self._watched.trained]]
+
+    def note(self) -> None:
+        """A backward pass of the replica has made the gradients as they are now."""
+        self._made = self.state()
+
+    def forget(self) -> None:
+        """The step's gradients are exchanged, or given up: they may change."""
+        self._made = None
+
+    def lend(self, reused: bool) -> None:
+        """The user has the averaged gradients now; ``reused`` if the next step's will be where they are."""
+        self._made = None
+        held = (p.grad for p in self._watched.trained) if reused and not self._told else ()
+        self._lent = [gradient for gradient in held if gradient is not None]
+
+    def refuse_foreign(self) -> None:
+        """Begin a step: nothing may be there but zeros, which are cleared.
+
+        Raises:
+            TrainingError: A parameter holds a gradient.
+        """
+        foreign = [p for p in self._watched.trained if p.grad is not None]
+        if not foreign:
+            return
+        for parameter in foreign:
+            assert parameter.grad is not None
+            if bool(values(parameter.grad).count_nonzero()):
+                raise TrainingError(
+                    f"{self._name_of(parameter)!r} holds a gradient that no replica.backward() of this step made: loss.backward() was called "
+                    "instead, or the last step's gradients were not cleared. Call replica.backward(loss, samples=...), and "
+                    "replica.step() or optimizer.zero_grad() after each step"
+                )
+        for parameter in foreign:  # zeros, from zero_grad(set_to_none=False)
+            parameter.grad = None
+
+    def refuse_changes(self) -> None:
+        """Go on with a step, or exchange it.
+
+        Raises:
+            TrainingError: A gradient is not as the last backward pass left it: the exchange may be under way.
+        """
+        if self._made is None or not differ(self.state(), self._made):
+            return
+        for parameter, now, made in zip(self._watched.trained, self.state(), self._made, strict=True):
+            if differ([now], [made]):
+                raise TrainingError(
+                    f"the gradient of {self._name_of(parameter)!r} was changed after replica.backward() and before the exchange was complete: by "
+                    "another backward pass through it (of another replica's loss, or a plain loss.backward()), by zero_grad(), or by "
+                    "hand. Call replica.step() before other backward passes, or freeze what they must not reach; change gradients "
+                    "between replica.reduce_gradients() and optimizer.step()"
+                )
+
+    def refuse_hooks(self, own: int) -> None:
+        """Begin an exchange, with ``own`` post-accumulate hooks of the engine on a parameter.
+
+        Raises:
+            TrainingError: A parameter has one more.
+        """
+        several = [p for p in self._watched.trained if len(p._post_accumulate_grad_hooks or ()) > own]
+        hooked = next((p for p in several if not all(map(_sends, p._post_accumulate_grad_hooks.values()))), None)
+        if hooked is not None:
+            raise TrainingError(
+                f"{self._name_of(hooked)!r} has a register_post_accumulate_grad_hook of yours, which would run while gradients leave, on what "
+                "is not yet their average (an optimizer in it would step on this rank's own gradient); use Tensor.register_hook for "
+                "linear changes, or change gradients between replica.reduce_gradients() and optimizer.step()"
+            )
+
+    def look_at_lent(self) -> None:
+        """Say so, once, if somebody keeps the last step's gradients, whose memory this step's will be in."""
+        lent, self._lent = self._lent, []
+        if any(count > _ALONE for count in _counts(lent)):
+            self._told = True
+            _log.warning(
+                "gradients of the last step are still referenced, and this step will overwrite them; keep copies: parameter.grad.clone()"
+            )
+
+
+def _sends(hook: object) -> bool:
+    """Whether a hook is a replica's own."""
+    return getattr(getattr(hook, "__self__", None), "sends_from_hooks", False)
+
+
+def differ(now: State, before: State) -> bool:
+    """Whether any gradient is another, or was written to."""
+    return any(
+        gradient is not earlier or version != at for (gradient, version), (earlier, at) in zip(now, before, strict=True)
+    )
+
+
+def _counts(tensors: list[Tensor]) -> list[int]:
+    """How many references each has, those of this list and of the counting included."""
+    return [sys.getrefcount(tensor) for tensor in tensors]
+
+
+_ALONE = _counts([torch.empty(0)])[0]
+
+
+def values(gradient: Tensor) -> Tensor:
+    """The numbers that a gradient holds, also a sparse one."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
