@@ -56,10 +56,10 @@ class Rooted(Member):
         wire_op = self._wire_op("reduce", tensor, op)
         refuse_gradient("reduce", tensor)
         self._check_rank("reduce", dst, "dst")
-        wire, detail = self.wire, f"{op}, dst={dst}"
-        self._agree("reduce", detail, tensor)
+        wire, what = self.wire, f"reduce(op={op}, dst={dst})"
+        self._agree(what, "", tensor)
         buffer = self._encode(tensor)
-        with self._guard("reduce", tensor, detail):
+        with self._guard(what, tensor):
             if buffer.numel():
                 wire.reduce_(buffer, wire_op, dst).wait()
         return self._decode(buffer, tensor, op) if wire.rank == dst else None
@@ -81,8 +81,8 @@ class Rooted(Member):
         check_tensor("gather", tensor)
         refuse_gradient("gather", tensor)
         self._check_rank("gather", dst, "dst")
-        wire, detail = self.wire, f"dst={dst}"
-        self._agree("gather", detail, None)
+        wire, what = self.wire, f"gather(dst={dst})"
+        self._agree(what, "", None)
         forms = self._compare_headers(tensor, dst)
         width = tensor.element_size()
         sizes = [numel(shape) * width for _, shape in forms]
@@ -92,7 +92,7 @@ class Rooted(Member):
             receive = sizes
         out = torch.empty(sum(receive), dtype=torch.uint8, device=wire.device)
         if sum(sizes):
-            with self._guard("gather", tensor, detail):
+            with self._guard(what, tensor):
                 wire.all_to_all_into(out, as_bytes(tensor, wire.device), receive, send).wait()
         if wire.rank != dst:
             return None
@@ -140,7 +140,7 @@ class Rooted(Member):
         out = torch.empty(sum(receive), dtype=torch.uint8, device=wire.device)
         dtype, shape = forms[wire.rank]
         if sum(sizes):
-            with self._guard("scatter", out, f"src={src}"):
+            with self._guard(f"scatter(src={src})", out):
                 wire.all_to_all_into(out, flat, receive, send).wait()
         return out.view(dtype).reshape(shape).to(arrival(on_gpu=bool(rows[wire.rank][0])))
 
@@ -164,7 +164,7 @@ class Rooted(Member):
         wire = self.wire
         mine = torch.cat([torch.tensor([dst]), header(tensor)]).to(wire.device)
         out = torch.empty((wire.size, mine.numel()), dtype=torch.int64, device=wire.device)
-        with self._guard("gather", tensor, f"dst={dst}"):
+        with self._guard(f"gather(dst={dst})", tensor):
             wire.all_gather_into(out, mine).wait()
         rows = out.tolist()
         forms = [read_header(row[1:]) for row in rows]

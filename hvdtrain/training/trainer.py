@@ -349,7 +349,7 @@ class Trainer:
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
         source = self._source(data)
-        self.backend.assemble(f"an evaluation of {source.length} samples after step {self.position.steps}")
+        self.backend.assemble(f"an evaluation after step {self.position.steps}")
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
         return self._evaluate(source, batch_size or source.batch_size or 64)
 

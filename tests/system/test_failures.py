@@ -110,10 +110,10 @@ def test_a_message_that_is_not_sent_names_the_rank_that_did_not(launch):
 
 
 ALONE = {
-    "evaluate-step": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in ",
-    "evaluate-fit": "an evaluation of 30 samples after step 2, and rank \\d on .* it waits in all_gather",
-    "evaluate-evaluate": "rank 0 is at an evaluation of 30 samples after step 2, and rank \\d at an evaluation of 20",
-    "evaluate-leave": "has left the program .* in an evaluation of 30 samples after step 2",
+    "evaluate-step": "an evaluation after step 2, and rank \\d on .* it waits in ",
+    "evaluate-fit": "an evaluation after step 2, and rank \\d at fit",
+    "evaluate-evaluate": "the evaluation data differs between the ranks: .*20",
+    "evaluate-leave": "has left the program .* in an evaluation after step 2",
     "save-step": "saving a checkpoint of step 2, and rank \\d on .* it waits in ",
 }
 
@@ -128,7 +128,7 @@ def test_what_rank_zero_does_alone_is_named_with_what_the_others_do(launch, mode
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 15  # and not the timeout of 180 s
     assert re.search(ALONE[mode], ended.output), ended.output
-    assert "every rank must make the same collective calls" in ended.output
+    assert "every rank must" in ended.output or mode == "evaluate-evaluate"
 
 
 @pytest.mark.parametrize("backend", ["torch", "mpi", "horovod"])

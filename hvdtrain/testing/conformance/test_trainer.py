@@ -88,9 +88,9 @@ def test_ranks_augment_differently(backend):
     np.random.seed(1)
     noisy = Noisy()
     make(backend, net()).fit(noisy, epochs=1, global_batch_size=3 * backend.world_size)
-    assert noisy.drawn
+    trained = noisy.drawn[-(24 // backend.world_size) :]  # before, the ranks have compared a few samples
     for generator in (0, 1):
-        everyone = backend.all_gather_object([one[generator] for one in noisy.drawn])
+        everyone = backend.all_gather_object([one[generator] for one in trained])
         numbers = [number for of_rank in everyone for number in of_rank]
         assert len(set(numbers)) == len(numbers)
 
