@@ -99,8 +99,9 @@ def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(la
 
 
 @pytest.mark.slow
-def test_a_message_that_is_not_sent_names_the_rank_that_did_not(job):
-    ended = run(job("message", 8))
+@engines(HOROVOD_GLOO)
+def test_a_message_that_is_not_sent_names_the_rank_that_did_not(launch):
+    ended = run(job(launch, "message", 8))
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 8 + 10
     assert re.search(
@@ -117,12 +118,13 @@ ALONE = {
 }
 
 
+@engines(HOROVOD_MPIRUN)
 @pytest.mark.parametrize(
     "mode",
     ["evaluate-step", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ALONE if mode != "evaluate-step")],
 )
-def test_what_rank_zero_does_alone_is_named_with_what_the_others_do(job, mode):
-    ended = run(job(mode, 180), timeout_s=240)
+def test_what_rank_zero_does_alone_is_named_with_what_the_others_do(launch, mode):
+    ended = run(job(launch, mode, 180), timeout_s=240)
     assert ended.code != 0
     assert ended.seconds < STARTUP_S + 15  # and not the timeout of 180 s
     assert re.search(ALONE[mode], ended.output), ended.output
