@@ -90,6 +90,7 @@ class Backend(Communicator):
         self.topology = detection.topology
         self.timeout_s = float(timeout_s)
         self.device = self._choose_device(device)
+        self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
         self._running = False
         self._ended = False
         self._meeting: Meeting | None = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,17 @@ class Keeper:
 def _sends(hook: object) -> bool:
     """Whether a hook is a replica's own."""
     return getattr(getattr(hook, "__self__", None), "sends_from_hooks", False)
+
+
+@contextmanager
+def nothing_added(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let a backward pass run as ever, for the ranks that take part in it, and add zeros, whatever comes of an empty batch."""
+    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def differ(now: State, before: State) -> bool:

@@ -18,7 +18,7 @@ import enum
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
-from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.keeper import Keeper, differ, nothing_added, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.watched import Watched
@@ -111,7 +111,9 @@ class Replica(ABC):
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
-        self._weighting = Weighting(backend, backend.world_size if self._engine_averages else 1)
+        self._weighting = Weighting(
+            backend, backend.world_size if self._engine_averages else 1, number=next(backend.replica_numbers)
+        )
         self._last = True
         self._overlap = True
         self._begin_step()
@@ -193,13 +195,8 @@ class Replica(ABC):
             self._phase = _Phase.INTERRUPTED
         others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
-            if samples == 0:
-                self._pass_without_samples(loss, leaving=leaving, retain_graph=retain_graph)
-            elif leaving:
-                with self._exchanging():
-                    self._send_during(loss, loss.new_full(loss.shape, weight), self._weighting.tally, retain_graph)
-            else:
-                loss.backward(loss.new_full(loss.shape, weight), retain_graph=retain_graph)
+            with nullcontext() if samples else nothing_added(self._parameters):
+                self._run_backward(loss, loss.new_full(loss.shape, weight), leaving=leaving, retain_graph=retain_graph)
         except RuntimeError as error:
             explained = _explained(error)
             if explained is None:
@@ -428,13 +425,15 @@ class Replica(ABC):
                 "it end the run, and continue from a checkpoint"
             )
 
-    def _pass_without_samples(self, loss: Tensor, *, leaving: bool, retain_graph: bool) -> None:
-        """Run the backward pass of an empty batch, which other ranks may be waiting in, and use nothing of it."""
-        if loss.requires_grad:
-            zero = torch.zeros_like(loss)
-            torch.autograd.grad(loss, self._parameters, zero, retain_graph=retain_graph, allow_unused=True)
-        if leaving:
-            with self._exchanging():
+    def _run_backward(self, loss: Tensor, weight: Tensor, *, leaving: bool, retain_graph: bool) -> None:
+        if not leaving:
+            if loss.requires_grad:
+                loss.backward(weight, retain_graph=retain_graph)
+            return
+        with self._exchanging():
+            if loss.requires_grad:
+                self._send_during(loss, weight, self._weighting.tally, retain_graph)
+            else:
                 self._send_after(self._weighting.tally, self._weighting.empty)
 
     def _begin_or_refuse(self) -> None:

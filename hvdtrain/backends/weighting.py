@@ -7,7 +7,6 @@ is near a step's total, the same on all ranks, and a power of two, so that no gr
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from hvdtrain.backends.communicator import Communicator
 
 _MODULO = 4096  # growing numbers are told modulo this
-_replicas = itertools.count(1)  # of this process; every rank makes them in the same order
 
 
 @dataclass(slots=True)
@@ -36,7 +34,7 @@ class Tally:
         ranks: Ranks with a backward pass in this step.
         began: `hvdtrain.backends.loss_scale.now` of the first of them, summed over these ranks.
         steps: Optimizer steps on exchanged gradients so far, summed over all ranks.
-        replica: The replica's number in its process, summed over all ranks.
+        replica: The replica's number, summed over all ranks.
     """
 
     samples: int = 0
@@ -66,16 +64,17 @@ class Weighting:
     Args:
         communicator: All ranks.
         divisor: What the engine will divide the ranks' sum by.
+        number: The replica's, the same on every rank.
 
     Attributes:
         tally: Of this rank in this step.
         steps: Optimizer steps on exchanged gradients so far.
     """
 
-    def __init__(self, communicator: Communicator, divisor: int) -> None:
+    def __init__(self, communicator: Communicator, divisor: int, *, number: int = 1) -> None:
         self._communicator = communicator
         self._divisor = divisor
-        self._replica = next(_replicas)
+        self._replica = number
         self.steps = 0
         self._unit: float | None = None  # about as many samples as a step has
         self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
