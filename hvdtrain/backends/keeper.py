@@ -8,6 +8,7 @@ or said here, on every engine alike.
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from hvdtrain.backends.watched import Watched
 from hvdtrain.errors import TrainingError
 
 _log = logging.getLogger(__name__)
-State = list[tuple[Tensor | None, int]]  # each gradient and its version
+_LOOKS = 10  # steps in which it is seen whether gradients are kept: who does so does so from the start
+State = tuple[list[Tensor | None], list[int]]  # each gradient, and its version; flat lists, compared at C's speed
 
 
 class Keeper:
@@ -35,11 +37,12 @@ class Keeper:
         self._name_of = name_of
         self._made: State | None = None  # as the last backward pass of this step left them
         self._lent: list[Tensor] = []  # those of the last step
-        self._told = False
+        self._looks = _LOOKS
 
     def state(self) -> State:
         """Return each gradient and its version, to be compared by `differ`."""
-        return [(g, -1 if g is None else g._version) for g in [p.grad for p in self._watched.trained]]
+        gradients = [p.grad for p in self._watched.trained]
+        return gradients, [-1 if g is None else g._version for g in gradients]
 
     def note(self) -> None:
         """A backward pass of the replica has made the gradients as they are now."""
@@ -51,9 +54,10 @@ class Keeper:
 
     def lend(self, reused: bool) -> None:
         """The user has the averaged gradients now; ``reused`` if the next step's will be where they are."""
-        self._made = None
-        held = (p.grad for p in self._watched.trained) if reused and not self._told else ()
-        self._lent = [gradient for gradient in held if gradient is not None]
+        made, self._made = self._made, None
+        if reused and self._looks and made is not None:
+            self._looks -= 1
+            self._lent = [g for g in made[0] if g is not None and g._is_view()]  # into an engine's buffer
 
     def refuse_foreign(self) -> None:
         """Begin a step: nothing may be there but zeros, which are cleared.
@@ -83,8 +87,9 @@ class Keeper:
         """
         if self._made is None or not differ(self.state(), self._made):
             return
-        for parameter, now, made in zip(self._watched.trained, self.state(), self._made, strict=True):
-            if differ([now], [made]):
+        gradients, versions = self._made
+        for parameter, made, version in zip(self._watched.trained, gradients, versions, strict=True):
+            if parameter.grad is not made or (made is not None and made._version != version):
                 raise TrainingError(
                     f"the gradient of {self._name_of(parameter)!r} was changed after replica.backward() and before the exchange was complete: by "
                     "another backward pass through it (of another replica's loss, or a plain loss.backward()), by zero_grad(), or by "
@@ -110,8 +115,8 @@ class Keeper:
     def look_at_lent(self) -> None:
         """Say so, once, if somebody keeps the last step's gradients, whose memory this step's will be in."""
         lent, self._lent = self._lent, []
-        if any(count > _ALONE for count in _counts(lent)):
-            self._told = True
+        if any(map(operator.gt, _references(lent), _expected(lent))):
+            self._looks = 0
             _log.warning(
                 "gradients of the last step are still referenced, and this step will overwrite them; keep copies: parameter.grad.clone()"
             )
@@ -135,17 +140,22 @@ def nothing_added(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def differ(now: State, before: State) -> bool:
     """Whether any gradient is another, or was written to."""
-    return any(
-        gradient is not earlier or version != at for (gradient, version), (earlier, at) in zip(now, before, strict=True)
-    )
+    return now[1] != before[1] or not all(map(operator.is_, now[0], before[0]))
 
 
-def _counts(tensors: list[Tensor]) -> list[int]:
-    """How many references each has, those of this list and of the counting included."""
+def _references(tensors: list[Tensor]) -> list[int]:
+    """How often Python refers to each, by this list and the counting too."""
     return [sys.getrefcount(tensor) for tensor in tensors]
 
 
-_ALONE = _counts([torch.empty(0)])[0]
+def _expected(tensors: list[Tensor]) -> list[int]:
+    """What `_references` says where nobody else does: newer versions of torch count C++'s own reference."""
+    return [_HELD if tensor._use_count() > 1 else _ALONE for tensor in tensors]  # type: ignore[attr-defined]
+
+
+_held = nn.Parameter(torch.empty(0))
+_held.grad = torch.empty(0)
+_ALONE, _HELD = _references([torch.empty(0)])[0], _references([_held.grad])[0]
 
 
 def values(gradient: Tensor) -> Tensor:

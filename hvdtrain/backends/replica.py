@@ -244,7 +244,7 @@ class Replica(ABC):
             self._scale(Tally.of(summed.tolist()))
         self._keeper.lend(self._reuses_gradients)
         self._phase = _Phase.EXCHANGED
-        self._left_gradients = bool(self._gradients())
+        self._left_gradients = self._any_gradient()
 
     def step(
         self,
@@ -269,7 +269,7 @@ class Replica(ABC):
         """
         optimizer = self.optimizer
         self.reduce_gradients()
-        if not self._gradients():
+        if not self._any_gradient():
             scaler = None  # no rank had a sample: there is nothing to unscale
         if scaler is not None:
             unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
@@ -372,7 +372,7 @@ class Replica(ABC):
 
     def why_no_step(self) -> str:
         """Why the optimizer must not step now; "" if it may."""
-        if self._phase is _Phase.EXCHANGED or not self._backend.running or not self._gradients():
+        if self._phase is _Phase.EXCHANGED or not self._backend.running or not self._any_gradient():
             return ""
         if self._phase is _Phase.STEPPED:
             return (
@@ -388,7 +388,7 @@ class Replica(ABC):
         """The optimizer has stepped."""
         if self._phase is _Phase.EXCHANGED:
             self._phase = _Phase.STEPPED
-            if self._gradients():
+            if self._any_gradient():
                 self._weighting.steps += 1
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -399,6 +399,9 @@ class Replica(ABC):
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._watched.trained if p.grad is not None]
+
+    def _any_gradient(self) -> bool:
+        return any(p.grad is not None for p in self._watched.trained)
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "?")
@@ -416,7 +419,7 @@ class Replica(ABC):
         """Whether the user has used and cleared this step's gradients."""
         if self._phase is _Phase.EXCHANGED and not self._left_gradients:
             return False
-        return self._phase in (_Phase.EXCHANGED, _Phase.STEPPED) and not self._gradients()
+        return self._phase in (_Phase.EXCHANGED, _Phase.STEPPED) and not self._any_gradient()
 
     def _refuse_interrupted(self) -> None:
         if self._phase is _Phase.INTERRUPTED and self._backend.world_size > 1:
@@ -439,7 +442,7 @@ class Replica(ABC):
     def _begin_or_refuse(self) -> None:
         """A backward pass that is not one more of this step begins the next one, if this one's gradients are gone."""
         self._refuse_interrupted()
-        if self._phase is _Phase.LEAVING or (self._phase is _Phase.EXCHANGED and self._gradients()):
+        if self._phase is _Phase.LEAVING or (self._phase is _Phase.EXCHANGED and self._any_gradient()):
             raise TrainingError(
                 "backward() after this step's last micro-batch; call step() first. If they belong to one step, mark the earlier micro-"
                 "batches with `with replica.accumulate(last=False):`; two losses of one forward pass are added (loss_1 + loss_2) or get "

@@ -6,16 +6,16 @@ before each exchange, so it costs comparisons of flat lists and no walk over the
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-_Seen = tuple[list[int], list[int], list[bool], list[int], list[torch.dtype], list[int]]
+_Seen = tuple[list[object], list[tuple[bool, torch.dtype]]]  # who is there, and how
 
 
 class Watched:
@@ -49,15 +49,17 @@ class Watched:
 
     def changed(self) -> bool:
         """Whether modules, parameters, their kinds, what requires gradients, or the optimizer's groups are other than when taken."""
-        return self._look() != self._seen
+        objects, kinds = self._look()
+        return (
+            kinds != self._seen[1]
+            or len(objects) != len(self._seen[0])
+            or not all(map(operator.is_, objects, self._seen[0]))
+        )
 
     def _look(self) -> _Seen:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return (
-            [id(child) for module in self._modules for child in module._modules.values()],
-            [id(parameter) for module in self._modules for parameter in module._parameters.values()],
-            [parameter.requires_grad for parameter in self._own],
-            [id(parameter) for group in groups for parameter in group["params"]],
-            [parameter.dtype for parameter in self._own],
-            [-1 if is_lazy(parameter) else parameter.numel() for parameter in self._own],
-        )
+        objects: list[object] = [child for module in self._modules for child in module._modules.values()]
+        objects += [parameter for module in self._modules for parameter in module._parameters.values()]
+        for group in groups:
+            objects += group["params"]
+        return objects, [(parameter.requires_grad, parameter.dtype) for parameter in self._own]
