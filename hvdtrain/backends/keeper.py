@@ -57,7 +57,12 @@ class Keeper:
         made, self._made = self._made, None
         if reused and self._looks and made is not None:
             self._looks -= 1
-            self._lent = [g for g in made[0] if g is not None and g._is_view()]  # into an engine's buffer
+            # Into an engine's buffer. The last list stays: where buffers stay too, Python need not make these objects anew.
+            self._lent = [g for g in made[0] if g is not None and g._is_view()]
+
+    def release(self) -> None:
+        """The engine has other buffers now."""
+        self._lent, self._looks = [], max(self._looks, 3)
 
     def refuse_foreign(self) -> None:
         """Begin a step: nothing may be there but zeros, which are cleared.
@@ -114,6 +119,8 @@ class Keeper:
 
     def look_at_lent(self) -> None:
         """Say so, once, if somebody keeps the last step's gradients, whose memory this step's will be in."""
+        if not self._looks:
+            return
         lent, self._lent = self._lent, []
         if any(map(operator.gt, _references(lent), _expected(lent))):
             self._looks = 0

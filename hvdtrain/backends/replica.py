@@ -490,6 +490,7 @@ class Replica(ABC):
         self._keeper.refuse_hooks(self._own_hooks)
         if not self._watched.changed():
             return
+        self._keeper.release()
         new = self._watched.take()
         check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
         # The forward pass has used the new ones, so it is too late to copy them.
