@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.named import NamedData, load_data
+from hvdtrain.data.partition import BatchPartition
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
@@ -216,8 +217,7 @@ def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int
             f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
             "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
         ) from error
-    whole, rest = divmod(samples, batch)
-    return max(1, whole + bool(rest) if config.last_batch == "keep" else whole)
+    return BatchPartition(length=samples, global_batch_size=batch, last_batch=config.last_batch).steps_per_epoch
 
 
 def _global_batch_size(config: TrainConfig, backend: Backend) -> int:
