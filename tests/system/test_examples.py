@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, torchrun
+from launching import ROOT, run, torchrun
 
 EXAMPLES = ROOT / "examples"
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hvdtrain, run
+from launching import ROOT, hvdtrain, run, torchrun
 from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI, TORCH
 
 
@@ -207,8 +207,6 @@ def test_a_run_dir_that_cannot_be_written_is_told_before_training(tmp_path, rank
 
 
 def test_local_under_torchrun_is_refused_with_what_would_work(tmp_path):
-    from conftest import torchrun
-
     ended = run(torchrun(2, "-m", "hvdtrain", "--backend", "local", "--run-dir", str(tmp_path)))
     assert ended.code != 0
     assert "backend 'local' is one process" in ended.output
