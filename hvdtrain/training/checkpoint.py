@@ -97,6 +97,21 @@ class Loaded:
     rank_states: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """All that a checkpoint holds.
+
+    Attributes:
+        model: Tensors by name; names of tied weights share one.
+        training: As it was given to `Checkpoints.save`.
+        rank_states: Every saved rank's state, in rank order.
+    """
+
+    model: dict[str, Tensor]
+    training: dict[str, Any]
+    rank_states: list[dict[str, Any]]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -204,14 +219,14 @@ class Checkpoints:
             }
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
             for file in partial.iterdir():
-                _flush(file)
-            _flush(partial)
+                flush(file)
+            flush(partial)
             if (
                 path.exists()
             ):  # written again after a resume: if we are killed here, `_sweep` or `latest` brings it back
                 path.rename(old)
             partial.rename(path)
-            _flush(self.folder)
+            flush(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             if old.exists() and not path.exists():
@@ -234,6 +249,13 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         for left in self.folder.glob("partial-*-step-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest first; [] if it is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
 def opened(which: Saved | Path | str) -> Saved:
@@ -320,11 +342,21 @@ def _agree(ranks: Ranks, look: Callable[[], T]) -> T:
 
 
 def _read(saved: Saved, model: nn.Module) -> Loaded:
+    found = contents(saved)
+    fill(model, found.model, saved.path)
+    return Loaded(path=saved.path, step=saved.step, training=found.training, rank_states=found.rank_states)
+
+
+def contents(saved: Saved) -> Contents:
+    """Read all that a checkpoint holds.
+
+    Raises:
+        CheckpointError: It is not readable without unpickling.
+    """
     path = Path(saved.path)
     tensors = load_file(path / _FILES[0])
     for name, source in saved.aliases.items():
         tensors[name] = tensors[source]
-    fill(model, tensors, str(path))
     try:
         training = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
         everyone = torch.load(path / _FILES[2], map_location="cpu", weights_only=True)
@@ -332,7 +364,7 @@ def _read(saved: Saved, model: nn.Module) -> Loaded:
         raise CheckpointError(
             f"{path}: the training state cannot be read without unpickling, which is not done: {error}"
         ) from error
-    return Loaded(path=str(path), step=saved.step, training=training, rank_states=everyone)
+    return Contents(model=tensors, training=training, rank_states=everyone)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -394,7 +426,8 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's list of files, on the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
