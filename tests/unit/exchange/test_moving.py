@@ -162,8 +162,8 @@ def test_the_commands_say_what_they_wrote(run, tmp_path, capsys):
     assert main(["export", str(run[0]), out, "--format", "torch", "--optimizer"]) == 0
     assert main(["import", out, new]) == 0
     assert capsys.readouterr().out == (
-        f"wrote {out}: 14 tensors and the optimizer's state of {run[0]}/checkpoints/step-00000003\n"
-        f"wrote {new}/checkpoints/step-00000000: 14 tensors and the optimizer's state\nnext: hvdtrain --run-dir {new}\n"
+        f"wrote {out}: 13 tensors and the optimizer's state of {run[0]}/checkpoints/step-00000003\n"
+        f"wrote {new}/checkpoints/step-00000000: 13 tensors and the optimizer's state\nnext: hvdtrain --run-dir {new}\n"
     )
 
 
