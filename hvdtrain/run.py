@@ -39,6 +39,7 @@ from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.checkpoint import Checkpoints, Saved, model_state
+from hvdtrain.training.interrupt import Interrupt
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -87,6 +88,7 @@ def run_training(config: TrainConfig) -> Summary:
             run_folder.make(run_dir)
             _keep_record(config, run_dir, resume_from)
         logger, progress = _loggers(config, backend, console, run_dir, resume_from)
+        interrupt = Interrupt(lambda text: console.print(text, highlight=False))
         trainer = Trainer(
             backend,
             model,
@@ -105,23 +107,25 @@ def run_training(config: TrainConfig) -> Summary:
             progress=progress,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint_every,
-            stop_requested=stop,
+            checkpoint_minutes=config.checkpoint_minutes,
+            stop_requested=lambda: stop() or interrupt(),
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
-            result = trainer.fit(
-                train_data,
-                eval_data,
-                epochs=config.epochs,
-                max_steps=config.max_steps,
-                global_batch_size=batch,
-                eval_batch_size=config.eval_batch_size,
-                eval_every=config.eval_every,
-                last_batch=config.last_batch,
-                resume_from=resume_from,
-            )
+            with interrupt:
+                result = trainer.fit(
+                    train_data,
+                    eval_data,
+                    epochs=config.epochs,
+                    max_steps=config.max_steps,
+                    global_batch_size=batch,
+                    eval_batch_size=config.eval_batch_size,
+                    eval_every=config.eval_every,
+                    last_batch=config.last_batch,
+                    resume_from=resume_from,
+                )
         finally:
             logger.close()
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)

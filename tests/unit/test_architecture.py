@@ -57,7 +57,7 @@ STAIRS = [
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.random_numbers", "training.plain_state"],
-    ["training.checkpoint", "observe.logger", "observe.whole_file", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
+    ["training.checkpoint", "observe.logger", "observe.whole_file", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules"],
     ["training.position", "training.loop_state", "training.evaluation"],
