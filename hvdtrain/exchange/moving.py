@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from hvdtrain.errors import CheckpointError
 from hvdtrain.exchange.content import Content, composed, taken_apart
 from hvdtrain.exchange.dcp import METADATA, read_dcp, write_dcp
 from hvdtrain.exchange.files import read_safetensors, read_torch, write_safetensors, write_torch
-from hvdtrain.training.checkpoint import Checkpoints, Saved, check, contents, flush, step_folders
+from hvdtrain.training import checkpoint_files, descent
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint_files import MANIFEST, Saved, check, read_model, read_state
 from hvdtrain.training.plain_state import from_plain, to_plain
 from hvdtrain.version import __version__
 
@@ -26,7 +27,6 @@ _log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "torch", "dcp")
 CHECKPOINTS = "checkpoints"
 """Where a run's folder has them."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +92,7 @@ def import_file(source: Path, run: Path, *, optimizer: bool = True, trusted: boo
         CheckpointError: The file is damaged, unknown or unsafe, or the run has checkpoints already.
     """
     folder = run / CHECKPOINTS
-    if step_folders(run) or step_folders(folder):
+    if _candidates(run) or _candidates(folder):
         raise CheckpointError(
             f"{run} has checkpoints already, and a run begins only once; name the folder of a new run, or move them away"
         )
@@ -105,7 +105,12 @@ def import_file(source: Path, run: Path, *, optimizer: bool = True, trusted: boo
         "kinds": {"optimizer": content.optimizer_class} if content.optimizer and content.optimizer_class else {},
         "position": {},
     }
-    path = Checkpoints(folder).save(_Nobody(), step=0, model=content.model, training=training, rank_state={})
+    checkpoints = Checkpoints(folder, lock=run / ".lock")
+    try:
+        # Of no ranks: whoever goes on from it begins their random numbers anew.
+        path = checkpoints.write(checkpoint_files.Content(step=0, model=content.model, training=training, ranks=[]))
+    finally:
+        checkpoints.release()
     return Moved(
         path=path, source=str(source), step=0, tensors=len(content.model), optimizer=content.optimizer is not None
     )
@@ -129,11 +134,11 @@ def newest(source: Path) -> Saved:
     Raises:
         CheckpointError: There is none.
     """
-    if (source / "manifest.json").exists():
+    if (source / MANIFEST).exists():
         return check(source)
     if not source.is_dir():
         raise CheckpointError(f"{source} is no folder of a run and no checkpoint")
-    candidates = step_folders(source / CHECKPOINTS) or step_folders(source)
+    candidates = _candidates(source / CHECKPOINTS) or _candidates(source)
     for path in candidates:
         try:
             return check(path)
@@ -147,25 +152,18 @@ def newest(source: Path) -> Saved:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-class _Nobody:
-    """Writes a checkpoint that no ranks have a state in: whoever continues from it begins their random numbers anew."""
-
-    rank, world_size = 0, 1
-
-    def broadcast_object(self, obj: T, src: int = 0) -> T:
-        return obj
-
-    def all_gather_object(self, obj: T) -> list[T]:
-        return []
+def _candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest first; [] if it is not there."""
+    return list(reversed(descent.steps(folder).values())) if folder.is_dir() else []
 
 
 def _content_of(saved: Saved) -> Content:
-    found = contents(saved)
-    state = found.training.get("optimizer")
+    training = read_state(Path(saved.path), "training")
+    state = training.get("optimizer")
     return Content(
-        model=found.model,
+        model=read_model(saved),
         optimizer=None if not state else from_plain(state, None, f"the optimizer's state in {saved.path}"),
-        optimizer_class=found.training.get("kinds", {}).get("optimizer", ""),
+        optimizer_class=training.get("kinds", {}).get("optimizer", ""),
     )
 
 
@@ -173,7 +171,7 @@ def _read_foreign(source: Path, *, trusted: bool) -> Content:
     if source.is_dir():
         if (source / METADATA).is_file():
             return taken_apart(read_dcp(source, trusted=trusted), str(source))
-        if (source / "manifest.json").exists():
+        if (source / MANIFEST).exists():
             raise CheckpointError(f"{source} is a checkpoint of hvdtrain; a run begins with it by --resume {source}")
         raise CheckpointError(
             f"{source} is a folder without {METADATA}, so no torch.distributed.checkpoint; name a file"
@@ -201,7 +199,7 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         for path in [*beside.iterdir(), beside] if beside.is_dir() else [beside]:
-            flush(path)
+            _flush(path)
         beside.rename(out)
     except CheckpointError:
         raise
@@ -215,3 +213,11 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
