@@ -67,6 +67,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # the first one writes for all: thirteen launches
 @pytest.mark.parametrize("target", WORLDS, ids=named)
 def test_every_world_goes_on_from_every_other(written, tmp_path, uninterrupted, target):
     found = job(target, tmp_path, *[str(written / named(source)) for source in WORLDS])
