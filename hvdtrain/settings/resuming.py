@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     "resume": Rule(FREE),
     "checkpoint_every": Rule(FREE),
     "checkpoint_minutes": Rule(FREE),
+    "checkpoint_async": Rule(FREE),
     "keep": Rule(FREE),
     "eval_every": Rule(TAKEN),
     "log_every": Rule(FREE),

@@ -41,11 +41,13 @@ class Verdict:
     Attributes:
         stop: Some rank was asked to stop.
         save: It is time for a checkpoint, by rank 0's clock.
+        failed: Something failed on some rank that does not show itself.
         tally: The ranks' tallies since the last checkup, summed.
     """
 
     stop: bool
     save: bool
+    failed: bool
     tally: Tally
 
 
@@ -57,6 +59,7 @@ class Checkup:
         log_every: Steps between logged steps.
         stop_requested: Whether this rank was asked to stop.
         interval_s: The longest time between two checkups, in seconds, as far as whole steps allow.
+        failed: Whether something has failed on this rank, beside the training.
         save_every_s: The time between checkpoints, in seconds, after which a checkup says so.
         clock: Returns seconds; rank 0's decides for all.
     """
@@ -68,6 +71,7 @@ class Checkup:
         log_every: int,
         stop_requested: Callable[[], bool],
         interval_s: float = 1.0,
+        failed: Callable[[], bool] = lambda: False,
         save_every_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -75,6 +79,7 @@ class Checkup:
         self.log_every = log_every
         self._stop_requested = stop_requested
         self._interval_s = interval_s
+        self._failed = failed
         self._save_every_s = save_every_s
         self._clock = clock
         self._next = 0
@@ -110,11 +115,12 @@ class Checkup:
         mine = [
             float(self._stop_requested()),
             float(decides and now - self._saved_at >= self._save_every_s),
+            float(self._failed()),
             tally.loss_sum,
             float(tally.samples),
             float(min(until_next, 10_000)) if decides else 0.0,
         ]
         everyone = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        stop, save, loss_sum, samples, steps = everyone
+        stop, save, failed, loss_sum, samples, steps = everyone
         self._next = step + int(steps)
-        return Verdict(stop > 0, save > 0, Tally(loss_sum, int(samples)))
+        return Verdict(stop > 0, save > 0, failed > 0, Tally(loss_sum, int(samples)))

@@ -180,6 +180,7 @@ class Trainer:
             backend,
             log_every=log_every,
             stop_requested=stop_requested or (lambda: False),
+            failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
         )
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
@@ -285,6 +286,7 @@ class Trainer:
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
                 self._evaluate_here(eval_source, eval_batch_size)
+            self._settle()
         return FitResult(
             epochs=position.epoch,
             steps=position.steps,
@@ -420,6 +422,8 @@ class Trainer:
         self._pending_loss.look()
         position = self.position
         verdict = self._checkup.hold(position.steps, position.take_recent())
+        if verdict.failed:
+            self._settle()
         report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
         if report is not None:
             rate = self._samples / self._train_seconds if self._train_seconds else math.nan
@@ -445,6 +449,7 @@ class Trainer:
 
     def _stop(self) -> None:
         path = self._save()
+        self._settle()
         where = f"saved {path}" if path else "nothing was saved, because there is no place for checkpoints"
         raise Preempted(f"asked to stop after step {self.position.steps}; {where}")
 
@@ -457,6 +462,11 @@ class Trainer:
         path = save(self._state, self._checkpoints, self.position, self._seed)
         self._checkup.saved()
         return path
+
+    def _settle(self) -> None:
+        """Know that what was saved is on the disk, or fail on all ranks."""
+        if self._checkpoints is not None:
+            self._checkpoints.settle(self.backend)
 
     def _rehearse(self, batches: RankBatches) -> None:
         if not batches.partition.step(0).every_rank:
