@@ -338,6 +338,8 @@ def _loggers(
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").exists():  # somebody has deleted the folder meanwhile
+        write_whole(run_dir / "config.yaml", record_text(config))
     file = run_dir / "summary.json"
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)
