@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -36,9 +37,11 @@ from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
 from hvdtrain.settings.options import Component
 from hvdtrain.settings.record import record_text, what_stays
+from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
-from hvdtrain.training.checkpoint import Checkpoints, Saved, model_state
+from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
+from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -46,8 +49,6 @@ from hvdtrain.training.trainer import FitResult, Trainer
 from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
-
-_WHICH = {"auto": "latest"}  # what --resume says, and `Checkpoints.find`
 
 
 def run_training(config: TrainConfig) -> Summary:
@@ -79,13 +80,13 @@ def run_training(config: TrainConfig) -> Summary:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
-        checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
-        resume_from = (
-            None if config.resume == "never" else checkpoints.find(backend, _WHICH.get(config.resume, config.resume))
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            keep=config.keep,
+            lock=run_dir / ".lock",
+            settings=recorded(config, backend.world_size),
         )
-        if backend.rank == 0:
-            run_folder.make(run_dir)
-            _keep_record(config, run_dir, resume_from)
+        resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
         logger, progress = _loggers(config, backend, console, run_dir, resume_from)
         trainer = Trainer(
             backend,
@@ -127,6 +128,7 @@ def run_training(config: TrainConfig) -> Summary:
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
         if backend.rank == 0:
             _conclude(config, summary, result, console, run_dir)
+            checkpoints.release()
     return summary
 
 
@@ -283,6 +285,36 @@ def _schedule(
     return schedule, "step"
 
 
+def _begin(
+    config: TrainConfig, backend: Backend, run_dir: Path, checkpoints: Checkpoints, console: Console
+) -> Saved | None:
+    """On rank 0: take the run's folder, find what to go on from, and leave only this run's line of checkpoints there."""
+    named = config.resume not in ("auto", "never")
+    found = opened(_named(config.resume, checkpoints)) if named else None  # a wrong name leaves no folder
+    run_folder.make(run_dir)
+    checkpoints.claim()
+    if config.resume == "auto":
+        found = checkpoints.latest()
+    evaluates = config.epochs == 0
+    if found is not None and not evaluates:
+        said = compare(found.settings, config, backend.world_size, Path(found.path).name)
+        if said:
+            _log.warning("%s", said)
+    if not evaluates:
+        summary, metrics = run_dir / "summary.json", run_dir / "metrics.jsonl"
+        moved = checkpoints.begin(found, beside=(run_dir / "config.yaml", metrics, summary))
+        if moved:
+            summary.unlink(missing_ok=True)
+            console.print(moved, highlight=False, markup=False)
+    _keep_record(config, run_dir, found)
+    return found
+
+
+def _named(which: str, checkpoints: Checkpoints) -> Path:
+    """The checkpoint that ``--resume`` names: by its folder, or by its step in the run's own folder."""
+    return checkpoints.folder / name_of(int(which)) if re.fullmatch(r"[0-9]{1,12}", which) else Path(which)
+
+
 def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) -> None:
     """Write ``config.yaml``, or say why the one that is there stays."""
     file = run_dir / "config.yaml"
@@ -290,7 +322,7 @@ def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) 
     stays = what_stays(file, config, goes_on=goes_on)
     if stays is None:
         write_whole(file, record_text(config))
-    elif stays and not (goes_on and config.epochs == 0):  # to evaluate changes nothing of the run
+    elif stays:
         _log.warning("%s", stays)
 
 
@@ -306,6 +338,8 @@ def _loggers(
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").exists():  # somebody has deleted the folder meanwhile
+        write_whole(run_dir / "config.yaml", record_text(config))
     file = run_dir / "summary.json"
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)

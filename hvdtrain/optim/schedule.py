@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,6 +22,24 @@ def scaled_lr(lr: float, world_size: int) -> float:
     return lr * world_size
 
 
+class BuiltInSchedule(LambdaLR):
+    """A factor on each parameter group's own rate. What is saved of it is the step; rates and shape are the running program's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the saved step, with the rates that this schedule was made with."""
+        base_lrs = list(self.base_lrs)
+        super().load_state_dict(state_dict)
+        self.base_lrs = base_lrs
+        rates = [base * factor(self.last_epoch) for base, factor in zip(base_lrs, self.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, base_lrs, rates, strict=True):
+            group["initial_lr"] = base
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = list(rates)
+
+
 def make_schedule(
     optimizer: Optimizer,
     name: str,
@@ -30,7 +49,7 @@ def make_schedule(
     steps_per_epoch: int,
     warmup_steps: int = 0,
     warmup_start: float = 0.0,
-) -> LambdaLR:
+) -> BuiltInSchedule:
     """Make a schedule that is stepped once per optimizer step; every parameter group keeps its own base rate.
 
     Args:
@@ -67,7 +86,7 @@ def make_schedule(
             return warmup_start + (1 - warmup_start) * (step + 1) / warmup_steps
         return shape(step - warmup_steps)
 
-    return LambdaLR(optimizer, factor)
+    return BuiltInSchedule(optimizer, factor)
 
 
 def _constant(steps: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.checkpoint import Checkpoints, Saved
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Tally
 from hvdtrain.training.loop_state import LoopState
 from hvdtrain.training.position import Position

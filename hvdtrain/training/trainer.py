@@ -31,7 +31,8 @@ from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
-from hvdtrain.training.checkpoint import Checkpoints, Saved
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
