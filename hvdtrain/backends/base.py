@@ -33,6 +33,7 @@ from hvdtrain.errors import (
     Preempted,
     RankFailure,
 )
+from hvdtrain.launch import guard, leash
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
@@ -163,6 +164,7 @@ class Backend(Communicator):
             )
         if self.device.type == "cpu":
             keep_freed_memory()
+        leash.hold(self.topology.launcher)
         self._connect()
         self._running = True
         atexit.register(self._leave_at_exit)
@@ -207,6 +209,8 @@ class Backend(Communicator):
     ) -> None:
         agreed = isinstance(error, Preempted)  # all ranks raise it at the same step
         if error is None or agreed or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            if agreed:
+                guard.tell_saved()
             try:
                 self.stop()
                 return
