@@ -17,7 +17,7 @@ from signalled import MARK, Job
 
 SCRIPT = str(Path(__file__).with_name("worker_job.py"))
 ENDS = {"done": 0, "raise": 1, "exit": 3, "hard": 3, "wait": -signal.SIGKILL}
-GONE_S = 30  # a stalled sample takes 600 s, and a stopped process for ever
+GONE_S = 60  # a stalled sample takes 600 s, and a stopped process for ever
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel as Linux is asked")
 

@@ -36,6 +36,7 @@ STAIRS = [
     ["backends.rooted"],
     ["backends.messages"],
     ["backends.communicator"],
+    ["backends.group"],
     ["backends.agreement", "backends.weighting"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],
