@@ -27,6 +27,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.observe import run_folder
+from hvdtrain.observe.console import LastingConsole
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
@@ -135,7 +136,7 @@ def run_training(config: TrainConfig) -> Summary:
 def _console(backend: Backend) -> Console:
     # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
     forwarded = may_join_by_mpi(backend.topology.launcher)
-    return Console(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
+    return LastingConsole(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
 
 
 def _backend(config: TrainConfig) -> Backend:
