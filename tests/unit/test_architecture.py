@@ -23,6 +23,7 @@ STAIRS = [
     ["settings.record"],
     ["launch.hostlist", "launch.ancestry", "launch.environment", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.nested", "data.random_numbers"],
     ["launch.launchers", "launch.stuck", "launch.algorithms", "launch.cores", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
+    ["launch.leftovers"],
     ["launch.detect", "data.source"],
     ["data.rank_batches"],
     ["data.same_data"],
