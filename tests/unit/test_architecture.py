@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
     ["version", "errors"],
-    ["topology", "memory", "file_lock", "settings.wording", "settings.yaml_text"],
+    ["topology", "memory", "file_lock", "settings.wording", "settings.yaml_bounds"],
+    ["settings.yaml_text"],
     ["settings.options"],
     ["settings.layers", "settings.horovod_config", "settings.components"],
     ["settings.config", "settings.flags"],
@@ -58,6 +59,7 @@ STAIRS = [
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.random_numbers", "training.plain_state"],
+    ["training.dry_run"],
     ["training.checkpoint", "observe.logger", "observe.whole_file", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules"],
