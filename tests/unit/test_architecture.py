@@ -68,6 +68,7 @@ STAIRS = [
     ["training.trainer"],
     ["run"],
     ["horovod_build.failure", "horovod_build.trial"],
+    ["horovod_build.private_folder"],
     ["horovod_build.edits", "horovod_build.running", "horovod_build.wishes", "horovod_build.wheels", "horovod_build.probe"],
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
