@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "train": "hvdtrain.cli.train",
     "export": "hvdtrain.cli.export",
     "import": "hvdtrain.cli.import_file",
+    "guard": "hvdtrain.cli.guard",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }
 EXIT_INTERRUPTED = 130

@@ -173,6 +173,8 @@ def _fill(folder: Path, content: Content) -> None:
         packed = pack(state, f"the {name} state")
         (folder / f"{name}.json").write_bytes(to_json(packed.tree))
         save_file(packed.tensors, folder / f"{name}.safetensors")
+    for file in folder.glob("*.safetensors"):  # which safetensors may have made for this user alone
+        shutil.copymode(folder / "ranks.json", file)
     manifest = {
         "format": FORMAT,
         "step": content.step,
@@ -299,8 +301,14 @@ def read_state(path: Path, name: str) -> Any:
 
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
-    if not os.path.lexists(file):
-        raise CheckpointError(f"{path} is no checkpoint: it has no {MANIFEST}; name a folder like step-00000120")
+    try:
+        os.lstat(file)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has no {MANIFEST}; name a folder like step-00000120"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     text = _content(file, _LARGEST_JSON[MANIFEST])
     _refuse_other_formats(path, text)
     manifest = from_json(text, str(file))

@@ -40,6 +40,7 @@ _MISFITS = (
     RuntimeError,
     OverflowError,
 )  # of foreign states
+_PACED = ("lr", "momentum", "betas")  # what schedules change
 _OWN = ("optimizer", "schedule", "precision", "kinds")  # names in a checkpoint that are not the user's
 
 
@@ -226,11 +227,30 @@ class LoopState:
                 f"{', '.join(sorted(set(loaded.training) - {'kinds'}))}"
             )
         try:
+            own_options = _options(part) if name == "optimizer" else []
             _load(part, from_plain(state, _state(part), f"the {name}'s state"))
+            if name == "optimizer":
+                self._check_options(loaded, part, own_options)
         except _MISFITS as error:
             raise CheckpointError(
                 f"{loaded.path} was written with another {name}: {type(error).__name__}: {error}; use the same, or --resume never"
             ) from error
+
+    def _check_options(self, loaded: Loaded, optimizer: Optimizer, own: list[dict[str, Any]]) -> None:
+        """What each group of parameters was given: the checkpoint's go on, as torch has it, and a difference is said."""
+        paced = () if self._schedule is None else _PACED
+        different = {}
+        for group, before in zip(optimizer.param_groups, own, strict=True):
+            for option, value in before.items():
+                if option not in group and option in optimizer.defaults:
+                    raise KeyError(f"its parameters have no {option!r}")
+                now = group.setdefault(option, value)  # what a schedule keeps there
+                if option in optimizer.defaults and option not in paced and repr(now) != repr(value):
+                    different[option] = f"{option}={now} (and not {value})"
+        if different:
+            _log.warning(
+                "%s: the optimizer goes on with %s, as it was saved", loaded.path, ", ".join(different.values())
+            )
 
 
 def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
@@ -257,6 +277,10 @@ def _optimizer(replica: Replica) -> Optimizer | None:
         return replica.optimizer
     except ConfigError:
         return None
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _state(part: Any) -> Any:
