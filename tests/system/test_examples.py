@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hvdtrain.training.checkpoint_files import FILES
 from launching import ROOT, run, torchrun
 
 EXAMPLES = ROOT / "examples"
@@ -44,7 +45,7 @@ def test_an_own_loop_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been_stop
         if "--stop-after" in more:
             assert max(parts.iterdir()).name == "step-00000057"
     assert max(parts.iterdir()).name == max(whole.iterdir()).name > "step-00000057"
-    for file in ("model.safetensors", "training.pt", "ranks.pt"):
+    for file in FILES:
         one, other = (json.loads((max(run.iterdir()) / "manifest.json").read_text())["files"] for run in (whole, parts))
         assert one[file] == other[file], file
 
