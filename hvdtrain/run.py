@@ -27,6 +27,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.observe import run_folder
+from hvdtrain.observe.console import LastingConsole
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
@@ -42,6 +43,7 @@ from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
+from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -71,7 +73,7 @@ def run_training(config: TrainConfig) -> Summary:
         seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = _task(config, backend)
         model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
-        model.to(backend.device)
+        _check_model(config, task, model, backend)
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
@@ -135,7 +137,7 @@ def run_training(config: TrainConfig) -> Summary:
 def _console(backend: Backend) -> Console:
     # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
     forwarded = may_join_by_mpi(backend.topology.launcher)
-    return Console(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
+    return LastingConsole(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
 
 
 def _backend(config: TrainConfig) -> Backend:
@@ -188,9 +190,27 @@ def _task(config: TrainConfig, backend: Backend) -> Task:
     assert config.data is not None
     assert config.model is not None
     data = load_data(config.data, folder=Path(config.data_dir), download=config.download, timeout_s=config.timeout)
-    return Classification(
-        _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing
+    return _NamedClassification(
+        _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing, data=data
     )
+
+
+class _NamedClassification(Classification):
+    """Of --model and --data, with what the data say of themselves."""
+
+    def __init__(self, *parts: Any, data: NamedData, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self.data = data
+
+
+def _check_model(config: TrainConfig, task: Task, model: Any, backend: Backend) -> None:
+    """Puts the model on its device, and sees that it is one, and takes the data."""
+    if not isinstance(model, nn.Module):
+        who = f"--model {config.model.name}" if config.model is not None else f"{type(task).__name__}.build_model"
+        raise ConfigError(f"{who} made a {type(model).__name__}, not a torch.nn.Module")
+    model.to(backend.device)
+    if isinstance(task, _NamedClassification) and config.model is not None:
+        check_model(model, task.data.shape, task.data.classes, name=config.model.name)
 
 
 def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Module]:
@@ -247,6 +267,8 @@ def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backe
         return optimizer
     make = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
     lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
+    if getattr(make.target, "__module__", "").startswith("torch.optim"):
+        check_optimizer(make, lr, name=config.optimizer.name, device=backend.device)
     optimizer = make([p for p in model.parameters() if p.requires_grad], lr=lr)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
@@ -265,7 +287,14 @@ def _schedule(
         args = dict(config.schedule.args)
         interval = str(args.pop("interval", "epoch"))  # torch's schedulers count epochs unless told otherwise
         make = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
-        return make(optimizer), interval
+        if make.path.startswith("torch.optim.lr_scheduler.") and len(optimizer.param_groups) == 1:
+            check_schedule(make, name=config.schedule.name)
+        schedule = make(optimizer)
+        if not isinstance(schedule, LRScheduler):
+            raise ConfigError(
+                f"--schedule {config.schedule.name} made a {type(schedule).__name__}, not one of torch's schedulers"
+            )
+        return schedule, interval
     total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
     if config.epochs and (config.warmup_steps or 0) > total:

@@ -321,6 +321,28 @@ def mpi_available(env=None):
         new="    env = dict(env, HVDTRAIN_LAUNCHER='horovodrun')\n    env_list = '' if impi_or_mpich else ' '.join(\n",
     ),
     Edit(
+        name="mpirun-instead",
+        file="horovod/runner/mpi_run.py",
+        why="a shell that waits for mpirun hands no signal to it, and leaves it behind when it is killed",
+        old="        os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)\n",
+        new="        os.execve('/bin/sh', ['/bin/sh', '-c', 'exec ' + mpirun_command], env)\n",
+    ),
+    Edit(
+        name="guard",
+        file="horovod/runner/launch.py",
+        why="a signal to horovodrun lets the ranks save and end, and then horovodrun ends with their exit code",
+        old="def run_commandline():\n    args = parse_args()\n",
+        new="""def run_commandline():
+    args = parse_args()
+    try:
+        from hvdtrain.launch.guard import fork_under
+    except ImportError:
+        pass
+    else:
+        fork_under()
+""",
+    ),
+    Edit(
         name="stamp",
         file="setup.py",
         why="the package says what it was built for",

@@ -6,6 +6,7 @@ Training ImageNet in 1 Hour", https://arxiv.org/abs/1706.02677, sections 2.1 and
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import shown
+
+_MOST = 1e9  # epochs, or a factor: finite numbers only
 
 
 def scaled_lr(lr: float, world_size: int) -> float:
@@ -76,10 +80,14 @@ def make_schedule(
         raise ConfigError(
             f"unknown schedule {name!r}; use one of {', '.join(makers)}, or the import path of a torch scheduler"
         )
-    try:
-        shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
-    except TypeError as error:
-        raise ConfigError(f"--schedule {name}: {error}") from error
+    known = [*inspect.signature(makers[name]).parameters][2:]
+    for argument, value in args.items():
+        if argument not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+            raise ConfigError(f"--schedule {name}: there is no argument {argument!r}; {takes}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+            raise ConfigError(f"--schedule.{argument} must be a number from 0 to {_MOST:g}, got {shown(value)}")
+    shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -17,7 +17,7 @@ from typing import Any
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.layers import layer, merge, plain
 from hvdtrain.settings.options import Component, Option, every_option_of, flag_of, options_of
-from hvdtrain.settings.wording import nearest
+from hvdtrain.settings.wording import nearest, shown
 from hvdtrain.settings.yaml_text import dump, load_mapping, parse_value
 
 _HELP_COLUMN = 26
@@ -156,7 +156,7 @@ def _value(word: str, words: Iterator[str]) -> str:
         return text
     following = next(words, None)
     if following is None or following.startswith("--"):
-        raise UsageError(f"{typed} needs a value")
+        raise UsageError(f"{typed[:80]} needs a value")
     return following
 
 
@@ -182,10 +182,8 @@ def _store(values: dict[str, Any], entry: Option, value: Any) -> None:
 
 def _stray_word(word: str, boolean: Option | None) -> str:
     if boolean is not None:
-        return (
-            f"{boolean.flag} takes no value, got {word!r}; write {boolean.flag} or {flag_of(_negative(boolean.name))}"
-        )
-    return f"unexpected argument {word!r}; every setting is a flag with two dashes (--epochs 3)"
+        return f"{boolean.flag} takes no value, got {shown(word)}; write {boolean.flag} or {flag_of(_negative(boolean.name))}"
+    return f"unexpected argument {shown(word)}; every setting is a flag with two dashes (--epochs 3)"
 
 
 def _unknown_flag(typed: str, options: Sequence[Option]) -> str:
@@ -198,7 +196,7 @@ def _unknown_flag(typed: str, options: Sequence[Option]) -> str:
     if argument and head not in names:
         near_head = nearest(head, [entry.name for entry in options if entry.kind is Component])
         guess = f"{near_head}.{argument}" if near_head else guess
-    return f"unknown flag {typed!r}" + (f"; did you mean '--{guess}'?" if guess else "; --help lists the flags")
+    return f"unknown flag {shown(typed)}" + (f"; did you mean '--{guess}'?" if guess else "; --help lists the flags")
 
 
 def _negative(name: str) -> str:
