@@ -280,6 +280,19 @@ class TrainConfig:
         metavar="STEPS",
         at_least=0,
     )
+    checkpoint_minutes: float | None = option(
+        None,
+        "minutes of wall time after a checkpoint until the next, besides the others",
+        group=_RUN,
+        metavar="X",
+        above=0,
+        default_text="none by time",
+    )
+    checkpoint_async: bool = option(
+        False,
+        "write checkpoints while training goes on: only the copy to host memory is waited for, and twice that memory is needed",
+        group=_RUN,
+    )
     keep: int = option(3, "newest checkpoints to keep", group=_RUN, metavar="N", at_least=1)
     eval_every: int = option(
         1, "epochs between evaluations; the last epoch always ends with one", group=_RUN, metavar="EPOCHS", at_least=1

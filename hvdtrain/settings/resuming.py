@@ -74,6 +74,8 @@ RULES: dict[str, Rule] = {
     "run_dir": Rule(FREE),
     "resume": Rule(FREE),
     "checkpoint_every": Rule(FREE),
+    "checkpoint_minutes": Rule(FREE),
+    "checkpoint_async": Rule(FREE),
     "keep": Rule(FREE),
     "eval_every": Rule(TAKEN),
     "log_every": Rule(FREE),

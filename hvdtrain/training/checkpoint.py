@@ -177,6 +177,17 @@ class Checkpoints:
             _log.warning("older checkpoints than the newest %d could not be deleted: %s", self.keep, error)
         return str(path)
 
+    def failed(self) -> bool:
+        """Whether something failed that `settle` will raise; only rank 0 may know. Never here: `save` has raised it."""
+        return False
+
+    def settle(self, ranks: Ranks) -> None:
+        """Return when all that was saved is on the disk, which it is here; every rank must call it.
+
+        Raises:
+            CheckpointError: On every rank: it could not be written.
+        """
+
     def claim(self) -> None:
         """Make the folder this process's to write in, until it ends; for rank 0. To write does it too.
 

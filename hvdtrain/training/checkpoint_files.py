@@ -81,7 +81,7 @@ class Saved:
     Attributes:
         path: The folder.
         step: Optimizer steps done.
-        world_size: Ranks that it was written by.
+        world_size: Ranks that it was written by; 0 for one that was imported.
         settings: As in `Content`.
         aliases: For each tensor of the model that is another's (tied weights), the name under which it was written.
     """
@@ -334,7 +334,7 @@ def _problem(manifest: Any, path: Path) -> str:
 def _contradictions(manifest: dict[str, Any], path: Path) -> Iterator[str]:
     """What does not fit in a manifest that has the right keys; "" where it does."""
     step, files = manifest["step"], manifest["files"]
-    if step < 0 or manifest["world_size"] < 1:
+    if step < 0 or manifest["world_size"] < 0:
         yield f"step {step} of {manifest['world_size']} ranks"
     if step_of(path.name) not in (None, step):
         yield f"it is of step {step}, and in the folder {path.name}"
