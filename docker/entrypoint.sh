@@ -1,6 +1,7 @@
 #!/bin/bash
 # What a container of the hvdtrain image does first: give the user a name, get the SSH keys ready, then
 #   sshd              wait for mpirun or horovodrun of another host (a worker)
+#   mpirun, mpiexec, horovodrun, torchrun    run it under `hvdtrain guard`
 #   anything else     run it
 # Keys: mounted at $HVDTRAIN_SSH_KEYS (id_ed25519, and id_ed25519.pub or authorized_keys; a Kubernetes secret's
 # ssh-privatekey and ssh-publickey do too), or, with HVDTRAIN_SSH=shared, made by the first container in that folder, which
@@ -127,4 +128,8 @@ CONFIG
 fi
 
 umask 022
+# What the container's end means to a launcher differs; under guard it is a checkpoint and exit code 75.
+case "${1##*/}" in
+    mpirun | mpiexec | horovodrun | torchrun) set -- python -m hvdtrain guard "$@" ;;
+esac
 exec "$@"

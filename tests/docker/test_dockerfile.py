@@ -75,6 +75,20 @@ def entrypoint(tmp_path: Path, *argv: str, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "mpiexec", "horovodrun", "torchrun"])
+def test_the_entry_point_runs_launchers_under_guard(tmp_path, launcher):
+    beside = tmp_path / "bin"
+    beside.mkdir()
+    for name in (launcher, "other"):
+        (beside / name).write_text('#!/bin/sh\necho "guard $HVDTRAIN_GUARD: $*"\nexit 4\n')
+        (beside / name).chmod(0o755)
+    path = f"{beside}:{BIN}:/usr/bin:/bin"
+    ended = entrypoint(tmp_path, launcher, "-np", "2 3", PATH=path, PYTHONPATH=str(ROOT))
+    assert re.fullmatch(r"guard \d+:\d+:hvdtrain-guard-\w+: -np 2 3\n", ended.stdout), ended
+    assert ended.returncode == 4
+    assert entrypoint(tmp_path, str(beside / "other"), PATH=path).stdout == "guard : \n"
+
+
 def test_the_entry_point_runs_what_it_is_given_and_passes_its_exit_code_on(tmp_path):
     assert entrypoint(tmp_path, "echo", "a  b", "$c").stdout == "a  b $c\n"
     assert entrypoint(tmp_path, "sh", "-c", "exit 75").returncode == 75
