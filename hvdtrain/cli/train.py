@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -59,7 +60,10 @@ def run(argv: Sequence[str]) -> int:
         sys.path.append(os.getcwd())
     from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
 
-    run_training(config)
+    try:
+        run_training(config)
+    finally:
+        gc.freeze()  # the last collection of a process would walk all of torch, for a second or more
     return 0
 
 

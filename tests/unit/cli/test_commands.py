@@ -201,7 +201,7 @@ def with_greet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
 @pytest.mark.parametrize(
     ("word", "code", "message"),
     [
-        ("preempted", 75, "hvdtrain: saved at step 7; the same command goes on from there\n"),
+        ("preempted", 75, "hvdtrain: saved at step 7; the same command goes on from there; exit code 75\n"),
         ("failed", 1, "hvdtrain: error: the loss is no tensor\n"),
         ("rank", 1, "hvdtrain: error: rank 3 failed\nTraceback (of rank 3):\n  boom\n"),
         ("interrupt", 130, "hvdtrain: interrupted\n"),
