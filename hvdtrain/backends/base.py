@@ -45,6 +45,8 @@ from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
+from hvdtrain.settings.options import MOST_SECONDS
+from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -84,8 +86,10 @@ class Backend(Communicator):
         if all_reduce not in FAMILIES:
             raise ConfigError(f"--all-reduce {all_reduce}: use {', '.join(FAMILIES)}")
         self.all_reduce_family = all_reduce
-        if timeout_s <= 0:
-            raise ConfigError(f"the timeout must be positive, got {timeout_s:g} s")
+        number = isinstance(timeout_s, int | float)
+        if not number or not 0 < timeout_s <= MOST_SECONDS:  # NaN is in no bounds
+            wrong = "be positive" if number and timeout_s <= 0 else f"be seconds, at most {MOST_SECONDS}"
+            raise ConfigError(f"the timeout must {wrong}, got {shown(timeout_s)} s")
         refusal = self.refuses(detection)
         if refusal:
             raise LaunchError(refusal)

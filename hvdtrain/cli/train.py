@@ -31,8 +31,8 @@ exit codes:
   0    done
   1    failed; the message says at what
   2    wrong flag, configuration, launch or backend; nothing was trained
-  75   asked to end (SIGTERM), state saved; the same command goes on from there
-  130  interrupted (Ctrl-C)"""
+  75   asked to end (SIGTERM, Ctrl-C), state saved; the same command goes on
+  130  interrupted (Ctrl-C twice, or before training)"""
 
 
 def run(argv: Sequence[str]) -> int:

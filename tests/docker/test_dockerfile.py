@@ -110,7 +110,22 @@ def test_shared_keys_are_made_once_and_are_private(tmp_path):
     for file in (tmp_path / "keys" / "id_ed25519", tmp_path / "home" / ".ssh" / "id_hvdtrain"):
         assert file.stat().st_mode & 0o077 == 0
     assert (tmp_path / "home" / ".ssh" / "authorized_keys").read_text().startswith("ssh-ed25519 ")
+    assert "StrictHostKeyChecking yes" in (tmp_path / "home" / ".ssh" / "config").read_text()
+    known = (tmp_path / "home" / ".ssh" / "known_hosts_hvdtrain").read_text()
+    assert known.split()[:3] == ["*", *(tmp_path / "keys" / "id_ed25519.pub").read_text().split()[:2]]
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen (apt install openssh-client)")
+def test_host_keys_are_unchecked_only_where_that_is_said(tmp_path):
+    assert entrypoint(tmp_path, "true", HVDTRAIN_SSH="shared", HVDTRAIN_SSH_HOST_KEYS="unchecked").returncode == 0
     assert "StrictHostKeyChecking no" in (tmp_path / "home" / ".ssh" / "config").read_text()
+
+
+def test_sshd_forwards_nothing_and_is_strict_where_it_can_be():
+    text = (DOCKER / "entrypoint.sh").read_text()
+    assert "DisableForwarding yes" in text
+    assert "StrictModes $(strict_modes)" in text
+    assert "StrictModes no" not in text
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen (apt install openssh-client)")
