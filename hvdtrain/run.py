@@ -41,9 +41,12 @@ from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
+from hvdtrain.training.async_checkpoints import AsyncCheckpoints
 from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
+from hvdtrain.training.interrupt import Interrupt
+from hvdtrain.training.mirror import Mirror
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -82,14 +85,10 @@ def run_training(config: TrainConfig) -> Summary:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints",
-            keep=config.keep,
-            lock=run_dir / ".lock",
-            settings=recorded(config, backend.world_size),
-        )
+        checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
         logger, progress = _loggers(config, backend, console, run_dir, resume_from)
+        interrupt = Interrupt(lambda text: console.print(text, highlight=False))
         trainer = Trainer(
             backend,
             model,
@@ -108,23 +107,25 @@ def run_training(config: TrainConfig) -> Summary:
             progress=progress,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint_every,
-            stop_requested=stop,
+            checkpoint_minutes=config.checkpoint_minutes,
+            stop_requested=lambda: stop() or interrupt(),
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
-            result = trainer.fit(
-                train_data,
-                eval_data,
-                epochs=config.epochs,
-                max_steps=config.max_steps,
-                global_batch_size=batch,
-                eval_batch_size=config.eval_batch_size,
-                eval_every=config.eval_every,
-                last_batch=config.last_batch,
-                resume_from=resume_from,
-            )
+            with interrupt:
+                result = trainer.fit(
+                    train_data,
+                    eval_data,
+                    epochs=config.epochs,
+                    max_steps=config.max_steps,
+                    global_batch_size=batch,
+                    eval_batch_size=config.eval_batch_size,
+                    eval_every=config.eval_every,
+                    last_batch=config.last_batch,
+                    resume_from=resume_from,
+                )
         finally:
             logger.close()
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
@@ -312,6 +313,18 @@ def _schedule(
         warmup_start=1 / backend.world_size if config.scale_lr else 0.0,
     )
     return schedule, "step"
+
+
+def _checkpoints(config: TrainConfig, backend: Backend, run_dir: Path) -> Checkpoints:
+    own: dict[str, Any] = {
+        "lock": run_dir / ".lock",
+        "settings": recorded(config, backend.world_size),
+        "mirror": None if config.checkpoint_url is None else Mirror(config.checkpoint_url),
+    }
+    if config.checkpoint_async:
+        # Before the other ranks give up waiting for rank 0, which waits for its disk.
+        return AsyncCheckpoints(run_dir / "checkpoints", config.keep, wait_s=0.8 * config.timeout, **own)
+    return Checkpoints(run_dir / "checkpoints", config.keep, **own)
 
 
 def _begin(

@@ -217,6 +217,28 @@ EDITS: tuple[Edit, ...] = (
         new="from shutil import which as find_executable\n",
     ),
     Edit(
+        name="ssh-host-keys",
+        file="horovod/runner/util/remote.py",
+        why="horovodrun went on where a host's key had changed; new hosts are taken as before",
+        old="-o StrictHostKeyChecking=no'",
+        new="-o StrictHostKeyChecking=accept-new'",
+    ),
+    Edit(
+        name="gloo-environment-here",
+        file="horovod/runner/gloo_run.py",
+        why="horovodrun --gloo wrote the whole environment on the command lines of ranks, which inherit it on this host",
+        old="        env_vars = create_slot_env_vars(slot_info)\n        horovod_rendez_env",
+        new="        here = network.resolve_host_address(slot_info.hostname) in network.get_local_host_addresses()\n"
+        "        env_vars = create_slot_env_vars(slot_info)\n        horovod_rendez_env",
+    ),
+    Edit(
+        name="gloo-environment",
+        file="horovod/runner/gloo_run.py",
+        why="the same",
+        old="                          if env_util.is_exportable(key)]),",
+        new="                          if env_util.is_exportable(key) and not (here and os.environ.get(key) == value)]),",
+    ),
+    Edit(
         name="jsrun-flags",
         file="horovod/runner/js_run.py",
         why="the function returns three values: jsrun failed each time",

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from hvdtrain.launch.environment import given, settle
-from hvdtrain.launch.processes import catches, descendants
+from hvdtrain.launch.processes import catches, descendants, started
 
 VARIABLE = "HVDTRAIN_GUARD"
 """Where ranks find their guard: its pid, a file descriptor in it, and that file's name."""
@@ -155,19 +155,29 @@ class _Guard:
         return bool(chosen)
 
     def _end(self) -> int:
-        everybody = [self._child, *descendants(self._child)]
+        """Let the launcher end its ranks, and end whatever is left of both."""
+        everybody = {pid: started(pid) for pid in (self._child, *descendants(self._child))}
         _send(self._child, signal.SIGTERM)
         end = time.monotonic() + _KILL_S
-        while (code := self._poll()) is None and time.monotonic() < end:
+        code = None
+        while time.monotonic() < end:
+            code = self._poll() if code is None else code
+            if code is not None and not any(_lives(*one) for one in everybody.items()):
+                return code
             time.sleep(_POLL_S)
-        if code is not None:
-            return code
-        _say(f"the launcher did not end within {_KILL_S:g} s of a SIGTERM; its processes are killed")
-        for pid in {*everybody, *descendants(self._child)}:
-            _send(pid, signal.SIGKILL)
-        while (code := self._poll()) is None:
+        _say(f"not everything ended within {_KILL_S:g} s of a SIGTERM to the launcher; the rest is killed")
+        everybody |= {pid: started(pid) for pid in descendants(self._child)}
+        for pid, began in everybody.items():
+            if _lives(pid, began):
+                _send(pid, signal.SIGKILL)
+        while code is None:
+            code = self._poll()
             time.sleep(_POLL_S)
         return code
+
+
+def _lives(pid: int, began: str) -> bool:
+    return began != "" and started(pid) == began
 
 
 def _as_shells(code: int | None) -> int | None:

@@ -42,15 +42,17 @@ class Flags:
         values: By field; components as ``{"name": ..., "args": ...}``, sections as mappings.
         files: The ``--config`` files in their order.
         switches: Which of ``help``, ``version`` and ``print_config`` were asked for.
+        places: Words that belong to no flag, of a command that takes such.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     switches: frozenset[str] = frozenset()
+    places: tuple[str, ...] = ()
 
 
-def read_flags(cls: type, argv: Sequence[str]) -> Flags:
-    """The command line of a command with the options of ``cls``; opens no file.
+def read_flags(cls: type, argv: Sequence[str], *, places: int = 0) -> Flags:
+    """The command line of a command with the options of ``cls``, and at most so many words of no flag; opens no file.
 
     Raises:
         UsageError: A flag is unknown (with the nearest valid one), has no value, or a word belongs to no flag.
@@ -60,11 +62,15 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
     values: dict[str, Any] = {}
     files: list[str] = []
     switches: set[str] = set()
+    own_words: list[str] = []
     words = iter(argv)
     boolean_before = None
     for word in words:
         if not word.startswith("-"):
-            raise UsageError(_stray_word(word, boolean_before))
+            if len(own_words) == places:
+                raise UsageError(_stray_word(word, None if places else boolean_before))
+            own_words.append(word)
+            continue
         typed, equals, text = word.partition("=")
         name = "help" if typed == "-h" else typed[2:].replace("-", "_") if typed.startswith("--") else ""
         head, _, argument = name.partition(".")
@@ -86,7 +92,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
             values[head].setdefault("args", {})[argument] = _argument(word, words)
         else:
             raise UsageError(_unknown_flag(typed, [*options.values()]))
-    return Flags(values=values, files=tuple(files), switches=frozenset(switches))
+    return Flags(values=values, files=tuple(files), switches=frozenset(switches), places=tuple(own_words))
 
 
 def build(cls: type, flags: Flags) -> Any:

@@ -81,7 +81,7 @@ class Saved:
     Attributes:
         path: The folder.
         step: Optimizer steps done.
-        world_size: Ranks that it was written by.
+        world_size: Ranks that it was written by; 0 for one that was imported.
         settings: As in `Content`.
         aliases: For each tensor of the model that is another's (tied weights), the name under which it was written.
     """
@@ -123,7 +123,7 @@ def write_checkpoint(folder: Path, content: Content) -> Path:
     path = folder / name_of(content.step)
     partial = folder / f"partial-{os.getpid()}-{path.name}"
     old = folder / f"old-{os.getpid()}-{path.name}"
-    _discard(partial)
+    discard(partial)
     partial.mkdir()
     try:
         _fill(partial, content)
@@ -131,16 +131,16 @@ def write_checkpoint(folder: Path, content: Content) -> Path:
             _flush(file)
         _flush(partial)
         if os.path.lexists(path):  # written again after a resume: if we are killed here, `recover` brings it back
-            _discard(old)
+            discard(old)
             path.rename(old)
         partial.rename(path)
         _flush(folder)
     except BaseException:
-        _discard(partial)
+        discard(partial)
         if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
         raise
-    _discard(old)
+    discard(old)
     return path
 
 
@@ -151,9 +151,9 @@ def recover(folder: Path) -> None:
         if not (folder / name).exists() and (left / MANIFEST).exists():
             left.rename(folder / name)
         else:
-            _discard(left)
+            discard(left)
     for left in folder.glob("partial-*-step-*"):
-        _discard(left)
+        discard(left)
 
 
 def remove(path: Path) -> None:
@@ -162,7 +162,7 @@ def remove(path: Path) -> None:
     path.rename(doomed)
     with suppress(OSError):
         (doomed / MANIFEST).unlink()  # or `recover` would bring it back
-    _discard(doomed)
+    discard(doomed)
 
 
 def _fill(folder: Path, content: Content) -> None:
@@ -205,7 +205,7 @@ def _without_aliases(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return tensors, aliases
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Delete whatever is there, as far as that can be done."""
     shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir() or path.is_symlink():
@@ -334,7 +334,7 @@ def _problem(manifest: Any, path: Path) -> str:
 def _contradictions(manifest: dict[str, Any], path: Path) -> Iterator[str]:
     """What does not fit in a manifest that has the right keys; "" where it does."""
     step, files = manifest["step"], manifest["files"]
-    if step < 0 or manifest["world_size"] < 1:
+    if step < 0 or manifest["world_size"] < 0:
         yield f"step {step} of {manifest['world_size']} ranks"
     if step_of(path.name) not in (None, step):
         yield f"it is of step {step}, and in the folder {path.name}"

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hvdtrain.training.checkpoint_files import FILES
 from launching import ROOT, run, torchrun
+
+from hvdtrain.training.checkpoint_files import FILES
 
 EXAMPLES = ROOT / "examples"
 
