@@ -36,6 +36,13 @@ def clock(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def processor(call: Callable[[], Any]) -> float:
+    """The time that this thread computes, which other work on a busy machine does not change."""
+    began = time.thread_time()
+    call()
+    return time.thread_time() - began
+
+
 def tensors(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state
@@ -70,6 +77,15 @@ class Loop:
         del copies
 
 
+def measure_processor(loop: Loop, checkpoints: hvdtrain.Checkpoints, rounds: int, first: int) -> float:
+    ratios = []
+    for number in range(rounds):
+        copy = processor(loop.copy)
+        ratios.append(processor(lambda step=first + number: loop.state.save(checkpoints, step)) / copy)
+        checkpoints.settle(loop.backend)
+    return statistics.median(ratios)
+
+
 def measure(loop: Loop, checkpoints: hvdtrain.Checkpoints, rounds: int, first: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {"blocked": [], "copy": [], "steps": []}
     for number in range(rounds):
@@ -91,7 +107,9 @@ def main() -> None:
         loop = Loop(backend, args.mib)
         folder = backend.broadcast_object(tempfile.mkdtemp() if backend.rank == 0 else "")
         at_once = measure(loop, hvdtrain.Checkpoints(f"{folder}/a", keep=1), args.rounds, 1)
-        beside = measure(loop, hvdtrain.AsyncCheckpoints(f"{folder}/b", keep=1), args.rounds, 1)
+        checkpoints = hvdtrain.AsyncCheckpoints(f"{folder}/b", keep=1)
+        beside = measure(loop, checkpoints, args.rounds, 1)
+        by_processor = measure_processor(loop, checkpoints, args.rounds, args.rounds + 1)
         undisturbed = [clock(loop.step) for _ in range(15)]
         if backend.rank == 0:
             shutil.rmtree(folder)
@@ -116,6 +134,7 @@ def main() -> None:
                         "blocked_beside_ms": round(1e3 * statistics.median(beside["blocked"]), 1),
                         "first_blocked_beside_ms": round(1e3 * beside["blocked"][0], 1),
                         "blocked_by_copy": round(statistics.median(ratios), 3),
+                        "blocked_by_copy_processor_time": round(by_processor, 3),
                         "largest_blocked_by_copy": round(max(ratios), 3),
                         "step_ms": round(1e3 * statistics.median(undisturbed), 1),
                         "step_while_writing_ms": round(1e3 * statistics.median(beside["steps"]), 1),

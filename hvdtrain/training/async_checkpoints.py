@@ -63,16 +63,20 @@ class AsyncCheckpoints(Checkpoints):
         """
         everyone = ranks.all_gather_object(dict(rank_state))
         problem = ""
+        writing: _Writing | None = None
         if ranks.rank == 0:
             problem = self._outcome()
             try:
                 if not problem:
-                    self._begin(step, model, training, everyone, last)
+                    writing = self._copy(step, model, training, everyone, last)
             except (RuntimeError, MemoryError) as error:
                 problem = f"no copy could be made of the state of step {step}: {error}"
         problem = ranks.broadcast_object(problem)
         if problem:
             raise CheckpointError(problem)
+        if writing is not None:
+            self._writing = writing
+            writing.start()  # not before, when it would take time from what the ranks wait for
         return str(self.folder / name_of(step))
 
     def failed(self) -> bool:
@@ -106,18 +110,17 @@ class AsyncCheckpoints(Checkpoints):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _begin(
+    def _copy(
         self,
         step: int,
         model: Mapping[str, Tensor],
         training: Mapping[str, Any],
         everyone: list[Any],
         last: str | None,
-    ) -> None:
+    ) -> _Writing:
         tensors, states, ranks = self._memory.of(model, training, everyone)
         content = Content(step=step, model=tensors, training=states, ranks=ranks, settings=self._settings)
-        self._writing = _Writing(self, content, last)
-        self._writing.start()
+        return _Writing(self, content, last)
 
     def _wait(self) -> bool:
         """Wait for what is being written, not for ever; whether nothing is any more."""

@@ -16,7 +16,7 @@ class HostCopy:
     """
 
     def __init__(self) -> None:
-        self._rooms: list[Tensor] = []
+        self._rooms: list[tuple[object, Tensor]] = []  # each with the form of what was copied into it
         self._used = 0
         self._copies: dict[tuple[Any, ...], Tensor] = {}
         self._cuda = False
@@ -63,17 +63,11 @@ class HostCopy:
         """Memory of the same form: that of the time before, where it fits."""
         index = self._used
         self._used += 1
-        if index < len(self._rooms):
-            room = self._rooms[index]
-            if room.dtype == value.dtype and room.shape == value.shape and room.stride() == _stride(value):
-                return room
+        form = (value.dtype, value.shape, value.stride(), value.is_cuda)
+        if index < len(self._rooms) and self._rooms[index][0] == form:
+            return self._rooms[index][1]
         room = torch.empty_like(value, device="cpu", memory_format=torch.preserve_format)
         if value.is_cuda:
             room = room.pin_memory()
-        self._rooms[index : index + 1] = [room]
+        self._rooms[index : index + 1] = [(form, room)]
         return room
-
-
-def _stride(value: Tensor) -> tuple[int, ...]:
-    """How a copy of a tensor lies in memory."""
-    return torch.empty_like(value, device="meta", memory_format=torch.preserve_format).stride()
