@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,11 +37,13 @@ from hvdtrain.errors import (
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
+from hvdtrain.launch.siblings import Siblings
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
+from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+_ENDED_BEFORE = (
+    "ended before it came to hvdtrain.init(): no process of it is left. Its own output, above, may say why; an exit code of 0 "
+    "tells a launcher nothing"
+)
 
 
 class Backend(Communicator):
@@ -163,7 +170,11 @@ class Backend(Communicator):
             )
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._connect()
+        try:
+            self._connect()
+        except BaseException as error:
+            self._end_start(error)
+            raise
         self._running = True
         atexit.register(self._leave_at_exit)
 
@@ -178,6 +189,8 @@ class Backend(Communicator):
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
         self._disconnect()
+        if self._meeting is not None:
+            self._meeting.close()
         self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
         atexit.unregister(self._leave_at_exit)
 
@@ -193,10 +206,10 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
         self._free_launcher()
-        victim_of = last_words.conclude(error, self._watch)
-        self._all_met()
-        self._kill(error)
-        return victim_of
+        try:
+            return last_words.conclude(error, self._watch)
+        finally:
+            self._kill(error)
 
     def __enter__(self) -> Backend:
         self.start()
@@ -380,7 +393,7 @@ class Backend(Communicator):
             return [mine]
         if self._meeting is None:
             raise CollectiveError("the backend is not running: use it inside `with hvdtrain.init() as backend:`")
-        number, store = next(self._agreements), self._meeting.watch
+        number, store = next(self._agreements), self._meeting.store
         texts = exchange(
             store, self._watch, f"agreement/{number}", mine,
             rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
@@ -437,22 +450,54 @@ class Backend(Communicator):
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""
         announce = self._announce() if needs_announcement(self.detection) else None
-        self._meeting = meeting = meet(self.detection, self.timeout_s, announce)
-        watch = Watch(meeting.watch, self.rank, self.world_size)
+        siblings = Siblings(self.detection)
+        self._meeting = meeting = meet(
+            self.detection, self.timeout_s, announce, lambda: self._look_for_rank_zero(siblings)
+        )
+        watch: NullWatch = NullWatch()
+        if self.world_size > 1:
+            watch = self._watch = self._begin_watch(meeting.store)
+        self._local_first = LocalFirst(meeting.store, self.topology, watch)
+        assemble(
+            meeting.store, watch, self._software(),
+            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
+            look=lambda awaited: self._look_for(awaited, siblings),
+        )  # fmt: skip
+        meeting.all_met()
+        return meeting
+
+    def _begin_watch(self, store: Store) -> Watch:
+        watch = Watch(store, self.rank, self.world_size)
         # An MPI that is told of a lost connection may end the process before `abort` comes to that.
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
-        self._watch = watch
-        self._local_first = LocalFirst(meeting.watch, self.topology, watch)
-        try:
-            assemble(
-                meeting.watch, watch, self._software(),
-                rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
-            )  # fmt: skip
-        except BaseException:
-            watch.close()
-            raise
-        return meeting
+        return watch
+
+    def _look_for(self, awaited: Sequence[int], siblings: Siblings) -> None:
+        """Tell all, and raise, if one of the ranks that have not come never will."""
+        for rank in siblings.ended(awaited):
+            failure = self._watch.words.report_death(rank, socket.gethostname(), _ENDED_BEFORE)
+            if failure is not None:
+                raise failure.error()
+
+    def _look_for_rank_zero(self, siblings: Siblings) -> None:
+        """Raise if rank 0 never comes. Without it the others have nobody to tell, so the first of them speaks."""
+        if not siblings.ended([0]):
+            return
+        if self.rank == min(siblings.alive(), default=self.rank):
+            raise LaunchError(f"rank 0 on {socket.gethostname()} {_ENDED_BEFORE}")
+        last_words.end_as_victim(RankFailure(_ENDED_BEFORE, rank=0))
+
+    def _end_start(self, error: BaseException) -> None:
+        """Let the others know that this rank could not start."""
+        if self._meeting is None:
+            return
+        victim_of = last_words.conclude(error, self._watch)
+        self._meeting.all_met()
+        if victim_of is not None:
+            last_words.end_as_victim(victim_of)
+        if isinstance(error, HvdtrainError):
+            error.first = True
 
     def _software(self) -> dict[str, str]:
         """Names and versions that must be the same on every rank."""
@@ -467,11 +512,6 @@ class Backend(Communicator):
         if self.topology.num_nodes > 1 and not self._launcher_freed:
             self._launcher_freed = True
             end_if_stuck()
-
-    def _all_met(self) -> None:
-        """Remove the file that says where to meet: every rank has read it, or never will."""
-        if self._meeting is not None and self._meeting.file is not None:
-            self._meeting.file.unlink(missing_ok=True)
 
     def _choose_device(self, wanted: str) -> torch.device:
         try:

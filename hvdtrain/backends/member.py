@@ -129,6 +129,10 @@ class Member:
         with self._region([(label, self.ranks)], what, is_engine_error):
             yield
 
+    def note_step(self, step: int) -> None:
+        """Let the other ranks know how many steps this one has taken, should they have to say where it ended."""
+        self._watch.step = step
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Pending[Tensor]:
