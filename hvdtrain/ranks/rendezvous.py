@@ -29,6 +29,7 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
 from hvdtrain.ranks.addresses import listens, own_addresses
+from hvdtrain.ranks.describing import described
 from hvdtrain.ranks.frames import proof
 from hvdtrain.ranks.rendezvous_file import DIRECTORY_VARIABLE, private_folder, read, rendezvous_file, write
 from hvdtrain.ranks.store import Address, RemoteStore, Store, StoreLost, StoreProcess
@@ -233,8 +234,12 @@ def _follow(file: Path, detection: Detection, timeout_s: float, look: Callable[[
         try:
             place = read(file)
             store = _try(place, detection.job_id, topology.rank, timeout_s, reasons)
-        except (FileNotFoundError, ValueError, KeyError):
+        except FileNotFoundError:
             time.sleep(0.02)
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            seen = f"it cannot be read: {described(error)}"
+            time.sleep(0.1)
             continue
         if store is not None:
             return store

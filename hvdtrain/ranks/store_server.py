@@ -101,7 +101,10 @@ class Server:
         connection = _Connection(connected, local)
         self._connections.add(connection)
         self._selector.register(connected, selectors.EVENT_READ, connection)
-        self._send(connection, frames.frame(connection.nonce))
+        try:
+            self._send(connection, frames.frame(connection.nonce))
+        except OSError:  # it has gone again
+            self._drop(connection)
 
     def _attend(self, connection: _Connection, events: int) -> None:
         try:

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, hvdtrain, run, torchrun
-from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI, TORCH
+from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI, ROOT, TORCH, hvdtrain, run, torchrun
 
 
 def summary(folder: Path) -> dict:
