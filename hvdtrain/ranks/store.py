@@ -25,7 +25,7 @@ from hvdtrain.ranks.process_state import Process
 from hvdtrain.ranks.records import Records, raw, text
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-_RUN = "import sys; sys.path.append(sys.argv.pop()); from hvdtrain.ranks.store_server import main; main()"
+_RUN = "import sys; sys.path.append(sys.argv[2]); from hvdtrain.ranks.store_server import main; main()"
 _READ_BYTES = 2**18
 _left_behind: list[subprocess.Popen[bytes]] = []  # of stores that outlive this process's use of them
 
@@ -281,7 +281,17 @@ class StoreProcess:
         with listener:
             # -I and -S: neither the environment nor packages of the user's have a say in it.
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-c", _RUN, str(listener.fileno()), _ROOT],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-B",
+                    "-c",
+                    _RUN,
+                    str(listener.fileno()),
+                    _ROOT,
+                    str(listener.getsockname()),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -142,9 +142,11 @@ def test_a_failure_that_the_watch_hears_of_ends_the_wait(store, rank, kind):
 
 def test_a_store_that_is_gone_is_named():
     process, found = serve(one_node=True, job="test")
-    LocalFirst(dial(found, "test", 0, 10), place(0, nodes=1), NullWatch())
-    second = LocalFirst(dial(found, "test", 1, 10), place(1, nodes=1), NullWatch())
+    stores = [dial(found, "test", rank, 10) for rank in range(2)]
+    LocalFirst(stores[0], place(0, nodes=1), NullWatch())
+    second = LocalFirst(stores[1], place(1, nodes=1), NullWatch())
     os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
     with pytest.raises(CollectiveError, match="rank 1 lost the connection to rank 0's store"), second.block(20):
         pass
 

@@ -221,9 +221,11 @@ def test_somebody_without_the_secret_is_not_let_in(job):
 
 def test_something_that_listens_in_its_place_is_not_believed():
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        kept = []
 
         def play():
             connected, _ = listener.accept()
+            kept.append(connected)
             connected.sendall(frames.frame(frames.nonce()))
             connected.recv(10_000)
             connected.sendall(frames.frame(b"\0" * 32))
@@ -231,6 +233,7 @@ def test_something_that_listens_in_its_place_is_not_believed():
         threading.Thread(target=play, daemon=True).start()
         with pytest.raises(StoreLost, match="does not know this job's secret"):
             RemoteStore(Address(host="127.0.0.1", port=listener.getsockname()[1]), b"secret", 1, answer_s=5.0)
+        kept[0].close()
 
 
 GARBAGE = {

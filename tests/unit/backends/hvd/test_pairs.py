@@ -119,7 +119,7 @@ def test_a_message_waits_for_its_receiver(server):
 
 
 def test_a_rank_that_never_comes_is_waited_for_until_the_timeout(server):
-    with pytest.raises(RuntimeError, match=r"the other rank did not come within 0\.2 s"):
+    with pytest.raises(RuntimeError, match=r"the other ranks did not come within 0\.2 s"):
         receive(joined(server, 0, timeout_s=0.2), 1)
 
 
