@@ -341,7 +341,7 @@ class Backend(Communicator):
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
         group = self._group(ranks)
         if group is not None:
-            group._forbidden = self._forbidden
+            group._forbidden, group._key = self._forbidden, self._key
         return group
 
     @contextmanager
@@ -464,6 +464,7 @@ class Backend(Communicator):
             look=lambda awaited: self._look_for(awaited, siblings),
         )  # fmt: skip
         meeting.all_met()
+        self._key = meeting.store.key
         return meeting
 
     def _begin_watch(self, store: Store) -> Watch:

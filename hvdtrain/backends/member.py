@@ -86,6 +86,7 @@ class Member:
         self._watch = watch or NullWatch()
         self._check = check
         self._label = label
+        self._key = b""  # with which ranks sign the objects that they send each other
         self._forbidden: dict[int, str] = {}  # by thread: why it may use no engine now
 
     @property

@@ -41,6 +41,9 @@ class StoreSilent(StoreLost):
 class Store:
     """Keys and values that all ranks of a job share; this one holds them itself, for a world of one."""
 
+    key = b""
+    """Known to the ranks of this job alone; b"" in a world of one."""
+
     def __init__(self) -> None:
         self._records = Records()
 
@@ -159,6 +162,7 @@ class RemoteStore(Store):
         self, address: Address, secret: bytes, rank: int, *, answer_s: float, connect_s: float | None = None
     ) -> None:
         self.address, self._answer_s = address, answer_s
+        self.key = frames.proof(secret, "key")
         self._turn = threading.Lock()
         self._lost = ""
         self._owed = 0  # answers that have not come

@@ -6,9 +6,12 @@ are known to be here, and what it found is compared with what the launcher said.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hvdtrain.backends.hvd.library import hvd
 from hvdtrain.backends.hvd.stamp import installed, short_library
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from hvdtrain.ranks.store import Store
 
+_ANNOUNCEMENT_BYTES = 8192
 _log = logging.getLogger(__name__)
 
 
@@ -70,11 +74,12 @@ class Joining:
 
         def by_horovod(place: Place | None) -> Place:
             self._init(waiter, {})
-            said: Place = waiter.call(
-                lambda: hvd.broadcast_object(place, root_rank=0, name="hvdtrain.rendezvous"),
-                "telling where rank 0 is",
-                LaunchError,
+            text = json.dumps(place).encode().ljust(_ANNOUNCEMENT_BYTES)  # Horovod's own objects would be unpickled
+            buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            heard = waiter.call(
+                lambda: hvd.broadcast(buffer, 0, name="hvdtrain.rendezvous"), "telling where rank 0 is", LaunchError
             )
+            said: Place = json.loads(heard.numpy().tobytes())
             return said
 
         return by_horovod
