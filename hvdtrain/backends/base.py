@@ -42,6 +42,7 @@ from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
+from hvdtrain.ranks.exit import end_anyway
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+_ABORT_S = 40.0  # what a rank does that ends takes some seconds; an engine may hold it up
 _ENDED_BEFORE = (
     "ended before it came to hvdtrain.init(): no process of it is left. Its own output, above, may say why; an exit code of 0 "
     "tells a launcher nothing"
@@ -104,6 +106,7 @@ class Backend(Communicator):
         self._local_first: LocalFirst | None = None
         self._launcher_freed = False
         self._agreements = itertools.count()
+        self._siblings: Siblings | None = None
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -206,10 +209,11 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
         self._free_launcher()
-        try:
-            return last_words.conclude(error, self._watch)
-        finally:
-            self._kill(error)
+        with end_anyway(_ABORT_S, f"rank {self.rank}"):
+            try:
+                return last_words.conclude(error, self._watch)
+            finally:
+                self._kill(error)
 
     def __enter__(self) -> Backend:
         self.start()
@@ -450,7 +454,7 @@ class Backend(Communicator):
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""
         announce = self._announce() if needs_announcement(self.detection) else None
-        siblings = Siblings(self.detection)
+        siblings = self._siblings = Siblings(self.detection)
         self._meeting = meeting = meet(
             self.detection, self.timeout_s, announce, lambda: self._look_for_rank_zero(siblings)
         )
@@ -491,6 +495,8 @@ class Backend(Communicator):
 
     def _end_start(self, error: BaseException) -> None:
         """Let the others know that this rank could not start."""
+        if self._siblings is not None and self.world_size > 1:
+            atexit.register(self._siblings.end_stopped)  # what nobody caught is printed before
         if self._meeting is None:
             return
         victim_of = last_words.conclude(error, self._watch)

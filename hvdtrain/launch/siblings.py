@@ -8,8 +8,10 @@ A launcher gives each process that it starts the rank's variables, and the kerne
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hvdtrain.errors import HvdtrainError
@@ -50,12 +52,22 @@ class Siblings:
 
     def alive(self) -> set[int]:
         """The ranks of this job that have a process on this node."""
-        found = set()
+        return {rank for rank, _ in self._processes()}
+
+    def end_stopped(self) -> None:
+        """End processes of this job that are stopped: a launcher's SIGTERM does not reach them."""
+        if not self._visible:
+            return
+        for _, pid in self._processes():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "T":
+                    os.kill(pid, signal.SIGKILL)
+
+    def _processes(self) -> Iterator[tuple[int, int]]:
         for entry in os.listdir("/proc"):
             other = _detected(int(entry)) if entry.isdigit() else None
             if other is not None and other.job_id == self._own.job_id:
-                found.add(other.topology.rank)
-        return found
+                yield other.topology.rank, int(entry)
 
 
 def _detected(pid: int) -> Detection | None:

@@ -119,12 +119,14 @@ def main():
     import hvdtrain
 
     if "spawn" in sys.argv:
-        hvdtrain.spawn(work, 2, BACKEND, (Early(),), device="cpu", timeout_s=None, **{})
+        hvdtrain.spawn(work, 2, BACKEND, (Early(),), device="cpu")
         return
     from hvdtrain.launch.detect import detect
 
     rank = detect().topology.rank
     go_wrong("before", rank)
+
+    assert hvdtrain.Trainer
     with hvdtrain.init(BACKEND, device="cpu", timeout_s=float(TIMEOUT_S)) as backend:
         work(backend)
     print(f"rank {rank} done")
