@@ -6,6 +6,16 @@ VENV := .venv
 TRAINS := $(VENV)/.trains
 READY := $(VENV)/.ready
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Known vulnerabilities of what is installed, by pip-audit in an environment of its own; a machine without a way there goes on.
+AUDITOR := $(VENV)/audit
+AUDITED = $$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+define AUDIT
+{ test -x $(AUDITOR)/bin/pip-audit || { $(PYTHON) -m venv $(AUDITOR) && $(AUDITOR)/bin/pip install --quiet pip-audit; }; } >/dev/null 2>&1; \
+said=$$($(AUDITOR)/bin/pip-audit --progress-spinner off --path "$(AUDITED)" 2>&1); code=$$?; \
+if [ $$code = 0 ]; then echo "pip-audit: no known vulnerability in what it knows"; \
+elif echo "$$said" | grep -Eq '^Found [0-9]+ known vulnerabilit'; then echo "$$said"; exit 1; \
+else echo "pip-audit could not run here: $$(echo "$$said" | tail -n 1)"; fi
+endef
 export OMP_NUM_THREADS ?= 1
 # Without bytecode every rank of every test would compile its modules anew.
 export PYTHONDONTWRITEBYTECODE :=
@@ -44,6 +54,7 @@ lint: $(READY)  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	@$(AUDIT)
 
 clean:  ## remove what the above made
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

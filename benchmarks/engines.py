@@ -42,6 +42,7 @@ MODELS = {  # batch per rank, steps per round
     "mlp": (16, 40),
     "resnet18": (8, 12),
     "small": (16, 100),
+    "many": (4, 60),  # 1,000 parameters: what each costs
 }
 ENGINES = ("none", "none-kept", "ddp-silent", "torch", "mpi-ddp", "mpi", "horovod", "horovod-plain")
 WARM_UP = 8
@@ -55,6 +56,8 @@ def model_of(name: str) -> tuple[Any, Any, Any]:
         from torchvision.models import resnet18  # noqa: PLC0415  (belongs to this model alone)
 
         return resnet18(num_classes=10), torch.randn(batch, 3, 64, 64), labels
+    if name == "many":
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(500))), torch.randn(batch, 8), labels % 8
     width, depth = (1024, 8) if name == "mlp" else (384, 3)
     layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(width, 10)), torch.randn(batch, width), labels

@@ -1,10 +1,12 @@
 #!/bin/bash
 # What a container of the hvdtrain image does first: give the user a name, get the SSH keys ready, then
 #   sshd              wait for mpirun or horovodrun of another host (a worker)
+#   mpirun, mpiexec, horovodrun, torchrun    run it under `hvdtrain guard`
 #   anything else     run it
 # Keys: mounted at $HVDTRAIN_SSH_KEYS (id_ed25519, and id_ed25519.pub or authorized_keys; a Kubernetes secret's
 # ssh-privatekey and ssh-publickey do too), or, with HVDTRAIN_SSH=shared, made by the first container in that folder, which
-# all share. Nothing is baked into the image.
+# all share. Nothing is baked into the image. Hosts prove themselves by the job's own key, or by a known_hosts that is mounted;
+# HVDTRAIN_SSH_HOST_KEYS=unchecked turns that off.
 set -euo pipefail
 
 keys=${HVDTRAIN_SSH_KEYS:-/run/hvdtrain/ssh}
@@ -59,13 +61,20 @@ prepare_ssh() {
     fi
     if [ -n "$public" ]; then cat "$public" > "$HOME/.ssh/authorized_keys"; fi
     [ -n "$private" ] || [ -n "$public" ] || return 1
-    # The hosts of a job come and go with new host keys; who may log in is decided by the job's own key. With known_hosts
-    # mounted, they are checked strictly.
-    checking="StrictHostKeyChecking no
+    # The hosts of a job come and go, but all of them have the job's private key: their sshd shows it as its host key.
+    checking="StrictHostKeyChecking yes
+    GlobalKnownHostsFile /dev/null
+    UserKnownHostsFile $HOME/.ssh/known_hosts_hvdtrain"
+    if [ "${HVDTRAIN_SSH_HOST_KEYS:-}" = unchecked ]; then
+        checking="StrictHostKeyChecking no
     UserKnownHostsFile /dev/null"
-    if [ -r "$keys/known_hosts" ]; then
+    elif [ -r "$keys/known_hosts" ]; then
         checking="StrictHostKeyChecking yes
     UserKnownHostsFile $keys/known_hosts"
+    elif [ -r "$keys/ssh_host_ed25519_key.pub" ]; then
+        echo "* $(cat "$keys/ssh_host_ed25519_key.pub")" > "$HOME/.ssh/known_hosts_hvdtrain"
+    elif [ -n "$private" ]; then
+        echo "* $(ssh-keygen -y -f "$HOME/.ssh/id_hvdtrain")" > "$HOME/.ssh/known_hosts_hvdtrain"
     fi
     cat > "$HOME/.ssh/config" <<CONFIG
 Host *
@@ -80,6 +89,17 @@ Host *
 CONFIG
 }
 
+# Whether sshd can be strict about who may write the file of keys: an arbitrary UID does not own the home folder.
+strict_modes() {
+    if [ "$(stat -c %u "$HOME")" = "$(id -u)" ]; then chmod go-w "$HOME"; fi
+    if [ "$(getent passwd "$(id -u)" | cut -d: -f6)" != "$HOME" ]; then echo no; return; fi
+    for place in "$HOME" "$HOME/.ssh" "$HOME/.ssh/authorized_keys"; do
+        case "$(stat -c %u "$place")" in 0 | "$(id -u)") ;; *) echo no; return ;; esac
+        if [ $((0$(stat -c %a "$place") & 022)) != 0 ]; then echo no; return; fi
+    done
+    echo yes
+}
+
 prepared=no
 if prepare_ssh; then prepared=yes; fi
 
@@ -89,7 +109,10 @@ if [ "${1:-}" = sshd ]; then
     state=$(mktemp -d /tmp/sshd.XXXXXX)
     if [ -r "$keys/ssh_host_ed25519_key" ]; then
         install -m 600 "$keys/ssh_host_ed25519_key" "$state/host_key"
+    elif [ -r "$HOME/.ssh/id_hvdtrain" ]; then
+        install -m 600 "$HOME/.ssh/id_hvdtrain" "$state/host_key"
     else
+        echo "entrypoint: no private key here, so hosts that log in need a known_hosts or HVDTRAIN_SSH_HOST_KEYS=unchecked" >&2
         ssh-keygen -q -t ed25519 -N '' -f "$state/host_key"
     fi
     # A login starts with an empty environment; the ranks need this container's.
@@ -113,9 +136,10 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 UsePAM no
-StrictModes no
-AllowTcpForwarding no
-X11Forwarding no
+StrictModes $(strict_modes)
+DisableForwarding yes
+PermitTunnel no
+PermitUserRC no
 PrintMotd no
 MaxStartups 200:30:400
 SetEnv $forwarded
@@ -127,4 +151,8 @@ CONFIG
 fi
 
 umask 022
+# What the container's end means to a launcher differs; under guard it is a checkpoint and exit code 75.
+case "${1##*/}" in
+    mpirun | mpiexec | horovodrun | torchrun) set -- python -m hvdtrain guard "$@" ;;
+esac
 exec "$@"

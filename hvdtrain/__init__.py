@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
     from hvdtrain.training.loop_state import LoopState as LoopState
     from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     init = create
 
 _PUBLIC = {
+    "AsyncCheckpoints": "hvdtrain.training.async_checkpoints:AsyncCheckpoints",
     "Backend": "hvdtrain.backends.base:Backend",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",

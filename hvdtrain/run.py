@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.observe import run_folder
+from hvdtrain.observe.console import LastingConsole
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
@@ -36,9 +38,14 @@ from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
 from hvdtrain.settings.options import Component
 from hvdtrain.settings.record import record_text, what_stays
+from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
-from hvdtrain.training.checkpoint import Checkpoints, Saved, model_state
+from hvdtrain.training.async_checkpoints import AsyncCheckpoints
+from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
+from hvdtrain.training.checkpoint_files import Saved, name_of
+from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
+from hvdtrain.training.interrupt import Interrupt
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -46,8 +53,6 @@ from hvdtrain.training.trainer import FitResult, Trainer
 from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
-
-_WHICH = {"auto": "latest"}  # what --resume says, and `Checkpoints.find`
 
 
 def run_training(config: TrainConfig) -> Summary:
@@ -70,7 +75,7 @@ def run_training(config: TrainConfig) -> Summary:
         seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = _task(config, backend)
         model, train_data, eval_data = task.build_model(), task.train_data(), task.eval_data()
-        model.to(backend.device)
+        _check_model(config, task, model, backend)
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
@@ -79,14 +84,10 @@ def run_training(config: TrainConfig) -> Summary:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
-        checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
-        resume_from = (
-            None if config.resume == "never" else checkpoints.find(backend, _WHICH.get(config.resume, config.resume))
-        )
-        if backend.rank == 0:
-            run_folder.make(run_dir)
-            _keep_record(config, run_dir, resume_from)
+        checkpoints = _checkpoints(config, backend, run_dir)
+        resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
         logger, progress = _loggers(config, backend, console, run_dir, resume_from)
+        interrupt = Interrupt(lambda text: console.print(text, highlight=False))
         trainer = Trainer(
             backend,
             model,
@@ -105,35 +106,38 @@ def run_training(config: TrainConfig) -> Summary:
             progress=progress,
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint_every,
-            stop_requested=stop,
+            checkpoint_minutes=config.checkpoint_minutes,
+            stop_requested=lambda: stop() or interrupt(),
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
-            result = trainer.fit(
-                train_data,
-                eval_data,
-                epochs=config.epochs,
-                max_steps=config.max_steps,
-                global_batch_size=batch,
-                eval_batch_size=config.eval_batch_size,
-                eval_every=config.eval_every,
-                last_batch=config.last_batch,
-                resume_from=resume_from,
-            )
+            with interrupt:
+                result = trainer.fit(
+                    train_data,
+                    eval_data,
+                    epochs=config.epochs,
+                    max_steps=config.max_steps,
+                    global_batch_size=batch,
+                    eval_batch_size=config.eval_batch_size,
+                    eval_every=config.eval_every,
+                    last_batch=config.last_batch,
+                    resume_from=resume_from,
+                )
         finally:
             logger.close()
         summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
         if backend.rank == 0:
             _conclude(config, summary, result, console, run_dir)
+            checkpoints.release()
     return summary
 
 
 def _console(backend: Backend) -> Console:
     # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
     forwarded = may_join_by_mpi(backend.topology.launcher)
-    return Console(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
+    return LastingConsole(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
 
 
 def _backend(config: TrainConfig) -> Backend:
@@ -186,9 +190,27 @@ def _task(config: TrainConfig, backend: Backend) -> Task:
     assert config.data is not None
     assert config.model is not None
     data = load_data(config.data, folder=Path(config.data_dir), download=config.download, timeout_s=config.timeout)
-    return Classification(
-        _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing
+    return _NamedClassification(
+        _model_maker(config.model, data), data.train, data.evaluation, label_smoothing=config.label_smoothing, data=data
     )
+
+
+class _NamedClassification(Classification):
+    """Of --model and --data, with what the data say of themselves."""
+
+    def __init__(self, *parts: Any, data: NamedData, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self.data = data
+
+
+def _check_model(config: TrainConfig, task: Task, model: Any, backend: Backend) -> None:
+    """Puts the model on its device, and sees that it is one, and takes the data."""
+    if not isinstance(model, nn.Module):
+        who = f"--model {config.model.name}" if config.model is not None else f"{type(task).__name__}.build_model"
+        raise ConfigError(f"{who} made a {type(model).__name__}, not a torch.nn.Module")
+    model.to(backend.device)
+    if isinstance(task, _NamedClassification) and config.model is not None:
+        check_model(model, task.data.shape, task.data.classes, name=config.model.name)
 
 
 def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Module]:
@@ -245,6 +267,8 @@ def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backe
         return optimizer
     make = resolve(config.optimizer, where=("torch.optim",), flag="--optimizer", provided=("params", "lr"))
     lr = scaled_lr(config.lr, backend.world_size) if config.scale_lr else config.lr
+    if getattr(make.target, "__module__", "").startswith("torch.optim"):
+        check_optimizer(make, lr, name=config.optimizer.name, device=backend.device)
     optimizer = make([p for p in model.parameters() if p.requires_grad], lr=lr)
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
@@ -263,7 +287,14 @@ def _schedule(
         args = dict(config.schedule.args)
         interval = str(args.pop("interval", "epoch"))  # torch's schedulers count epochs unless told otherwise
         make = resolve(Component(config.schedule.name, args), flag="--schedule", provided=("optimizer",))
-        return make(optimizer), interval
+        if make.path.startswith("torch.optim.lr_scheduler.") and len(optimizer.param_groups) == 1:
+            check_schedule(make, name=config.schedule.name)
+        schedule = make(optimizer)
+        if not isinstance(schedule, LRScheduler):
+            raise ConfigError(
+                f"--schedule {config.schedule.name} made a {type(schedule).__name__}, not one of torch's schedulers"
+            )
+        return schedule, interval
     total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
     if config.epochs and (config.warmup_steps or 0) > total:
@@ -283,6 +314,44 @@ def _schedule(
     return schedule, "step"
 
 
+def _checkpoints(config: TrainConfig, backend: Backend, run_dir: Path) -> Checkpoints:
+    own: dict[str, Any] = {"lock": run_dir / ".lock", "settings": recorded(config, backend.world_size)}
+    if config.checkpoint_async:
+        # Before the other ranks give up waiting for rank 0, which waits for its disk.
+        return AsyncCheckpoints(run_dir / "checkpoints", config.keep, wait_s=0.8 * config.timeout, **own)
+    return Checkpoints(run_dir / "checkpoints", config.keep, **own)
+
+
+def _begin(
+    config: TrainConfig, backend: Backend, run_dir: Path, checkpoints: Checkpoints, console: Console
+) -> Saved | None:
+    """On rank 0: take the run's folder, find what to go on from, and leave only this run's line of checkpoints there."""
+    named = config.resume not in ("auto", "never")
+    found = opened(_named(config.resume, checkpoints)) if named else None  # a wrong name leaves no folder
+    run_folder.make(run_dir)
+    checkpoints.claim()
+    if config.resume == "auto":
+        found = checkpoints.latest()
+    evaluates = config.epochs == 0
+    if found is not None and not evaluates:
+        said = compare(found.settings, config, backend.world_size, Path(found.path).name)
+        if said:
+            _log.warning("%s", said)
+    if not evaluates:
+        summary, metrics = run_dir / "summary.json", run_dir / "metrics.jsonl"
+        moved = checkpoints.begin(found, beside=(run_dir / "config.yaml", metrics, summary))
+        if moved:
+            summary.unlink(missing_ok=True)
+            console.print(moved, highlight=False, markup=False)
+    _keep_record(config, run_dir, found)
+    return found
+
+
+def _named(which: str, checkpoints: Checkpoints) -> Path:
+    """The checkpoint that ``--resume`` names: by its folder, or by its step in the run's own folder."""
+    return checkpoints.folder / name_of(int(which)) if re.fullmatch(r"[0-9]{1,12}", which) else Path(which)
+
+
 def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) -> None:
     """Write ``config.yaml``, or say why the one that is there stays."""
     file = run_dir / "config.yaml"
@@ -290,7 +359,7 @@ def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) 
     stays = what_stays(file, config, goes_on=goes_on)
     if stays is None:
         write_whole(file, record_text(config))
-    elif stays and not (goes_on and config.epochs == 0):  # to evaluate changes nothing of the run
+    elif stays:
         _log.warning("%s", stays)
 
 
@@ -306,6 +375,8 @@ def _loggers(
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:
+    if not (run_dir / "config.yaml").exists():  # somebody has deleted the folder meanwhile
+        write_whole(run_dir / "config.yaml", record_text(config))
     file = run_dir / "summary.json"
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)

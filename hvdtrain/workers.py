@@ -7,6 +7,7 @@ back the same way. Ranks are ordinary processes of this machine that end with th
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import pickle
 import secrets
@@ -35,7 +36,7 @@ def spawn(
     backend: str = "torch",
     args: Sequence[Any] = (),
     *,
-    timeout_s: float | None = None,
+    limit_s: float | None = None,
     **options: Any,
 ) -> list[Any]:
     """Run ``fn(backend, *args)`` on ``nprocs`` ranks of this machine, each in its own process.
@@ -45,8 +46,8 @@ def spawn(
         nprocs: Number of ranks.
         backend: Name of the backend; "local" serves one rank.
         args: Further arguments; pickled.
-        timeout_s: End the ranks after this many seconds; None for no limit.
-        options: For `hvdtrain.init`, such as ``device="cpu"``.
+        limit_s: End the ranks after this many seconds; None for no limit.
+        options: For `hvdtrain.init`, such as ``device="cpu"`` or ``timeout_s=60``, the longest wait for another rank.
 
     Returns:
         What ``fn`` returned on each rank, in rank order.
@@ -56,6 +57,8 @@ def spawn(
     """
     if nprocs < 1:
         raise ConfigError(f"spawn needs at least one rank, got nprocs={nprocs}")
+    if limit_s is not None and not 0 < limit_s < math.inf:
+        raise ConfigError(f"spawn's limit_s must be a positive number of seconds, or None, got {limit_s!r}")
     if backend not in ("auto", *names()):
         load(backend)  # says which there are
     job = secrets.token_hex(8)
@@ -67,7 +70,7 @@ def spawn(
         try:
             for rank in range(nprocs):
                 ranks.append(_start(folder, rank, nprocs, job))
-            _wait(ranks, folder, timeout_s)
+            _wait(ranks, folder, limit_s)
         finally:
             _end(ranks)
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(nprocs)]
@@ -84,15 +87,15 @@ def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[b
     )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float | None) -> None:
-    end = None if timeout_s is None else time.monotonic() + timeout_s
+def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | None) -> None:
+    end = None if limit_s is None else time.monotonic() + limit_s
     failed_at: float | None = None
     ended: dict[int, float] = {}  # when each was seen to have ended; the first of them first
     while any(process.poll() is None for process in ranks):
         now = time.monotonic()
         if end is not None and now > end:
             late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-            raise RankFailure(f"ranks {late} were still running after {timeout_s:g} s and were ended")
+            raise RankFailure(f"ranks {late} were still running after {limit_s:g} s and were ended")
         _note_ends(ranks, ended)
         if failed_at is None and any(not _has_returned(rank, ranks, folder) for rank in ended):
             failed_at = now

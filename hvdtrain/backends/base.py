@@ -21,6 +21,8 @@ from torch import nn
 
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.group import Group
+from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.data.rank_batches import RankBatches
@@ -34,6 +36,7 @@ from hvdtrain.errors import (
     Preempted,
     RankFailure,
 )
+from hvdtrain.launch import guard, leash
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
@@ -46,6 +49,8 @@ from hvdtrain.ranks.exit import end_anyway
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
+from hvdtrain.settings.options import MOST_SECONDS
+from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -90,8 +95,10 @@ class Backend(Communicator):
         if all_reduce not in FAMILIES:
             raise ConfigError(f"--all-reduce {all_reduce}: use {', '.join(FAMILIES)}")
         self.all_reduce_family = all_reduce
-        if timeout_s <= 0:
-            raise ConfigError(f"the timeout must be positive, got {timeout_s:g} s")
+        number = isinstance(timeout_s, int | float)
+        if not number or not 0 < timeout_s <= MOST_SECONDS:  # NaN is in no bounds
+            wrong = "be positive" if number and timeout_s <= 0 else f"be seconds, at most {MOST_SECONDS}"
+            raise ConfigError(f"the timeout must {wrong}, got {shown(timeout_s)} s")
         refusal = self.refuses(detection)
         if refusal:
             raise LaunchError(refusal)
@@ -173,6 +180,7 @@ class Backend(Communicator):
             )
         if self.device.type == "cpu":
             keep_freed_memory()
+        leash.hold(self.topology.launcher)
         try:
             self._connect()
         except BaseException as error:
@@ -191,7 +199,8 @@ class Backend(Communicator):
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
-        self._disconnect()
+        with groups_turn:
+            self._disconnect()
         if self._meeting is not None:
             self._meeting.close()
         self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
@@ -224,6 +233,8 @@ class Backend(Communicator):
     ) -> None:
         agreed = isinstance(error, Preempted)  # all ranks raise it at the same step
         if error is None or agreed or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            if agreed:
+                guard.tell_saved()
             try:
                 self.stop()
                 return
@@ -331,19 +342,21 @@ class Backend(Communicator):
             raise ConfigError("give batch_size=, the samples per rank and step")
         return RankBatches(source, self, seed=seed)
 
-    def group(self, ranks: Sequence[int]) -> Communicator | None:
+    def group(self, ranks: Sequence[int]) -> Group | None:
         """Make a communicator for some of the ranks; every rank of the world must call it with the same list.
 
         Args:
             ranks: World ranks in ascending order; the i-th has rank i in the group.
 
         Returns:
-            The communicator; None on ranks that are not members.
+            The communicator; None on ranks that are not members. `Group.close`, the end of a `with` block or its garbage
+            collection frees what it holds (Horovod keeps a process set for each list of ranks).
         """
         ranks = list(ranks)
         if not ranks or sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] >= self.world_size:
             raise CollectiveError(f"a group needs ascending ranks between 0 and {self.world_size - 1}, got {ranks}")
-        group = self._group(ranks)
+        with groups_turn:
+            group = self._group(ranks)
         if group is not None:
             group._forbidden, group._key = self._forbidden, self._key
         return group
@@ -442,7 +455,7 @@ class Backend(Communicator):
         """Make the engine's replica, of several."""
 
     @abstractmethod
-    def _group(self, ranks: list[int]) -> Communicator | None:
+    def _group(self, ranks: list[int]) -> Group | None:
         """Make a communicator of valid, ascending ranks."""
 
     def _replicate_alone(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:

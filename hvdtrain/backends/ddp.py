@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.group import Group
 from hvdtrain.backends.reducer import ReducerReplica
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
@@ -135,11 +135,11 @@ class TorchBackend(Backend):
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return ReducerReplica(self, model, optimizer, options)
 
-    def _group(self, ranks: list[int]) -> Communicator | None:
+    def _group(self, ranks: list[int]) -> Group | None:
         group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout_s), use_local_synchronization=False)
         if self.rank not in ranks:
             return None
-        return Communicator(self._make_wire(group, ranks), self._watch, check=self._check, label=f"group {ranks}")
+        return Group(self._make_wire(group, ranks), self._watch, check=self._check, label=f"group {ranks}")
 
     def _make_wire(self, group: Any, ranks: Sequence[int]) -> Wire:
         return C10dWire(group, ranks, self._wire_device)
@@ -194,6 +194,14 @@ class C10dWire(Wire):
     def barrier(self) -> Work:
         """Start dist.barrier."""
         return self._started(dist.barrier(group=self._group, async_op=True))
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        group, self._group = self._group, None
+        try:
+            dist.destroy_process_group(group)
+        except ValueError:  # the backend has stopped, and all its groups with it
+            return
 
     @staticmethod
     def _started(work: Work | None) -> Work:

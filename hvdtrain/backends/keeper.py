@@ -21,6 +21,10 @@ from hvdtrain.errors import TrainingError
 
 _log = logging.getLogger(__name__)
 _LOOKS = 10  # steps in which it is seen whether gradients are kept: who does so does so from the start
+# Asked of every parameter in each step: loops in C.
+_GRADIENT = operator.attrgetter("grad")
+_VERSION = operator.attrgetter("_version")
+_HOOKS = operator.attrgetter("_post_accumulate_grad_hooks")
 State = tuple[list[Tensor | None], list[int]]  # each gradient, and its version; flat lists, compared at C's speed
 
 
@@ -41,8 +45,11 @@ class Keeper:
 
     def state(self) -> State:
         """Return each gradient and its version, to be compared by `differ`."""
-        gradients = [p.grad for p in self._watched.trained]
-        return gradients, [-1 if g is None else g._version for g in gradients]
+        gradients = list(map(_GRADIENT, self._watched.trained))
+        try:
+            return gradients, list(map(_VERSION, gradients))
+        except AttributeError:  # some parameter has none
+            return gradients, [-1 if g is None else g._version for g in gradients]
 
     def note(self) -> None:
         """A backward pass of the replica has made the gradients as they are now."""
@@ -70,9 +77,9 @@ class Keeper:
         Raises:
             TrainingError: A parameter holds a gradient.
         """
-        foreign = [p for p in self._watched.trained if p.grad is not None]
-        if not foreign:
+        if not self._watched.any_gradient():
             return
+        foreign = [p for p in self._watched.trained if p.grad is not None]
         for parameter in foreign:
             assert parameter.grad is not None
             if bool(values(parameter.grad).count_nonzero()):
@@ -108,7 +115,10 @@ class Keeper:
         Raises:
             TrainingError: A parameter has one more.
         """
-        several = [p for p in self._watched.trained if len(p._post_accumulate_grad_hooks or ()) > own]
+        hooks = list(map(_HOOKS, self._watched.trained))
+        if not any(hooks) or (own and None not in hooks and max(map(len, hooks)) <= own):
+            return
+        several = [p for p, of in zip(self._watched.trained, hooks, strict=True) if len(of or ()) > own]
         hooked = next((p for p in several if not all(map(_sends, p._post_accumulate_grad_hooks.values()))), None)
         if hooked is not None:
             raise TrainingError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.base import Backend
-from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.group import Group
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import SelfWire
 from hvdtrain.launch import algorithms
@@ -69,5 +69,5 @@ class LocalBackend(Backend):
             replica.split_over_gpus()
         return replica
 
-    def _group(self, ranks: list[int]) -> Communicator | None:
-        return Communicator(SelfWire(self.device), label=f"group {ranks}")
+    def _group(self, ranks: list[int]) -> Group | None:
+        return Group(SelfWire(self.device), label=f"group {ranks}")

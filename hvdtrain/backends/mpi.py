@@ -118,6 +118,12 @@ class MpiWire(C10dWire):
             works.append(self._group.send([sent], dst, synchronous=True))
         return Together(works)
 
+    def close(self) -> None:
+        """Destroy the process group; older versions of torch (seen with 2.4) leave Python groups as they are."""
+        group = self._group
+        super().close()
+        group.shutdown()
+
 
 class MpiReplica(HookedReplica):
     """Gradients in the process group's all-reduce."""

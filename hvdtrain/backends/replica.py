@@ -402,7 +402,7 @@ class Replica(ABC):
         return [p.grad for p in self._watched.trained if p.grad is not None]
 
     def _any_gradient(self) -> bool:
-        return any(p.grad is not None for p in self._watched.trained)
+        return self._watched.any_gradient()
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "?")

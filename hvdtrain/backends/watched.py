@@ -7,6 +7,8 @@ before each exchange, so it costs comparisons of flat lists and no walk over the
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+_KIND = operator.attrgetter("requires_grad", "dtype")
 _Seen = tuple[list[object], list[tuple[bool, torch.dtype]]]  # who is there, and how
 
 
@@ -58,8 +61,20 @@ class Watched:
 
     def _look(self) -> _Seen:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        objects: list[object] = [child for module in self._modules for child in module._modules.values()]
-        objects += [parameter for module in self._modules for parameter in module._parameters.values()]
+        objects: list[object] = list(chain.from_iterable(map(_children, self._modules)))
+        objects += chain.from_iterable(map(_parameters, self._modules))
         for group in groups:
             objects += group["params"]
-        return objects, [(parameter.requires_grad, parameter.dtype) for parameter in self._own]
+        return objects, list(map(_KIND, self._own))
+
+    def any_gradient(self) -> bool:
+        """Whether any parameter that is trained has a gradient."""
+        return any(p.grad is not None for p in self.trained)
+
+
+def _children(module: nn.Module) -> Iterable[object]:
+    return module._modules.values()
+
+
+def _parameters(module: nn.Module) -> Iterable[object]:
+    return module._parameters.values()

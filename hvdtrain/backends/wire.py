@@ -136,6 +136,9 @@ class Wire(ABC):
         """
         raise CollectiveError(f"{type(self).__name__} passes no messages between two ranks")
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Free what the engine holds for this group alone, without waiting for other ranks; an engine may keep it."""
+
     def turn(self, direction: str, peer: int) -> threading.Lock:
         """The lock of a direction ("to" or "from") to a group rank: whose messages come in parts must not be mixed up."""
         return self._turns.setdefault((direction, peer), threading.Lock())

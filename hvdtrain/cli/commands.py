@@ -18,6 +18,9 @@ from hvdtrain.settings.wording import did_you_mean
 DEFAULT_COMMAND = "train"
 COMMANDS: Mapping[str, str] = {
     "train": "hvdtrain.cli.train",
+    "export": "hvdtrain.cli.export",
+    "import": "hvdtrain.cli.import_file",
+    "guard": "hvdtrain.cli.guard",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }
 EXIT_INTERRUPTED = 130

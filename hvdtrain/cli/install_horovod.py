@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -46,7 +47,7 @@ class Terminal:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._began = time.monotonic()
-        self._last = 0.0
+        self._last = -math.inf  # a clock that counts from the start of the machine may be near zero
 
     def tell(self, line: str) -> None:
         """A line that stays."""

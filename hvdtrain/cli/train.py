@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -30,8 +31,8 @@ exit codes:
   0    done
   1    failed; the message says at what
   2    wrong flag, configuration, launch or backend; nothing was trained
-  75   asked to end (SIGTERM), state saved; the same command goes on from there
-  130  interrupted (Ctrl-C)"""
+  75   asked to end (SIGTERM, Ctrl-C), state saved; the same command goes on
+  130  interrupted (Ctrl-C twice, or before training)"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -59,7 +60,10 @@ def run(argv: Sequence[str]) -> int:
         sys.path.append(os.getcwd())
     from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
 
-    run_training(config)
+    try:
+        run_training(config)
+    finally:
+        gc.freeze()  # the last collection of a process would walk all of torch, for a second or more
     return 0
 
 

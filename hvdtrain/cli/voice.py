@@ -45,7 +45,10 @@ def complain(error: BaseException, *, same_everywhere: bool) -> None:
     who = f"rank {own_rank}: " if own_rank else ""
     what = "" if isinstance(error, Preempted) else "error: "
     trace = f"\n{error.rank_traceback.rstrip()}" if isinstance(error, RankFailure) and error.rank_traceback else ""
-    sys.stderr.write(f"hvdtrain: {what}{who}{error}{trace}\n")
+    code = (
+        f"; exit code {error.exit_code}" if isinstance(error, Preempted) else ""
+    )  # which some launchers do not pass on
+    sys.stderr.write(f"hvdtrain: {what}{who}{error}{code}{trace}\n")
     sys.stderr.flush()
 
 

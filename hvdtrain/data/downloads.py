@@ -42,13 +42,13 @@ class Archive:
 
     Args:
         name: Path below the data folder; ``.gz`` holds the file of the name without it, ``.tar.gz`` any number of files.
-        md5: Of the file as downloaded.
+        sha256: Of the file as downloaded.
         urls: Where it can be had, the first that works is taken.
         contents: What it holds, unpacked beside it: paths below the data folder.
     """
 
     name: str
-    md5: str
+    sha256: str
     urls: tuple[str, ...]
     contents: tuple[str, ...]
 
@@ -150,7 +150,7 @@ def fetch_and_unpack(archives: Sequence[Archive], folder: Path) -> None:
         for archive in archives:
             if not all((folder / path).is_file() for path in archive.contents):
                 file = folder / archive.name
-                if not is_intact(file, archive.md5):
+                if not is_intact(file, archive.sha256):
                     file = _download(archive, staging)
                 _unpack(file, staging, (folder / archive.name).parent)
     except OSError as error:
@@ -159,15 +159,15 @@ def fetch_and_unpack(archives: Sequence[Archive], folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def is_intact(file: Path, md5: str) -> bool:
-    """Return whether a file is there with this MD5 sum (which tells damage, not malice)."""
+def is_intact(file: Path, sha256: str) -> bool:
+    """Return whether a file is there with this SHA-256 sum."""
     if not file.is_file():
         return False
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest() == md5
+    return digest.hexdigest() == sha256
 
 
 def _download(archive: Archive, staging: Path) -> Path:
@@ -182,9 +182,9 @@ def _download(archive: Archive, staging: Path) -> Path:
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a URL
             failures.append(f"{url}: {error}")
             continue
-        if is_intact(file, archive.md5):
+        if is_intact(file, archive.sha256):
             return file
-        failures.append(f"{url}: not the expected file ({file.stat().st_size} bytes, MD5 sum is not {archive.md5})")
+        failures.append(f"{url}: not the expected file ({file.stat().st_size} bytes, SHA-256 is not {archive.sha256})")
     raise DataError("; ".join(failures))
 
 

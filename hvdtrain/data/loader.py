@@ -20,6 +20,7 @@ from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.nested import LONGER, SHORTER, empty_from
 from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
 from hvdtrain.data.samplers import IndexBatch
+from hvdtrain.data.worker_end import EndWithRank, note
 from hvdtrain.data.worker_signals import OutliveSigterm
 from hvdtrain.errors import ConfigError
 
@@ -44,7 +45,7 @@ def make_loader(
     process's random state. With loader processes, each batch first seeds the random numbers of torch, NumPy and
     `random` in the process that loads it, from ``seed`` and the batch's key: the same numbers for any number of
     processes, and for a run that continues in the middle of an epoch. The
-    processes outlive a SIGTERM for as long as their rank does.
+    processes outlive a SIGTERM for as long as their rank does, and end with it.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
@@ -71,7 +72,7 @@ def make_loader(
     source: Any = _WholeBatches(dataset) if whole else dataset
     if workers:
         source = _SeededBatches(source, seed)
-    return DataLoader(
+    return _Loader(
         source,
         batch_sampler=batch_sampler,
         num_workers=workers,
@@ -79,7 +80,7 @@ def make_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         timeout=timeout_s if workers else 0,
         generator=torch.Generator().manual_seed(seed),  # else each iterator would draw from the global one
-        worker_init_fn=_WorkerStart(worker_init) if workers else None,
+        worker_init_fn=_WorkerStart(worker_init, _start_method(multiprocessing_context)) if workers else None,
         persistent_workers=workers > 0 and persistent_workers,
         prefetch_factor=prefetch_factor if workers else None,
         multiprocessing_context=multiprocessing_context if workers else None,
@@ -202,13 +203,26 @@ def _copied(sample: Any) -> Any:
         return sample
 
 
+class _Loader(DataLoader[Any]):
+    """torch's, whose processes end with this one."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        before = multiprocessing.active_children()
+        batches = super().__iter__()
+        note(before)
+        return batches
+
+
 class _WorkerStart:
     """What a loader process does first."""
 
-    def __init__(self, users: Callable[[int], None] | None) -> None:
-        self._outlive, self._users = OutliveSigterm(), users
+    def __init__(self, users: Callable[[int], None] | None, start_method: str) -> None:
+        self._outlive, self._end, self._users = OutliveSigterm(), EndWithRank(start_method), users
 
     def __call__(self, worker: int) -> None:
+        self._end(worker)
         self._outlive(worker)
         if self._users is not None:
             self._users(worker)

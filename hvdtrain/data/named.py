@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from torch.utils.data import Dataset
 from hvdtrain.data import digits as digits_module
 from hvdtrain.data.downloads import one_at_a_time
 from hvdtrain.data.images import Synthetic
-from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.settings.components import Resolved, resolve
+from hvdtrain.errors import ConfigError, DataError, HvdtrainError
+from hvdtrain.settings.components import Resolved, described, resolve
 from hvdtrain.settings.options import Component
+from hvdtrain.settings.wording import shown
 
 _IMAGE_FOLDER = "imagefolder:"
+_MOST_SYNTHETIC = 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +136,12 @@ def synthetic(
 ) -> NamedData:
     """Noise of any shape, made on the spot, for timing (see `hvdtrain.data.images.Synthetic`)."""
     sizes = _sizes(shape)
+    most = {"samples": samples, "eval_samples": eval_samples, "classes": classes, "shape": math.prod(sizes)}
+    for what, number in most.items():
+        if not isinstance(number, int | float) or number > _MOST_SYNTHETIC:
+            raise ConfigError(
+                f"--data.{what.replace('_', '-')} must be a number up to {_MOST_SYNTHETIC:,}, got {shown(number)}"
+            )
     train = Synthetic(int(samples), sizes, int(classes), seed=2 * int(seed))
     evaluation = Synthetic(int(eval_samples), sizes, int(classes), seed=2 * int(seed) + 1)
     return NamedData(train=train, evaluation=evaluation, shape=sizes, classes=int(classes))
@@ -183,7 +192,7 @@ def _sizes(shape: Sequence[int] | str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in parts)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--data.shape must be like 3x224x224, got {shape!r}") from error
+        raise ConfigError(f"--data.shape must be like 3x224x224, got {shown(shape)}") from error
 
 
 def _load_imported(found: Resolved, place: Place) -> NamedData:
@@ -198,15 +207,23 @@ def _load_imported(found: Resolved, place: Place) -> NamedData:
     if isinstance(made, NamedData):
         return made
     train, evaluation = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    for dataset in (train, evaluation):
-        if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    for dataset in (train,) if evaluation is None else (train, evaluation):
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ConfigError(
                 f"--data {found.path} made a {type(dataset).__name__}, which is no data set; it must return one data "
                 "set with __len__ and __getitem__, a pair of them (training, evaluation), or a NamedData"
             )
-    if len(train) == 0:
+    try:
+        samples, shape, classes = len(train), _shape_of(train), _classes_of(train)
+    except HvdtrainError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"--data {found.path} made a {type(train).__name__} that has no first sample: {described(error)}"
+        ) from error
+    if samples == 0:
         raise DataError(f"--data {found.path} made a data set without samples")
-    return NamedData(train=train, evaluation=evaluation, shape=_shape_of(train), classes=_classes_of(train))
+    return NamedData(train=train, evaluation=evaluation, shape=shape, classes=classes)
 
 
 def _make(found: Resolved) -> Any:
@@ -218,8 +235,10 @@ def _make(found: Resolved) -> Any:
         if "train" in parameters - set(found.kwargs):
             return found(train=True, **arguments), found(train=False, **arguments)
         return found(**arguments)
-    except (RuntimeError, OSError) as error:  # torchvision's RuntimeError: Dataset not found
-        raise DataError(f"--data {found.path} failed: {type(error).__name__}: {error}") from error
+    except ConfigError as error:
+        if isinstance(error.__cause__, RuntimeError | OSError):  # torchvision's RuntimeError: Dataset not found
+            raise DataError(f"--data {found.path} failed: {described(error.__cause__)}") from error
+        raise
 
 
 def _parameters(found: Resolved) -> set[str]:
@@ -230,6 +249,8 @@ def _parameters(found: Resolved) -> set[str]:
 
 
 def _shape_of(dataset: Any) -> tuple[int, ...]:
+    if len(dataset) == 0:
+        return ()
     sample = dataset[0]
     first = sample[0] if isinstance(sample, tuple | list) and sample else sample
     return tuple(getattr(first, "shape", ()))
@@ -237,6 +258,8 @@ def _shape_of(dataset: Any) -> tuple[int, ...]:
 
 def _classes_of(dataset: Any) -> int:
     names = getattr(dataset, "classes", None)
+    if len(dataset) == 0:
+        return 0
     if isinstance(names, int):
         return names
     if isinstance(names, Sequence):

@@ -1,7 +1,7 @@
 """torchvision's data sets: MNIST, Fashion-MNIST, CIFAR-10, and folders of images.
 
 This module imports torchvision; `hvdtrain.data.named` imports it when one of these is asked for. torchvision reads the
-files and knows their checksums; downloading is ours (`hvdtrain.data.downloads`), because many ranks may ask at once.
+files and knows where they are; checksums and downloading are ours (`hvdtrain.data.downloads`), because many ranks may ask at once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ from hvdtrain.errors import ConfigError, DataError
 _EVALUATION_FOLDERS = ("val", "valid", "validation", "test")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
+# torchvision has MD5 sums, which tell damage and not malice; some of the usual places are plain http.
+_SHA256 = {
+    ("MNIST", "train-images-idx3-ubyte.gz"): "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    ("MNIST", "train-labels-idx1-ubyte.gz"): "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    ("MNIST", "t10k-images-idx3-ubyte.gz"): "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    ("MNIST", "t10k-labels-idx1-ubyte.gz"): "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ("FashionMNIST", "train-images-idx3-ubyte.gz"): "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    ("FashionMNIST", "train-labels-idx1-ubyte.gz"): "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ("FashionMNIST", "t10k-images-idx3-ubyte.gz"): "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    ("FashionMNIST", "t10k-labels-idx1-ubyte.gz"): "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ("CIFAR10", "cifar-10-python.tar.gz"): "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +62,11 @@ def _mnist_archives(cls: Any, mirror: str | None) -> list[Archive]:
     return [
         Archive(
             name=f"{folder}/{name}",
-            md5=md5,
+            sha256=_SHA256[cls.__name__, name],
             urls=tuple(f"{place.rstrip('/')}/{name}" for place in ([mirror] if mirror else cls.mirrors)),
             contents=(f"{folder}/{name.removesuffix('.gz')}",),
         )
-        for name, md5 in cls.resources
+        for name, _ in cls.resources
     ]
 
 
@@ -63,7 +75,7 @@ def _cifar_archives(cls: Any, mirror: str | None) -> list[Archive]:
     return [
         Archive(
             name=cls.filename,
-            md5=cls.tgz_md5,
+            sha256=_SHA256[cls.__name__, cls.filename],
             urls=(f"{mirror.rstrip('/')}/{cls.filename}" if mirror else cls.url,),
             contents=tuple(f"{cls.base_folder}/{name}" for name in names),
         )
@@ -116,7 +128,7 @@ def load_published(
         return all(file.is_file() for file in files)
 
     def get() -> None:
-        if not download and not all(is_intact(folder / archive.name, archive.md5) for archive in archives):
+        if not download and not all(is_intact(folder / archive.name, archive.sha256) for archive in archives):
             raise DataError(_missing(published, archives, folder, "and downloading is switched off"))
         try:
             fetch_and_unpack(archives, folder)

@@ -56,6 +56,12 @@ class OutliveSigterm:
         return self._rank_is_ending.value or os.getppid() != self._parent_pid
 
 
+def rank_is_ending() -> None:
+    """Let a SIGTERM end this process's loader processes from now on."""
+    if os.getpid() in _ending_flags:
+        _raise_flag(_ending_flags[os.getpid()])
+
+
 def _ending_flag() -> Any:
     """Shared memory that becomes true when this process begins to exit, before it terminates its children."""
     pid = os.getpid()

@@ -217,6 +217,28 @@ EDITS: tuple[Edit, ...] = (
         new="from shutil import which as find_executable\n",
     ),
     Edit(
+        name="ssh-host-keys",
+        file="horovod/runner/util/remote.py",
+        why="horovodrun went on where a host's key had changed; new hosts are taken as before",
+        old="-o StrictHostKeyChecking=no'",
+        new="-o StrictHostKeyChecking=accept-new'",
+    ),
+    Edit(
+        name="gloo-environment-here",
+        file="horovod/runner/gloo_run.py",
+        why="horovodrun --gloo wrote the whole environment on the command lines of ranks, which inherit it on this host",
+        old="        env_vars = create_slot_env_vars(slot_info)\n        horovod_rendez_env",
+        new="        here = network.resolve_host_address(slot_info.hostname) in network.get_local_host_addresses()\n"
+        "        env_vars = create_slot_env_vars(slot_info)\n        horovod_rendez_env",
+    ),
+    Edit(
+        name="gloo-environment",
+        file="horovod/runner/gloo_run.py",
+        why="the same",
+        old="                          if env_util.is_exportable(key)]),",
+        new="                          if env_util.is_exportable(key) and not (here and os.environ.get(key) == value)]),",
+    ),
+    Edit(
         name="jsrun-flags",
         file="horovod/runner/js_run.py",
         why="the function returns three values: jsrun failed each time",
@@ -319,6 +341,28 @@ def mpi_available(env=None):
         why="ranks cannot tell horovodrun --mpi from mpirun otherwise",
         old="    env_list = '' if impi_or_mpich else ' '.join(\n",
         new="    env = dict(env, HVDTRAIN_LAUNCHER='horovodrun')\n    env_list = '' if impi_or_mpich else ' '.join(\n",
+    ),
+    Edit(
+        name="mpirun-instead",
+        file="horovod/runner/mpi_run.py",
+        why="a shell that waits for mpirun hands no signal to it, and leaves it behind when it is killed",
+        old="        os.execve('/bin/sh', ['/bin/sh', '-c', mpirun_command], env)\n",
+        new="        os.execve('/bin/sh', ['/bin/sh', '-c', 'exec ' + mpirun_command], env)\n",
+    ),
+    Edit(
+        name="guard",
+        file="horovod/runner/launch.py",
+        why="a signal to horovodrun lets the ranks save and end, and then horovodrun ends with their exit code",
+        old="def run_commandline():\n    args = parse_args()\n",
+        new="""def run_commandline():
+    args = parse_args()
+    try:
+        from hvdtrain.launch.guard import fork_under
+    except ImportError:
+        pass
+    else:
+        fork_under()
+""",
     ),
     Edit(
         name="stamp",

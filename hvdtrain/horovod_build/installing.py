@@ -19,6 +19,7 @@ from hvdtrain.horovod_build import source, wheels
 from hvdtrain.horovod_build.compiling import build_environment, compile_wheel, fetch_tools
 from hvdtrain.horovod_build.failure import BuildError
 from hvdtrain.horovod_build.plan import Layout, Plan, decide
+from hvdtrain.horovod_build.private_folder import make_private
 from hvdtrain.horovod_build.probe import machine, system_libraries
 from hvdtrain.horovod_build.running import Log, Reporter, pip, run
 from hvdtrain.horovod_build.wishes import HOROVOD, Wishes
@@ -86,7 +87,9 @@ def install(wishes: Wishes, reporter: Reporter, environment: Mapping[str, str] =
     for what, which in plan.lines:
         reporter.tell(f"  {what:<9} {which}")
     finished = wheels.folder(wishes.wheel_dir, environment)
+    make_private(finished)
     logs = wheels.cache(environment) / "logs"
+    make_private(logs)
     log = Log(logs / f"install-horovod-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log")
     try:
         with tempfile.TemporaryDirectory(prefix="hvdtrain-horovod-") as folder:

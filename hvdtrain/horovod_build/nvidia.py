@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hvdtrain.horovod_build import wheels
 from hvdtrain.horovod_build.failure import BuildError
+from hvdtrain.horovod_build.private_folder import check_private, make_private
 from hvdtrain.horovod_build.probe import Cuda, Nccl
 from hvdtrain.horovod_build.running import Log, pip, run
 
@@ -31,7 +32,9 @@ def fetch_toolkit(version: str, environment: Mapping[str, str], *, log: Log) -> 
         BuildError: It could not be fetched.
     """
     place = wheels.cache(environment) / f"cuda-{version}"
+    make_private(place.parent)
     home = place / "nvidia" / f"cu{version.partition('.')[0]}"
+    check_private(home / "bin" / "nvcc")
     if (home / "bin" / "nvcc").is_file():
         return Cuda(home=str(home), version=version)
     beside = place.with_name(f".{place.name}.{os.getpid()}")

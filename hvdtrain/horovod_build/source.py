@@ -15,7 +15,7 @@ from pathlib import Path
 from hvdtrain.errors import ConfigError
 from hvdtrain.horovod_build.failure import BuildError
 from hvdtrain.horovod_build.running import Log, pip, run
-from hvdtrain.horovod_build.wishes import HOROVOD
+from hvdtrain.horovod_build.wishes import HOROVOD, HOROVOD_SHA256
 
 PYPI = "PyPI"
 _FETCH_S = 900.0
@@ -64,10 +64,20 @@ def fetch(where: str | None, into: Path, *, environment: Mapping[str, str], log:
 
 
 def _from_pypi(into: Path, environment: Mapping[str, str], log: Log) -> Path:
-    command = [*pip(), "download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"]
-    command += ["--dest", str(into), f"horovod=={HOROVOD}"]
+    # pip asks an sdist for its name by running its setup.py: the hash must be compared before, which pip does.
+    wanted = into.with_name(f"{into.name}.txt")
+    wanted.write_text(f"horovod=={HOROVOD} --hash=sha256:{HOROVOD_SHA256}\n")
+    command = [*pip(), "download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod", "--require-hashes"]
+    command += ["--dest", str(into), "--requirement", str(wanted)]
     code, lines = run(command, log=log, environment=environment, folder=into, limit_s=_FETCH_S)
     files = sorted(into.glob("horovod-*"))
+    if any("DO NOT MATCH THE HASHES" in line for line in lines) or (
+        files and not code and _sha256(files[0]) != HOROVOD_SHA256
+    ):
+        raise BuildError(
+            f"what pip fetched as Horovod {HOROVOD} is not the published file (SHA-256 {HOROVOD_SHA256}): an index or mirror "
+            f"of pip's settings serves another. If it is one that you trust, fetch it and name it by --source. Log: {log.path}"
+        )
     if code or not files:
         said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "")
         raise BuildError(
@@ -75,6 +85,10 @@ def _from_pypi(into: Path, environment: Mapping[str, str], log: Log) -> Path:
             f"Without a way to PyPI: fetch horovod-{HOROVOD}.tar.gz elsewhere and name it by --source. Log: {log.path}"
         )
     return _unpack(files[0], into)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _from_git(where: str, into: Path, environment: Mapping[str, str], log: Log) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 from hvdtrain.backends.hvd.stamp import FILE, Stamp
 from hvdtrain.file_lock import LockTimeout, lock
 from hvdtrain.horovod_build.failure import BuildError
+from hvdtrain.horovod_build.private_folder import check_private, make_private
 
 LOCK_S = 7200.0
 """How long to wait for another build of the same wheel."""
@@ -24,15 +25,19 @@ LOCK_S = 7200.0
 
 def folder(wheel_dir: str | None, environment: Mapping[str, str]) -> Path:
     """Where finished wheels are: ``--wheel-dir``, else below `cache`."""
-    return Path(wheel_dir).expanduser().resolve() if wheel_dir else cache(environment) / "wheels"
+    return _absolute(wheel_dir) if wheel_dir else cache(environment) / "wheels"
 
 
 def cache(environment: Mapping[str, str]) -> Path:
     """The user's cache of hvdtrain: $HVDTRAIN_CACHE, $XDG_CACHE_HOME/hvdtrain, or ~/.cache/hvdtrain."""
     if environment.get("HVDTRAIN_CACHE"):
-        return Path(environment["HVDTRAIN_CACHE"]).expanduser().resolve()
+        return _absolute(environment["HVDTRAIN_CACHE"])
     base = environment.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hvdtrain"
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))  # links are left as they are: whose they are is asked later
 
 
 def find(wheels: Path, stamp: Stamp) -> tuple[Path | None, str]:
@@ -40,8 +45,13 @@ def find(wheels: Path, stamp: Stamp) -> tuple[Path | None, str]:
 
     Returns:
         The wheel, or None; and if there is one that is damaged, what is wrong with it.
+
+    Raises:
+        BuildError: Somebody else could have put it there.
     """
+    check_private(wheels)
     for wheel in sorted(wheels.glob(f"horovod-{stamp.horovod}-1_{stamp.key}-*.whl")):
+        check_private(wheel)
         problem = _damage(wheel, stamp)
         return (None, f"{wheel}: {problem}") if problem else (wheel, "")
     return None, ""
@@ -60,10 +70,11 @@ def keep(built: Path, wheels: Path, stamp: Stamp) -> Path:
     target = wheels / "-".join([name, version, f"1_{stamp.key}", *tags])
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     check = _check_file(target)
+    make_private(wheels)
     try:
-        wheels.mkdir(parents=True, exist_ok=True)
         check.unlink(missing_ok=True)
         shutil.copyfile(built, beside)
+        beside.chmod(0o644)
         os.replace(beside, target)
         check_beside = check.with_name(f".{check.name}.{os.getpid()}")
         check_beside.write_text(f"{_sha256(target)}  {target.name}\n")
@@ -91,8 +102,8 @@ def locked(wheels: Path, key: str, *, waiting: Callable[[], None], limit_s: floa
         BuildError: The folder cannot be written, or the time is up.
     """
     path = wheels / f".{key}.lock"
+    make_private(wheels)
     try:
-        wheels.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
         raise BuildError(

@@ -10,6 +10,8 @@ from hvdtrain.settings.options import option, settle
 
 HOROVOD = "0.28.1"
 """The newest release of Horovod, the one the edits are made for."""
+HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+"""Of its sdist on PyPI, ``horovod-0.28.1.tar.gz``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

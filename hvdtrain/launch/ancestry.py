@@ -37,6 +37,18 @@ class Ancestor:
         return self.arguments[0].rpartition("/")[2] if self.arguments else ""
 
     @property
+    def script(self) -> str:
+        """Name of what Python was started with, a file without its folder or a module; "" of another program."""
+        if not self.program.startswith("python"):
+            return ""
+        for option, following in itertools.pairwise((*self.arguments[1:], "")):
+            if option == "-m":
+                return following
+            if not option.startswith("-"):
+                return option.rpartition("/")[2]
+        return ""
+
+    @property
     def slurm_step(self) -> str | None:
         """For Slurm's process that starts tasks, the step's name: a number under srun, else batch, interactive, ...
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.ancestry import Ancestor, read_ancestors
-from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher, address, horovodrun_server
+from hvdtrain.launch.launchers import LAUNCHERS, Environment, Found, Launcher, address, horovodrun_server, shown_value
+from hvdtrain.launch.leftovers import leftovers, speaks_of_several
 from hvdtrain.topology import Topology
 
 _OWN_MASTER = ("torchrun", "environment")  # launchers to which MASTER_ADDR and MASTER_PORT belong
@@ -64,14 +65,15 @@ def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ance
     """
     env = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
     marked = [launcher for launcher in LAUNCHERS if any(name in env for name in launcher.marks)]
-    if not marked:
-        return _alone(env)
     if ancestors is None:
-        ancestors = read_ancestors() if environ is None else ()
+        ancestors = read_ancestors() if environ is None and (marked or speaks_of_several(env)) else ()
     present = [launcher for launcher in marked if launcher.started(env, ancestors)]
     complete = [launcher for launcher in present if all(name in env for name in launcher.needs)]
     if not complete:
-        return _half_set(present[0], env) if present else _alone(env)
+        if present:
+            _refuse_half_set(present[0], env)
+        _refuse_leftovers(env, ancestors, ())
+        return _alone(env)
     ordered = _innermost_first(complete, env, ancestors)
     launcher, outer = ordered[0], ordered[1:]
     try:
@@ -80,6 +82,10 @@ def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ance
     except LaunchError as error:
         what = str(error).removeprefix(f"{launcher.name.split()[0]}: ")
         raise LaunchError(f"{launcher.name}: {what}. {_found(launcher, env)}{_remedy(launcher, env)}") from None
+    if found.topology.world_size == 1 and launcher.name != "spawn":
+        nearer = _set_around(launcher, env, ancestors)
+        around = {name: value for name, value in env.items() if nearer.get(name) != value}
+        _refuse_leftovers(around, ancestors, [each.name for each in complete])
     inside = f" (started inside {', '.join(each.name for each in outer)})" if outer else ""
     return Detection(
         topology=found.topology,
@@ -95,7 +101,7 @@ def detect(environ: Mapping[str, str] | None = None, *, ancestors: Sequence[Ance
 def _alone(env: Environment) -> Detection:
     reason = "no launcher's variables found"
     if "SLURM_JOB_ID" in env:
-        reason = f"in Slurm job {env['SLURM_JOB_ID']}, not started by srun as one of several tasks"
+        reason = f"in Slurm job {shown_value(env['SLURM_JOB_ID'])}, not started by srun as one of several tasks"
     return Detection(
         topology=Topology.single(),
         reason=reason,
@@ -105,9 +111,9 @@ def _alone(env: Environment) -> Detection:
     )
 
 
-def _half_set(launcher: Launcher, env: Environment) -> Detection:
+def _refuse_half_set(launcher: Launcher, env: Environment) -> None:
     if launcher.name == "environment" and env.get("WORLD_SIZE") == "1":
-        return _alone(env)
+        return
     missing = [name for name in launcher.needs if name not in env]
     raise LaunchError(
         f"{launcher.name}: half of its variables are missing. {_found(launcher, env)}Missing: {', '.join(missing)}. "
@@ -115,9 +121,27 @@ def _half_set(launcher: Launcher, env: Environment) -> Detection:
     )
 
 
+def _refuse_leftovers(env: Environment, ancestors: Sequence[Ancestor], complete: Sequence[str]) -> None:
+    """Refuses a world of one where variables say that there are more processes."""
+    found = leftovers(env, ancestors, complete)
+    if found:
+        raise LaunchError(
+            f"this process would train alone, but {', '.join(f'{name}={shown_value(env[name])}' for name in found)} "
+            f"{'says' if len(found) == 1 else 'say'} that it is one of several, and no launcher's variables are there "
+            "whole. Something between launcher and process passes on a part of them (a container, sudo, ssh): let it "
+            f"pass on all. Found: {', '.join(found)}; unset {'it' if len(found) == 1 else 'them'} to run one process"
+        )
+
+
+def _set_around(launcher: Launcher, env: Environment, ancestors: Sequence[Ancestor]) -> Environment:
+    """What was set already where this launcher was called; empty where the process tree does not show it."""
+    generation = _generation(launcher, env, ancestors)[0]
+    return (ancestors[generation].environ or {}) if generation < len(ancestors) else {}
+
+
 def _found(launcher: Launcher, env: Environment) -> str:
     names = (*launcher.needs, "MASTER_ADDR", "MASTER_PORT") if launcher.name in _OWN_MASTER else launcher.needs
-    return f"Found: {', '.join(f'{name}={env[name]}' for name in dict.fromkeys(names) if name in env)}. "
+    return f"Found: {', '.join(f'{name}={shown_value(env[name])}' for name in dict.fromkeys(names) if name in env)}. "
 
 
 def _remedy(launcher: Launcher, env: Environment) -> str:
@@ -168,7 +192,8 @@ def _file_name(job: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", job)
     if safe == job and len(job) <= 100 and not job.startswith("."):
         return job
-    return f"{safe.lstrip('.')[:80]}-{hashlib.sha256(job.encode()).hexdigest()[:16]}"
+    checksum = hashlib.sha256(job.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{safe.lstrip('.')[:80]}-{checksum}"
 
 
 __all__ = ["Ancestor", "Detection", "Found", "detect"]

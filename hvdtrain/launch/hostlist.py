@@ -6,10 +6,11 @@ import itertools
 import re
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.settings.wording import shown
 
 _ITEM = re.compile(r"(?:[^\[\],\s]|\[[^\[\]]*\])+")
-_RANGES = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
-_COUNT = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
+_RANGES = re.compile(r"[0-9]{1,12}(-[0-9]{1,12})?(,[0-9]{1,12}(-[0-9]{1,12})?)*")
+_COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 _MOST = 1_000_000  # hosts or tasks; far above any machine, so that a damaged list cannot fill the memory
 
 
@@ -35,7 +36,7 @@ def hosts(compressed: str) -> list[str]:
         if compressed[position] != ",":
             break
         position += 1
-    raise LaunchError(f"cannot read the node list {compressed!r}; expected one such as node[01-04,7],other")
+    raise LaunchError(f"cannot read the node list {shown(compressed)}; expected one such as node[01-04,7],other")
 
 
 def tasks_per_node(compressed: str) -> list[int]:
@@ -47,8 +48,8 @@ def tasks_per_node(compressed: str) -> list[int]:
     found: list[int] = []
     for part in compressed.split(","):
         match = _COUNT.fullmatch(part)
-        if match is None or int(match[2] or 1) > _MOST:
-            raise LaunchError(f"cannot read the tasks per node {compressed!r}; expected a list such as 2(x3),1")
+        if match is None or len(found) + int(match[2] or 1) > _MOST:
+            raise LaunchError(f"cannot read the tasks per node {shown(compressed)}; expected a list such as 2(x3),1")
         found += [int(match[1])] * int(match[2] or 1)
     return found
 
@@ -61,18 +62,20 @@ def _expand(item: str, whole: str) -> list[str]:
         pieces.append(_numbers(piece[1:-1], whole) if piece.startswith("[") else [piece])
         total *= len(pieces[-1])
         if total > _MOST:
-            raise LaunchError(f"the node list {whole!r} names more than {_MOST} hosts")
+            raise LaunchError(f"the node list {shown(whole)} names more than {_MOST} hosts")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
 def _numbers(ranges: str, whole: str) -> list[str]:
     if not _RANGES.fullmatch(ranges):
-        raise LaunchError(f"cannot read [{ranges}] in the node list {whole!r}; expected ranges such as [01-04,7]")
+        raise LaunchError(
+            f"cannot read {shown(ranges)} in the node list {shown(whole)}; expected ranges such as [01-04,7]"
+        )
     found: list[str] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")
         low, high = int(first), int(last or first)
         if not low <= high < low + _MOST:
-            raise LaunchError(f"cannot read the range {part} in the node list {whole!r}")
+            raise LaunchError(f"cannot read the range {shown(part)} in the node list {shown(whole)}")
         found += [f"{number:0{len(first)}d}" for number in range(low, high + 1)]
     return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.ancestry import Ancestor
 from hvdtrain.launch.hostlist import hosts, tasks_per_node
+from hvdtrain.settings.wording import shown
 from hvdtrain.topology import Topology
 
 Environment = Mapping[str, str]
@@ -59,8 +60,18 @@ def number(env: Environment, name: str, default: int | None = None) -> int:
     if text is None and default is not None:
         return default
     if text is None or not re.fullmatch(r"[+-]?[0-9]{1,9}", text.strip()):
-        raise LaunchError(f"{name}={text!r} is not a whole number")
+        raise LaunchError(f"{name}={shown(text)} is not a whole number")
     return int(text)
+
+
+def shown_value(text: str) -> str:
+    """A variable's value for a message: as it is if it is a short word, else in quotes and shortened."""
+    return text if text.isprintable() and " " not in text and len(text) <= 80 else shown(text)
+
+
+def _is_count(text: str) -> bool:
+    """Whether a variable that need not be there holds a number (``str.isdigit`` takes "²" for one, ``int`` does not)."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def address(env: Environment) -> str | None:
@@ -141,7 +152,7 @@ def _torchrun(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Found(
         topology=topology,
-        reason=f"torchrun: RANK={topology.rank}" + (f", restart {restart}" if restart != "0" else ""),
+        reason=f"torchrun: RANK={topology.rank}" + (f", restart {shown_value(restart)}" if restart != "0" else ""),
         job=f"torchrun-{env['TORCHELASTIC_RUN_ID']}-{env['MASTER_ADDR']}-{env['MASTER_PORT']}-{restart}",
     )
 
@@ -200,7 +211,7 @@ def _open_mpi_node(env: Environment, ancestors: Sequence[Ancestor], nodes: int) 
     contact = (
         env.get("OMPI_MCA_orte_local_daemon_uri") or env.get("PMIX_SERVER_URI41") or env.get("PMIX_SERVER_URI2", "")
     )
-    match = re.search(r"\.(\d+);", contact)
+    match = re.search(r"\.([0-9]{1,9});", contact)
     if match is None:
         return None
     daemon = int(match[1])
@@ -209,7 +220,7 @@ def _open_mpi_node(env: Environment, ancestors: Sequence[Ancestor], nodes: int) 
     count = env.get("OMPI_MCA_ess_base_num_procs") or next(
         (found for a in ancestors if (found := a.option("ess_base_num_procs"))), ""
     )
-    if not count.isdigit() or int(count) - nodes not in (0, 1):
+    if not _is_count(count) or int(count) - nodes not in (0, 1):
         return None
     node = daemon - (int(count) - nodes)
     return node if 0 <= node < nodes else None
@@ -230,7 +241,7 @@ def _hydra(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
         size=size,
         local_rank=number(env, known[0]) if known else 0,
         local_size=local,
-        node=int(node) if node.isdigit() else None,
+        node=int(node) if _is_count(node) else None,
         nodes=None,
     )
     # Only Intel MPI names the job to its ranks. MPICH's proxies are told mpiexec's address, the same on every node.
@@ -248,7 +259,9 @@ _LOCAL_PMI = (("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), ("PMI_LOCAL_RANK", "PMI_LO
 
 def _is_not_srun(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
     # srun sets PMI_RANK itself when its MPI plugin is PMI (the classic trap): then Slurm's own variables say more.
-    return not _is_srun_step(env, ancestors) or any(p[0] in env for p in _LOCAL_PMI)
+    if any(p[0] in env for p in _LOCAL_PMI):
+        return True
+    return not _is_srun_step(env, ancestors) and not was_left_by_srun(env, ancestors)
 
 
 def _slurm(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
@@ -258,7 +271,7 @@ def _slurm(env: Environment, ancestors: Sequence[Ancestor]) -> Found:
     per_node = tasks_per_node(counts)
     if sum(per_node) != size or not 0 <= node < len(per_node):
         raise LaunchError(
-            f"SLURM_STEP_TASKS_PER_NODE={counts} fits neither SLURM_STEP_NUM_TASKS={size} nor SLURM_NODEID={node}"
+            f"SLURM_STEP_TASKS_PER_NODE={shown_value(counts)} fits neither SLURM_STEP_NUM_TASKS={size} nor SLURM_NODEID={node}"
         )
     topology = Topology(
         rank=rank,
@@ -286,13 +299,25 @@ def _is_srun_step(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
     title of Slurm's own process, where it can be seen, tells that this is a batch script. (SLURM_TASK_PID tells
     nothing: a batch script has one, too.)
     """
-    started_by = next((a.slurm_step for a in ancestors if a.slurm_step is not None), None)
-    if started_by is not None and not started_by.isdigit():
+    if was_left_by_srun(env, ancestors):
         return False
-    if "SLURM_PTY_PORT" in env and _under_typed_shell(ancestors):
-        return False  # srun -n 4 --pty bash: somebody types in the shell of task 0, and nobody in the others
-    step, tasks = env.get("SLURM_STEP_ID", ""), env.get("SLURM_STEP_NUM_TASKS", "")
-    return step.isdigit() and int(step) < 0xFFFF0000 and tasks != "1"
+    step = slurm_step_number(env)
+    return step is not None and step < 0xFFFF0000 and env.get("SLURM_STEP_NUM_TASKS") != "1"
+
+
+def was_left_by_srun(env: Environment, ancestors: Sequence[Ancestor]) -> bool:
+    """Whether the process tree shows that a step's variables are not this process's own."""
+    started_by = next((a.slurm_step for a in ancestors if a.slurm_step is not None), None)
+    if started_by is not None and not re.fullmatch("[0-9]+", started_by):
+        return True
+    # srun -n 4 --pty bash: somebody types in the shell of task 0, and nobody in the others
+    return "SLURM_PTY_PORT" in env and _under_typed_shell(ancestors)
+
+
+def slurm_step_number(env: Environment) -> int | None:
+    """The number of Slurm's step; None where there is none, or none that could be one."""
+    step = env.get("SLURM_STEP_ID", "")
+    return int(step) if re.fullmatch("[0-9]{1,10}", step) else None
 
 
 def _under_typed_shell(ancestors: Sequence[Ancestor]) -> bool:
@@ -350,9 +375,9 @@ def _plain_local(env: Environment, rank: int, size: int) -> tuple[int, int, str]
             raise LaunchError(f"LOCAL_WORLD_SIZE is missing, which RANK={rank} with LOCAL_RANK={local_rank} needs")
         return local_rank, size, "; no LOCAL_WORLD_SIZE, so one node is assumed"
     if name is not None and number(env, name) != 1:
-        raise LaunchError(f"LOCAL_RANK is missing, which {name}={env[name]} needs")
+        raise LaunchError(f"LOCAL_RANK is missing, which {name}={shown_value(env[name])} needs")
     per_pod = env.get("PET_NPROC_PER_NODE", "")
-    if per_pod.isdigit() and int(per_pod) > 1:
+    if _is_count(per_pod) and int(per_pod) > 1:
         raise LaunchError(
             f"PET_NPROC_PER_NODE={per_pod} asks for {per_pod} processes in this pod, and python is one; let the pod's "
             "command be 'torchrun -m hvdtrain', which reads the PET_ variables"

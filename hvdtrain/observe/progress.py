@@ -5,6 +5,7 @@ Plain lines come as often as records do, at most every few seconds; `Trainer(pro
 
 from __future__ import annotations
 
+import math
 import time
 
 from rich.console import Console
@@ -26,7 +27,7 @@ class ProgressLogger:
         self._console = console
         self._epochs = epochs
         self._every_s = every_s
-        self._last = 0.0
+        self._last = -math.inf  # a clock that counts from the start of the machine may be near zero
         self._began: tuple[float, int] | None = None
         self._bar: Progress | None = None
 

@@ -6,19 +6,42 @@ Training ImageNet in 1 Hour", https://arxiv.org/abs/1706.02677, sections 2.1 and
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import shown
+
+_MOST = 1e9  # epochs, or a factor: finite numbers only
 
 
 def scaled_lr(lr: float, world_size: int) -> float:
     """The learning rate for a global batch that grew ``world_size``-fold: ``lr * world_size``."""
     return lr * world_size
+
+
+class BuiltInSchedule(LambdaLR):
+    """A factor on each parameter group's own rate. What is saved of it is the step; rates and shape are the running program's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the saved step, with the rates that this schedule was made with."""
+        base_lrs = list(self.base_lrs)
+        super().load_state_dict(state_dict)
+        self.base_lrs = base_lrs
+        rates = [base * factor(self.last_epoch) for base, factor in zip(base_lrs, self.lr_lambdas, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, base_lrs, rates, strict=True):
+            group["initial_lr"] = base
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = list(rates)
 
 
 def make_schedule(
@@ -30,7 +53,7 @@ def make_schedule(
     steps_per_epoch: int,
     warmup_steps: int = 0,
     warmup_start: float = 0.0,
-) -> LambdaLR:
+) -> BuiltInSchedule:
     """Make a schedule that is stepped once per optimizer step; every parameter group keeps its own base rate.
 
     Args:
@@ -57,17 +80,21 @@ def make_schedule(
         raise ConfigError(
             f"unknown schedule {name!r}; use one of {', '.join(makers)}, or the import path of a torch scheduler"
         )
-    try:
-        shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
-    except TypeError as error:
-        raise ConfigError(f"--schedule {name}: {error}") from error
+    known = [*inspect.signature(makers[name]).parameters][2:]
+    for argument, value in args.items():
+        if argument not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+            raise ConfigError(f"--schedule {name}: there is no argument {argument!r}; {takes}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+            raise ConfigError(f"--schedule.{argument} must be a number from 0 to {_MOST:g}, got {shown(value)}")
+    shape = makers[name](max(1, total_steps - warmup_steps), steps_per_epoch, **args)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return warmup_start + (1 - warmup_start) * (step + 1) / warmup_steps
         return shape(step - warmup_steps)
 
-    return LambdaLR(optimizer, factor)
+    return BuiltInSchedule(optimizer, factor)
 
 
 def _constant(steps: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn, get_type_hints
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.settings.options import Component
-from hvdtrain.settings.wording import did_you_mean, nearest
+from hvdtrain.settings.wording import did_you_mean, nearest, shown
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _INSTALL = {"torchvision": "pip install 'hvdtrain[vision]'"}
 _LISTED_NAMES = 12
+_MOST_CHARACTERS = 500  # of an error's text
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
@@ -47,16 +48,16 @@ class Resolved:
         """Calls the target with the configured arguments besides those provided here.
 
         Raises:
-            ConfigError: The target refused its arguments (TypeError or ValueError); the message says where.
+            ConfigError: The target failed, or ended the program; the message says how and where.
         """
         try:
             return self.target(*args, **{**self.kwargs, **provided})
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            given = ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
+        except HvdtrainError:
+            raise
+        except (Exception, SystemExit) as error:
+            given = ", ".join(f"{name}={shown(value)}" for name, value in self.kwargs.items())
             raise ConfigError(
-                f"{self.flag} {self.path}({given}) failed: {_described(error)}{self._meant(error)}"
+                f"{self.flag} {self.path}({given}) failed: {described(error)}{self._meant(error)}"
             ) from error
 
     def _meant(self, error: BaseException) -> str:
@@ -101,7 +102,9 @@ def resolve(
         target, path = _look_up(component.name, where, flag)
     if not callable(target):
         kind = "module" if isinstance(target, ModuleType) else type(target).__name__
-        raise ConfigError(f"{flag} {component.name!r} is a {kind}, which cannot be called; name a class or a function")
+        raise ConfigError(
+            f"{flag} {shown(component.name)} is a {kind}, which cannot be called; name a class or a function"
+        )
     _check_arguments(target, component, flag, provided)
     return Resolved(target=target, kwargs=dict(component.args), path=path, flag=flag)
 
@@ -146,11 +149,11 @@ def _module(parts: list[str], flag: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing != path and not path.startswith(missing + "."):
-            raise ConfigError(f"{flag}: importing {path!r} failed: {_described(error)}") from error
+            raise ConfigError(f"{flag}: importing {shown(path)} failed: {described(error)}") from error
         _refuse_module(flag, missing, error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"{flag}: importing {path!r} failed: {_described(error)}{_torchvision_advice(path)}"
+            f"{flag}: importing {shown(path)} failed: {described(error)}{_torchvision_advice(path)}"
         ) from error
 
 
@@ -164,7 +167,7 @@ def _refuse_module(flag: str, missing: str, error: ImportError) -> NoReturn:
     known = {module.name for module in pkgutil.iter_modules()} | set(sys.stdlib_module_names)
     guess = did_you_mean(missing, sorted(name for name in known if not name.startswith("_")))
     raise ConfigError(
-        f"{flag}: there is no module {missing!r}{guess or '; install it, or run from the folder that holds it'}"
+        f"{flag}: there is no module {shown(missing)}{guess or '; install it, or run from the folder that holds it'}"
     ) from error
 
 
@@ -172,7 +175,7 @@ def _refuse_name(flag: str, name: str, owner: Any, error: BaseException | None =
     path = getattr(owner, "__name__", repr(owner))
     names = [public for public in dir(owner) if not public.startswith("_")]
     names += [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", ()))]
-    raise ConfigError(f"{flag}: {path} has no {name!r}{did_you_mean(name, names)}") from error
+    raise ConfigError(f"{flag}: {path} has no {shown(name)}{did_you_mean(name, names)}") from error
 
 
 def _look_up(
@@ -194,7 +197,7 @@ def _look_up(
     guess = nearest(name, known)
     listed = f"Known: {', '.join(known)}" if len(known) <= _LISTED_NAMES else f"There are {len(known)} known names"
     raise ConfigError(
-        f"{flag} does not know {name!r}{f'; did you mean {guess!r}?' if guess else ';'} {listed}, or give an import "
+        f"{flag} does not know {shown(name)}{f'; did you mean {guess!r}?' if guess else ';'} {listed}, or give an import "
         "path such as package.module:Name"
     )
 
@@ -216,10 +219,10 @@ def _check_arguments(target: Callable[..., Any], component: Component, flag: str
         if name not in names and not takes_any:
             takes = f"It takes {', '.join(free)}" if free else "It takes no arguments"
             guess = did_you_mean(name, free) or ";"
-            raise ConfigError(f"{flag}.{name}: {component.name} has no argument {name!r}{guess} {takes}")
+            raise ConfigError(f"{flag}.{name}: {component.name} has no argument {shown(name)}{guess} {takes}")
     for name in free:
         if parameters[name].default is inspect.Parameter.empty and name not in component.args:
-            raise ConfigError(f"{flag} {component.name} needs the argument {name!r}; give {flag}.{name} VALUE")
+            raise ConfigError(f"{flag} {component.name} needs the argument {shown(name)}; give {flag}.{name} VALUE")
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
@@ -243,9 +246,13 @@ def _torchvision_advice(path: str) -> str:
     )
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Type, text and place of an error, on one line."""
     frames = traceback.extract_tb(error.__traceback__)
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "(its text cannot be had)"
+    text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
     place = f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, ImportError) else ""
-    return f"{type(error).__name__}: {text}{place}"
+    return f"{type(error).__name__}{f': {text}' if text else ''}{place}"

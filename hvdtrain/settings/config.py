@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
-from hvdtrain.settings.options import Component, option, settle
-from hvdtrain.settings.wording import did_you_mean, one_of
+from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
+from hvdtrain.settings.wording import did_you_mean, one_of, shown
 
 __all__ = [
     "BACKENDS",
@@ -40,7 +40,7 @@ DEFAULT_DATA = Component("digits")
 
 _DATA, _MODEL, _OPTIM = "data", "model", "optimisation"
 _DISTRIBUTED, _RUN = "distributed", "run"
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +105,12 @@ class TrainConfig:
         choices=("keep", "drop", "merge"),
     )
     workers: int = option(
-        0, "processes per rank that load data; 0 loads in the training process", group=_DATA, metavar="N", at_least=0
+        0,
+        "processes per rank that load data; 0 loads in the training process",
+        group=_DATA,
+        metavar="N",
+        at_least=0,
+        at_most=1024,
     )
 
     task: Component | None = option(
@@ -146,7 +151,9 @@ class TrainConfig:
         metavar="NAME",
         more_names=True,
     )
-    lr: float = option(2e-3, "learning rate, after warm-up and before the schedule", group=_OPTIM, metavar="X", above=0)
+    lr: float = option(
+        2e-3, "learning rate, after warm-up and before the schedule", group=_OPTIM, metavar="X", above=0, at_most=1e6
+    )
     scale_lr: bool = option(
         False,
         "multiply --lr by the world size (linear scaling, Goyal et al. 2017), best with --warmup-epochs",
@@ -229,6 +236,7 @@ class TrainConfig:
         group=_DISTRIBUTED,
         metavar="MIB",
         above=0,
+        at_most=2**20,
         default_text="25, and 4 with backend horovod",
     )
     all_reduce: str = option(
@@ -248,6 +256,7 @@ class TrainConfig:
         group=_DISTRIBUTED,
         metavar="SECONDS",
         above=0,
+        at_most=MOST_SECONDS,
         duration=True,
     )
 
@@ -270,6 +279,19 @@ class TrainConfig:
         group=_RUN,
         metavar="STEPS",
         at_least=0,
+    )
+    checkpoint_minutes: float | None = option(
+        None,
+        "minutes of wall time after a checkpoint until the next, besides the others",
+        group=_RUN,
+        metavar="X",
+        above=0,
+        default_text="none by time",
+    )
+    checkpoint_async: bool = option(
+        False,
+        "write checkpoints while training goes on: only the copy to host memory is waited for, and twice that memory is needed",
+        group=_RUN,
     )
     keep: int = option(3, "newest checkpoints to keep", group=_RUN, metavar="N", at_least=1)
     eval_every: int = option(
@@ -300,7 +322,7 @@ class TrainConfig:
         _check_backend(self.backend)
         if not _DEVICE.fullmatch(self.device):
             guess = did_you_mean(self.device, ("auto", "cpu", "cuda", "cuda:0"))
-            raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}{guess}")
+            raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {shown(self.device)}{guess}")
 
     def _check_pairs(self) -> None:
         if self.batch_size is not None and self.global_batch_size is not None:
@@ -363,4 +385,4 @@ def _check_backend(name: str) -> None:
 
     known = (*BACKENDS, *sorted(entry.name for entry in metadata.entry_points(group=BACKEND_GROUP)))
     if name not in known:
-        raise BackendUnavailable(f"--backend must be {one_of(known)}, got {name!r}{did_you_mean(name, known)}")
+        raise BackendUnavailable(f"--backend must be {one_of(known)}, got {shown(name)}{did_you_mean(name, known)}")

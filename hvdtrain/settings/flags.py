@@ -17,7 +17,7 @@ from typing import Any
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.layers import layer, merge, plain
 from hvdtrain.settings.options import Component, Option, every_option_of, flag_of, options_of
-from hvdtrain.settings.wording import nearest
+from hvdtrain.settings.wording import nearest, shown
 from hvdtrain.settings.yaml_text import dump, load_mapping, parse_value
 
 _HELP_COLUMN = 26
@@ -42,15 +42,17 @@ class Flags:
         values: By field; components as ``{"name": ..., "args": ...}``, sections as mappings.
         files: The ``--config`` files in their order.
         switches: Which of ``help``, ``version`` and ``print_config`` were asked for.
+        places: Words that belong to no flag, of a command that takes such.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     switches: frozenset[str] = frozenset()
+    places: tuple[str, ...] = ()
 
 
-def read_flags(cls: type, argv: Sequence[str]) -> Flags:
-    """The command line of a command with the options of ``cls``; opens no file.
+def read_flags(cls: type, argv: Sequence[str], *, places: int = 0) -> Flags:
+    """The command line of a command with the options of ``cls``, and at most so many words of no flag; opens no file.
 
     Raises:
         UsageError: A flag is unknown (with the nearest valid one), has no value, or a word belongs to no flag.
@@ -60,11 +62,15 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
     values: dict[str, Any] = {}
     files: list[str] = []
     switches: set[str] = set()
+    own_words: list[str] = []
     words = iter(argv)
     boolean_before = None
     for word in words:
         if not word.startswith("-"):
-            raise UsageError(_stray_word(word, boolean_before))
+            if len(own_words) == places:
+                raise UsageError(_stray_word(word, None if places else boolean_before))
+            own_words.append(word)
+            continue
         typed, equals, text = word.partition("=")
         name = "help" if typed == "-h" else typed[2:].replace("-", "_") if typed.startswith("--") else ""
         head, _, argument = name.partition(".")
@@ -86,7 +92,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
             values[head].setdefault("args", {})[argument] = _argument(word, words)
         else:
             raise UsageError(_unknown_flag(typed, [*options.values()]))
-    return Flags(values=values, files=tuple(files), switches=frozenset(switches))
+    return Flags(values=values, files=tuple(files), switches=frozenset(switches), places=tuple(own_words))
 
 
 def build(cls: type, flags: Flags) -> Any:
@@ -156,7 +162,7 @@ def _value(word: str, words: Iterator[str]) -> str:
         return text
     following = next(words, None)
     if following is None or following.startswith("--"):
-        raise UsageError(f"{typed} needs a value")
+        raise UsageError(f"{typed[:80]} needs a value")
     return following
 
 
@@ -182,10 +188,8 @@ def _store(values: dict[str, Any], entry: Option, value: Any) -> None:
 
 def _stray_word(word: str, boolean: Option | None) -> str:
     if boolean is not None:
-        return (
-            f"{boolean.flag} takes no value, got {word!r}; write {boolean.flag} or {flag_of(_negative(boolean.name))}"
-        )
-    return f"unexpected argument {word!r}; every setting is a flag with two dashes (--epochs 3)"
+        return f"{boolean.flag} takes no value, got {shown(word)}; write {boolean.flag} or {flag_of(_negative(boolean.name))}"
+    return f"unexpected argument {shown(word)}; every setting is a flag with two dashes (--epochs 3)"
 
 
 def _unknown_flag(typed: str, options: Sequence[Option]) -> str:
@@ -198,7 +202,7 @@ def _unknown_flag(typed: str, options: Sequence[Option]) -> str:
     if argument and head not in names:
         near_head = nearest(head, [entry.name for entry in options if entry.kind is Component])
         guess = f"{near_head}.{argument}" if near_head else guess
-    return f"unknown flag {typed!r}" + (f"; did you mean '--{guess}'?" if guess else "; --help lists the flags")
+    return f"unknown flag {shown(typed)}" + (f"; did you mean '--{guess}'?" if guess else "; --help lists the flags")
 
 
 def _negative(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.settings.options import option, settle
+from hvdtrain.settings.options import MOST_SECONDS, option, settle
 
 HOROVOD_GROUP = "horovod (backend horovod)"
 """Heading in ``--help``."""
@@ -52,6 +52,7 @@ class HorovodConfig:
         group=HOROVOD_GROUP,
         metavar="MIB",
         at_least=0,
+        at_most=2**20,
         default_text="0, and 128 with --horovod.num-groups or --horovod.autotune",
     )
     cycle_time_ms: float | None = option(
@@ -60,6 +61,7 @@ class HorovodConfig:
         group=HOROVOD_GROUP,
         metavar="MS",
         at_least=0,
+        at_most=10**6,
         default_text="1",
     )
     cache_capacity: int | None = option(
@@ -92,6 +94,7 @@ class HorovodConfig:
         group=HOROVOD_GROUP,
         metavar="SECONDS",
         at_least=0,
+        at_most=MOST_SECONDS,
         duration=True,
         default_text="60",
     )
@@ -101,6 +104,7 @@ class HorovodConfig:
         group=HOROVOD_GROUP,
         metavar="SECONDS",
         at_least=0,
+        at_most=MOST_SECONDS,
         duration=True,
         default_text="0",
     )

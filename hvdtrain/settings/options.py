@@ -20,11 +20,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.settings.wording import did_you_mean, nearest, one_of
+from hvdtrain.settings.wording import did_you_mean, nearest, one_of, shown
 
 _IDENTIFIER = r"[^\W\d]\w*"
 _IMPORT_PATH = re.compile(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*[.:]{_IDENTIFIER}(\.{_IDENTIFIER})*")
 _DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+MOST_SECONDS = 2_000_000
+"""Of a wait, 23 days: systems count its milliseconds in 31 bits."""
+_MOST_DIGITS = 15
+"""Of a whole number: more than any count here, and every sum and product of a few stays far from a machine's bounds."""
+_MOST_CHARACTERS = 4096
+"""Of a text: the longest path that Linux takes."""
 _METADATA = "hvdtrain.option"
 
 
@@ -41,7 +47,7 @@ class Component:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.args.items())})"
+        return f"{self.name}({', '.join(f'{key}={shown(value)}' for key, value in self.args.items())})"
 
     @property
     def is_path(self) -> bool:
@@ -139,21 +145,21 @@ class Option:
             return value, {}
         if not isinstance(value, Mapping):
             raise ConfigError(
-                f"{self.flag} must be a name, or a mapping with the key 'name' and the arguments, got {value!r}"
+                f"{self.flag} must be a name, or a mapping with the key 'name' and the arguments, got {shown(value)}"
             )
         rest = {key: content for key, content in value.items() if key != "name"}
         name = value.get("name")
         if name is not None and not isinstance(name, str):
-            raise ConfigError(f"{self.flag}: 'name' must be text, got {name!r}")
+            raise ConfigError(f"{self.flag}: 'name' must be text, got {shown(name)}")
         if set(rest) == {"args"} and isinstance(rest["args"], Mapping):
             rest = dict(rest["args"])
         args: dict[str, Any] = {}
         for key, content in rest.items():
             argument = key.replace("-", "_") if isinstance(key, str) else key
             if not isinstance(argument, str) or not argument.isidentifier():
-                raise ConfigError(f"{self.flag}: {key!r} cannot be the name of an argument")
+                raise ConfigError(f"{self.flag}: {shown(key)} cannot be the name of an argument")
             if argument in args:
-                raise ConfigError(f"{self.flag}: the argument {argument!r} is given twice")
+                raise ConfigError(f"{self.flag}: the argument {shown(argument)} is given twice")
             args[argument] = content
         return name, args
 
@@ -161,6 +167,7 @@ class Option:
         name, args = self.partial_component(value)
         if not name:
             raise ConfigError(f"{self.flag} needs a name besides its arguments {', '.join(args) or '(none)'}")
+        self._check_text(name)
         self._check_component_name(name)
         return Component(name, args)
 
@@ -169,12 +176,12 @@ class Option:
             if name.startswith(prefix) and len(name) > len(prefix):
                 return
             if name in (prefix, prefix.rstrip(":")):
-                raise ConfigError(f"{self.flag} {name!r} is incomplete; write {prefix}DIR")
+                raise ConfigError(f"{self.flag} {shown(name)} is incomplete; write {prefix}DIR")
         if name in self.names or is_import_path(name) or (self.more_names and name.isidentifier()):
             return
         known = (*self.names, *(f"{prefix}DIR" for prefix in self.prefixes))
         short = (*self.names, *(prefix.rstrip(":") for prefix in self.prefixes))
-        message = f"{self.flag} does not know {name!r}"
+        message = f"{self.flag} does not know {shown(name)}"
         guess = nearest(name.partition(":")[0], short)
         if guess:
             message += f"; did you mean {guess!r}?"
@@ -183,20 +190,22 @@ class Option:
 
     def _section(self, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.flag[2:]} is a section of its own (a mapping), got {value!r}")
+            raise ConfigError(f"{self.flag[2:]} is a section of its own (a mapping), got {shown(value)}")
         return spelled(self.kind, value, section=self.name)
 
     def _bool(self, value: Any) -> bool:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.flag} must be true or false, got {value!r}")
+            raise ConfigError(f"{self.flag} must be true or false, got {shown(value)}")
         return value
 
     def _int(self, value: Any) -> int:
         number = self._float(value, wanted="a whole number")
+        if abs(number) >= 10**_MOST_DIGITS:
+            raise ConfigError(f"{self.flag} must have at most {_MOST_DIGITS} digits, got {shown(value)}")
         if not number.is_integer():
-            raise ConfigError(f"{self.flag} must be a whole number, got {value!r}")
+            raise ConfigError(f"{self.flag} must be a whole number, got {shown(value)}")
         try:
             return int(value)
         except ValueError:  # "1e4"
@@ -208,9 +217,9 @@ class Option:
                 raise TypeError
             number = float(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"{self.flag} must be {wanted}, got {value!r}") from error
+            raise ConfigError(f"{self.flag} must be {wanted}, got {shown(value)}") from error
         if not math.isfinite(number):
-            raise ConfigError(f"{self.flag} must be a finite number, got {value!r}")
+            raise ConfigError(f"{self.flag} must be a finite number, got {shown(value)}")
         return number
 
     def _str(self, value: Any) -> str:
@@ -218,26 +227,34 @@ class Option:
         if hasattr(text, "__fspath__"):
             text = text.__fspath__()
         if not isinstance(text, str):
-            raise ConfigError(f"{self.flag} must be text, got {value!r}")
+            raise ConfigError(f"{self.flag} must be text, got {shown(value)}")
         if not text.strip():
             raise ConfigError(f"{self.flag} must not be empty")
+        self._check_text(text)
         return text
+
+    def _check_text(self, text: str) -> None:
+        """Refuses what no file name and no ``config.yaml`` can hold."""
+        if len(text) > _MOST_CHARACTERS:
+            raise ConfigError(f"{self.flag} must have at most {_MOST_CHARACTERS} characters, got {shown(text)}")
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"{self.flag} must be text, without zero bytes and in UTF-8, got {shown(text)}")
 
     def _seconds(self, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        match = re.fullmatch(r"\s*([-+.\deE]+?)\s*([smhd]?)\s*", value)
+        match = re.fullmatch(r"\s*([-+.\deE]+)\s*([smhd]?)\s*", value)
         try:
             return float(match[1]) * _DURATION_UNITS[match[2]] if match else float(value)
         except ValueError as error:
             raise ConfigError(
-                f"{self.flag} must be seconds, or a duration like 90s, 5m or 2h, got {value!r}"
+                f"{self.flag} must be seconds, or a duration like 90s, 5m or 2h, got {shown(value)}"
             ) from error
 
     def _check(self, value: Any) -> None:
         if self.choices and value not in self.choices:
             raise ConfigError(
-                f"{self.flag} must be {one_of(self.choices)}, got {value!r}{did_you_mean(value, self.choices)}"
+                f"{self.flag} must be {one_of(self.choices)}, got {shown(value)}{did_you_mean(value, self.choices)}"
             )
         for bound, fails, words in (
             (self.at_least, self.at_least is not None and value < self.at_least, "at least"),
@@ -246,7 +263,7 @@ class Option:
             (self.below, self.below is not None and value >= self.below, "less than"),
         ):
             if fails:
-                raise ConfigError(f"{self.flag} must be {words} {bound:g}, got {value!r}")
+                raise ConfigError(f"{self.flag} must be {words} {bound:.15g}, got {shown(value)}")
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
@@ -309,11 +326,11 @@ def spelled(cls: type, values: Mapping[Any, Any], *, section: str = "") -> dict[
     by_field: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        shown = f"{section}.{key}" if section else str(key)
+        typed = f"{section}.{key}" if section else str(key)
         if name not in fields:
-            raise ConfigError(f"unknown key {shown!r}{did_you_mean(name, fields)}")
+            raise ConfigError(f"unknown key {shown(typed)}{did_you_mean(name, fields)}")
         if name in by_field:
-            raise ConfigError(f"the key {shown!r} is given twice")
+            raise ConfigError(f"the key {shown(typed)} is given twice")
         by_field[name] = value
     return by_field
 

@@ -49,9 +49,9 @@ def differences(path: Path, config: Any) -> list[str]:
     for entry in every_option_of(cls):
         if entry.name in _WHICH_RUN:
             continue
-        ours, theirs = _value(now, entry.name), _value(before, entry.name)
+        ours, theirs = value_of(now, entry.name), value_of(before, entry.name)
         if ours != theirs:
-            different.append(f"{entry.flag} {_shown(ours)} ({_shown(theirs)} in {path.name})")
+            different.append(f"{entry.flag} {shown(ours)} ({shown(theirs)} in {path.name})")
     return different
 
 
@@ -64,7 +64,8 @@ def what_stays(path: Path, config: Any, *, goes_on: bool) -> str | None:
         goes_on: Whether it continues the run of this folder.
 
     Returns:
-        None if the file is to be written; else a sentence, which is empty if it says the same as ``config``.
+        None if the file is to be written; else a sentence, which is empty if it says the same as ``config``, or if the run goes
+        on: what differs from its checkpoint is then said elsewhere (`hvdtrain.settings.resuming`).
     """
     if not path.exists():
         return None
@@ -75,16 +76,18 @@ def what_stays(path: Path, config: Any, *, goes_on: bool) -> str | None:
     if not different:
         return ""
     if goes_on:
-        return f"this run goes on with other settings, while {path} stays as it was: {'; '.join(different)}"
+        return ""
     if is_record(path):
         return None
     return f"{path} was not written by hvdtrain, so it stays, though this run differs: {'; '.join(different)}"
 
 
-def _value(values: dict[str, Any], name: str) -> Any:
+def value_of(values: dict[str, Any], name: str) -> Any:
+    """A setting's value among those of `plain`, ``horovod.op`` included."""
     section, _, field_name = name.rpartition(".")
     return values[section][field_name] if section else values[name]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as YAML has it."""
     return dump({"x": value}).removeprefix("x: ").strip()

@@ -1,6 +1,7 @@
 """YAML in and out, by YAML 1.2: ``1e-3`` is a number, ``no`` is text, ``010`` is 10, a key given twice is an error.
 
-No tag makes an object of Python's. ruamel.yaml is imported when something is read or written, not before.
+No tag makes an object of Python's, and what is read is bounded (`hvdtrain.settings.yaml_bounds`). ruamel.yaml is imported
+when something is read or written, not before.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
     from ruamel.yaml import YAML
 
-_TEXT_AFTER_ALL = ("timestamp", "value", "merge")
-"""What YAML 1.2's core schema does not know as types of a value (``2026-01-31``, ``=``, ``<<``)."""
+MOST_BYTES = 64 * 1024
+"""Of a file or a value: a configuration is some tens of lines, and reading takes a second for 20 kB of brackets."""
 _NEEDS_NO_QUOTES = re.compile(r"(?!(?i:y|n|yes|no|on|off)\Z)[a-zA-Z_./][\w./+-]*(:[\w./+-]+)*")
 """Text that other readers, those of YAML 1.1 too, take for text; ruamel.yaml alone leaves ``{:1: 2}`` unquoted."""
 
@@ -28,7 +30,7 @@ def parse_value(text: str, flag: str) -> Any:
     """
     content, problem, _ = _load(text)
     if problem:
-        raise ConfigError(f"{flag}: cannot read {text!r}: {problem}; put text in quotes: '\"...\"'")
+        raise ConfigError(f"{flag}: cannot read {shown(text)}: {problem}; put text in quotes: '\"...\"'")
     return content
 
 
@@ -40,9 +42,9 @@ def load_mapping(path: str) -> dict[Any, Any]:
     """
     try:
         with open(path, "rb") as file:
-            content, problem, place = _load(file.read())
-    except OSError as error:
-        raise ConfigError(f"--config: cannot read {path!r}: {error.strerror}") from error
+            content, problem, place = _load(file.read(MOST_BYTES + 1))
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        raise ConfigError(f"--config: cannot read {shown(path)}: {getattr(error, 'strerror', error)}") from error
     if problem:
         raise ConfigError(f"--config {path}{place}: {problem}")
     if content is None:
@@ -69,12 +71,16 @@ def _load(source: str | bytes) -> tuple[Any, str, str]:
     """The content, or what is wrong with it in one line, and where: ``", line 3, column 1"``."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError  # noqa: PLC0415
 
+    from hvdtrain.settings.yaml_bounds import TOO_DEEP  # noqa: PLC0415
+
+    if len(source) > MOST_BYTES:
+        return None, f"it is larger than {MOST_BYTES // 1024} KiB, which no configuration is", ""
     try:
         return _yaml().load(source), "", ""
-    except RecursionError:
-        return None, "nested too deeply", ""
+    except RecursionError:  # the caller's own stack is deep
+        return None, TOO_DEEP, ""
     except MarkedYAMLError as error:
-        mark = error.problem_mark
+        mark = error.problem_mark if error.problem != TOO_DEEP else None  # where it began matters, which nobody knows
         problem = " ".join((error.problem or "broken YAML").split())  # it may hold the text of a value
         return None, problem, f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     except YAMLError as error:
@@ -83,15 +89,10 @@ def _load(source: str | bytes) -> tuple[Any, str, str]:
 
 def _yaml() -> YAML:
     from ruamel.yaml import YAML  # noqa: PLC0415  (35 ms that only a command with YAML in it should cost)
-    from ruamel.yaml.constructor import SafeConstructor  # noqa: PLC0415
     from ruamel.yaml.nodes import ScalarNode  # noqa: PLC0415
     from ruamel.yaml.representer import SafeRepresenter  # noqa: PLC0415
 
-    class Constructor(SafeConstructor):
-        """Makes text of what looks like a time."""
-
-    for name in _TEXT_AFTER_ALL:
-        Constructor.add_constructor(f"tag:yaml.org,2002:{name}", SafeConstructor.construct_yaml_str)
+    from hvdtrain.settings.yaml_bounds import BoundedComposer, BoundedConstructor, BoundedScanner  # noqa: PLC0415
 
     class Representer(SafeRepresenter):
         """Puts text in quotes unless it is sure to need none."""
@@ -102,7 +103,8 @@ def _yaml() -> YAML:
 
     Representer.add_representer(str, Representer.represent_str)
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor, yaml.Representer = Constructor, Representer
+    yaml.Scanner, yaml.Composer, yaml.Constructor = BoundedScanner, BoundedComposer, BoundedConstructor
+    yaml.Representer = Representer
     yaml.default_flow_style = True
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed by its default, None
     yaml.width = 10**9

@@ -1,45 +1,40 @@
 """Checkpoints: whole or absent, never half, and never unpickled.
 
-One checkpoint is a folder::
-
-    step-00000120/
-        model.safetensors    parameters and buffers of rank 0, by the names they have without `torch.compile`
-        training.pt          optimizer, schedule, scaler, position (read with weights_only=True)
-        ranks.pt             each rank's random state and tally
-        manifest.json        format, step, world size, versions; size and SHA-256 of each file; written last
-
-Rank 0 writes it under another name, flushes files and folder to the disk, and renames it; all ranks learn how that
-went before any goes on. The file system need not be shared: what the other ranks need comes to them from rank 0.
+`hvdtrain.training.checkpoint_files` says what one is made of. Rank 0 writes it; all ranks learn how that went before any
+goes on. The file system need not be shared: what the other ranks need comes to them from rank 0.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import pickle
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hvdtrain.errors import CheckpointError
-from hvdtrain.version import __version__
+from hvdtrain.errors import CheckpointError, OutputError
+from hvdtrain.folder_lock import FolderInUse, FolderLock, take
+from hvdtrain.training import descent
+from hvdtrain.training.checkpoint_files import (
+    Content,
+    Saved,
+    check,
+    free_space,
+    name_of,
+    read_model,
+    read_state,
+    recover,
+    step_of,
+    write_checkpoint,
+)
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
 _COMPILED = "_orig_mod"
-_FILES = ("model.safetensors", "training.pt", "ranks.pt")
+_WAIT_S = 3.0  # for a job that is just ending
 T = TypeVar("T")
 
 
@@ -66,21 +61,6 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
-    """A checkpoint that has been found whole.
-
-    Attributes:
-        path: The folder.
-        step: Optimizer steps done.
-        aliases: For each tensor of the model that is another's (tied weights), the name under which it was written.
-    """
-
-    path: str
-    step: int
-    aliases: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
     """What a checkpoint holds.
 
@@ -98,21 +78,34 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, and the right to write them, which one job at a time has.
 
     Args:
-        folder: Made when the first is written.
+        folder: Made when the first is written. It holds one line of descent: checkpoints that are of no use to the run that
+            writes, because it began anew or went on from an older one, are set aside in ``FOLDER.1`` and so on.
         keep: How many of the newest to keep.
+        lock: The file that says which job writes; by default in the folder.
+        settings: Written into each checkpoint, for whoever goes on with it: text, numbers, lists and dictionaries.
 
     Raises:
         CheckpointError: ``keep`` is less than 1.
     """
 
-    def __init__(self, folder: Path | str, keep: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        keep: int = 3,
+        *,
+        lock: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         if keep < 1:
             raise CheckpointError(f"keep at least 1 checkpoint, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
+        self._settings = dict(settings or {})
+        self._lock_file = lock or self.folder / ".lock"
+        self._lock: FolderLock | None = None
 
     def save(
         self,
@@ -122,6 +115,7 @@ class Checkpoints:
         model: Mapping[str, Tensor],
         training: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        last: str | None = "",
     ) -> str:
         """Write a checkpoint; every rank must call it.
 
@@ -131,6 +125,7 @@ class Checkpoints:
             model: The model's state (`model_state`); rank 0's is written.
             training: Tensors, numbers, text, and lists and dictionaries of these; rank 0's is written.
             rank_state: Likewise, of this rank; every rank's is written.
+            last: See `write`.
 
         Returns:
             The folder.
@@ -140,27 +135,128 @@ class Checkpoints:
         """
         everyone = ranks.all_gather_object(dict(rank_state))
         problem = ""
-        path = self.folder / f"step-{step:08d}"
+        path = str(self.folder / name_of(step))
         if ranks.rank == 0:
             try:
-                self._write(path, step, model, dict(training), everyone)
-            except (OSError, SafetensorError, RuntimeError, pickle.PicklingError, TypeError, ValueError) as error:
-                problem = f"could not write {path}: {error}{_free_space(self.folder)}"
+                self.write(
+                    Content(step=step, model=model, training=training, ranks=everyone, settings=self._settings), last
+                )
+            except CheckpointError as error:
+                problem = str(error)
         problem = ranks.broadcast_object(problem)
         if problem:
-            raise CheckpointError(f"{problem}. Earlier checkpoints are unharmed; mend it and go on with --resume auto")
+            raise CheckpointError(problem)
+        return path
+
+    def write(self, content: Content, last: str | None = "") -> str:
+        """Write a checkpoint, on rank 0; it talks to no other rank, so that a thread may do it.
+
+        Args:
+            content: Nobody may change it meanwhile.
+            last: The checkpoint that this line wrote last, or went on from; None for a line that begins here. By default all
+                earlier ones in the folder are taken for this line's.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        path = self.folder / name_of(content.step)
+        try:
+            self.claim()
+            self._set_aside(content.step if last == "" else self._step_in_folder(last))
+            write_checkpoint(self.folder, content)
+        except CheckpointError as error:
+            raise CheckpointError(f"could not write {path}: {error}") from error
+        except Exception as error:
+            raise CheckpointError(
+                f"could not write {path}: {error or type(error).__name__}{free_space(self.folder)}. Earlier checkpoints are "
+                "unharmed; mend it and go on with --resume auto"
+            ) from error
+        try:
+            descent.thin(self.folder, self.keep)
+        except OSError as error:
+            _log.warning("older checkpoints than the newest %d could not be deleted: %s", self.keep, error)
         return str(path)
 
+    def failed(self) -> bool:
+        """Whether something failed that `settle` will raise; only rank 0 may know. Never here: `save` has raised it."""
+        return False
+
+    def settle(self, ranks: Ranks) -> None:
+        """Return when all that was saved is on the disk, which it is here; every rank must call it.
+
+        Raises:
+            CheckpointError: On every rank: it could not be written.
+        """
+
+    def claim(self) -> None:
+        """Make the folder this process's to write in, until it ends; for rank 0. To write does it too.
+
+        Raises:
+            CheckpointError: Another job has it; the message names it.
+        """
+        if self._lock is None or not self._lock.holds:
+            lost = self._lock is not None
+            place = self._lock_file.parent
+            try:
+                self._lock = take(self._lock_file, wait_s=_WAIT_S)
+            except FolderInUse as holder:
+                raise CheckpointError(
+                    f"{place} is in use by another job, {holder}: it would overwrite what this one writes. Wait for it, end "
+                    "it, or use another --run-dir"
+                ) from None
+            except OSError as error:
+                raise CheckpointError(f"nothing can be written in {place}: {error.strerror}") from error
+            if lost:
+                _log.warning("%s was deleted while this run wrote in it; it is made anew, and this run goes on", place)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._tidy()
+
+    def release(self) -> None:
+        """Let other jobs write in the folder; for rank 0."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def begin(self, going_on_from: Saved | None, beside: Sequence[Path] = ()) -> str:
+        """Set aside what is not of the line that begins or goes on now; for rank 0.
+
+        Args:
+            going_on_from: The checkpoint that it goes on from; None for a new line.
+            beside: Files of the line that is left, copies of which are put with its checkpoints.
+
+        Returns:
+            What was done, in a sentence; "" if nothing was.
+
+        Raises:
+            CheckpointError: Another job has the folder, or nothing can be moved there.
+        """
+        self.claim()
+        try:
+            return self._set_aside(None if going_on_from is None else self._step_in_folder(going_on_from.path), beside)
+        except (OSError, OutputError) as error:
+            raise CheckpointError(f"older checkpoints could not be moved out of {self.folder}: {error}") from error
+
     def latest(self) -> Saved | None:
-        """Return the newest whole checkpoint, or None; warns of damaged ones. For rank 0."""
+        """Return the newest whole checkpoint, or None if there are none; warns of damaged ones. For rank 0.
+
+        Raises:
+            CheckpointError: There are some, and none is whole.
+        """
         if not self.folder.is_dir():
             return None
-        self._sweep()
-        for path in sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True):
+        self._tidy()
+        problems = []
+        for path in reversed(descent.steps(self.folder).values()):
             try:
                 return check(path)
             except CheckpointError as error:
+                problems.append(str(error))
                 _log.warning("skipping a damaged checkpoint: %s", error)
+        if problems:
+            raise CheckpointError(
+                f"none of the {len(problems)} checkpoints in {self.folder} is whole ({problems[0]}). Bring one back from a copy, "
+                "or name another one with --resume PATH; --resume never sets them aside and begins anew"
+            )
         return None
 
     def find(self, ranks: Ranks, which: Saved | Path | str = "latest") -> Saved | None:
@@ -174,99 +270,53 @@ class Checkpoints:
             The checkpoint; None if the newest was asked for and there is none.
 
         Raises:
-            CheckpointError: On every rank: the one that was named is damaged or none.
+            CheckpointError: On every rank: the one that was named is damaged or none, or there are only damaged ones.
         """
-        return _agree(ranks, lambda: self.latest() if which == "latest" else opened(which))
+        return agree(ranks, lambda: self.latest() if which == "latest" else opened(which))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _write(
-        self, path: Path, step: int, model: Mapping[str, Tensor], training: dict[str, Any], everyone: list[Any]
-    ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        partial = self.folder / f"partial-{os.getpid()}-{path.name}"
-        old = self.folder / f"old-{os.getpid()}-{path.name}"
-        partial.mkdir()
+    def _tidy(self) -> None:
+        """Finish or undo what a killed writer began, unless a living one may be at it."""
+        if all(name.startswith("step-") or name == ".lock" for name in os.listdir(self.folder)):
+            return
+        lock = None
         try:
-            tensors, aliases = _without_aliases(model)
-            save_file(tensors, partial / _FILES[0])
-            torch.save(training, partial / _FILES[1])
-            torch.save(everyone, partial / _FILES[2])
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "world_size": len(everyone),
-                "hvdtrain_version": __version__,
-                "torch_version": torch.__version__,
-                "aliases": aliases,
-                "files": {name: _fingerprint(partial / name) for name in _FILES},
-            }
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-            for file in partial.iterdir():
-                _flush(file)
-            _flush(partial)
-            if (
-                path.exists()
-            ):  # written again after a resume: if we are killed here, `_sweep` or `latest` brings it back
-                path.rename(old)
-            partial.rename(path)
-            _flush(self.folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        whole = sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
-        for surplus in whole[self.keep :]:
-            doomed = self.folder / f"old-{os.getpid()}-{surplus.name}"
-            surplus.rename(doomed)  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
+            if self._lock is None or not self._lock.holds:
+                lock = take(self._lock_file)
+            descent.finish_setting_aside(self.folder)
+            recover(self.folder)
+        except FolderInUse as holder:
+            _log.warning("%s is in use by another job, %s; this one can only read there", self.folder, holder)
+        except OSError as error:
+            _log.info("%s cannot be tidied up: %s", self.folder, error)
+        finally:
+            if lock is not None:
+                lock.release()
 
-    def _sweep(self) -> None:
-        """Remove what a killed writer left; bring back a checkpoint that it had moved aside and not replaced."""
-        for left in self.folder.glob("old-*-step-*"):
-            name = left.name.split("-", 2)[2]
-            if not (self.folder / name).exists() and (left / "manifest.json").exists():
-                left.rename(self.folder / name)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-        for left in self.folder.glob("partial-*-step-*"):
-            shutil.rmtree(left, ignore_errors=True)
+    def _step_in_folder(self, path: str | None) -> int | None:
+        """The step of a checkpoint, if it is in this folder."""
+        if path is None or os.path.realpath(Path(path).parent) != os.path.realpath(self.folder):
+            return None
+        return step_of(Path(path).name)
+
+    def _set_aside(self, after: int | None, beside: Sequence[Path] = ()) -> str:
+        moved = descent.set_aside(self.folder, after=after, beside=beside)
+        if moved is None:
+            return ""
+        target, names = moved
+        which = names[0] if len(names) == 1 else f"{len(names)} checkpoints, {names[0]} to {names[-1]},"
+        text = f"set aside in {target}: {which} of a line that this run does not go on with"
+        _log.info("%s", text)
+        return text
 
 
 def opened(which: Saved | Path | str) -> Saved:
     """Return a checkpoint as it was found, or find it at its path; see `check`."""
-    return which if isinstance(which, Saved) else check(Path(which))
-
-
-def check(path: Path) -> Saved:
-    """Return a checkpoint if it is whole; reads all of it.
-
-    Raises:
-        CheckpointError: Says which file is missing or damaged.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-        version = manifest["format"]
-        if version != FORMAT:
-            raise CheckpointError(f"{path} has format {version}; this hvdtrain {__version__} reads format {FORMAT}")
-        files = manifest["files"]
-        saved = Saved(path=str(path), step=int(manifest["step"]), aliases=dict(manifest["aliases"]))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is no checkpoint: it has no manifest.json; name a folder like step-00000120"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'} cannot be read: {error}") from error
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if _fingerprint(file) != expected:
-            raise CheckpointError(f"{file} is damaged: its size or SHA-256 differs from the manifest")
-    return saved
+    if isinstance(which, Saved):
+        return which
+    path = Path(which)
+    return check(path.resolve() if path.is_symlink() else path)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -301,11 +351,15 @@ def load(ranks: Ranks, which: Saved | Path | str | None, model: nn.Module) -> Lo
     Raises:
         CheckpointError: On every rank: damaged, of another model, or not readable without unpickling.
     """
-    return _agree(ranks, lambda: None if which is None else _read(opened(which), model))
+    return agree(ranks, lambda: None if which is None else _read(opened(which), model))
 
 
-def _agree(ranks: Ranks, look: Callable[[], T]) -> T:
-    """Rank 0's result on every rank, or its failure."""
+def agree(ranks: Ranks, look: Callable[[], T]) -> T:
+    """Return rank 0's result on every rank; every rank must call it.
+
+    Raises:
+        CheckpointError: On every rank: rank 0's failure.
+    """
     found: T | None = None
     problem = ""
     if ranks.rank == 0:
@@ -321,18 +375,10 @@ def _agree(ranks: Ranks, look: Callable[[], T]) -> T:
 
 def _read(saved: Saved, model: nn.Module) -> Loaded:
     path = Path(saved.path)
-    tensors = load_file(path / _FILES[0])
-    for name, source in saved.aliases.items():
-        tensors[name] = tensors[source]
-    fill(model, tensors, str(path))
-    try:
-        training = torch.load(path / _FILES[1], map_location="cpu", weights_only=True)
-        everyone = torch.load(path / _FILES[2], map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: the training state cannot be read without unpickling, which is not done: {error}"
-        ) from error
-    return Loaded(path=str(path), step=saved.step, training=training, rank_states=everyone)
+    fill(model, read_model(saved), str(path))
+    return Loaded(
+        path=str(path), step=saved.step, training=read_state(path, "training"), rank_states=read_state(path, "ranks")
+    )
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -367,43 +413,3 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
 def _without_compile(name: str) -> str:
     """A tensor's name without what `torch.compile` puts before it: its wrapper holds the module under a name of its own."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
-
-
-def _without_aliases(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, and for each name whose tensor is written under another name (tied weights), that name."""
-    first: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, value in model.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"the model's state {name!r} is a {type(value).__name__}; only tensors can be saved")
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        if value.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, aliases
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there)"
-    except OSError:
-        return ""

@@ -40,10 +40,14 @@ class Verdict:
 
     Attributes:
         stop: Some rank was asked to stop.
+        save: It is time for a checkpoint, by rank 0's clock.
+        failed: Something failed on some rank that does not show itself.
         tally: The ranks' tallies since the last checkup, summed.
     """
 
     stop: bool
+    save: bool
+    failed: bool
     tally: Tally
 
 
@@ -55,22 +59,42 @@ class Checkup:
         log_every: Steps between logged steps.
         stop_requested: Whether this rank was asked to stop.
         interval_s: The longest time between two checkups, in seconds, as far as whole steps allow.
+        failed: Whether something has failed on this rank, beside the training.
+        save_every_s: The time between checkpoints, in seconds, after which a checkup says so.
+        clock: Returns seconds; rank 0's decides for all.
     """
 
     def __init__(
-        self, communicator: Communicator, *, log_every: int, stop_requested: Callable[[], bool], interval_s: float = 1.0
+        self,
+        communicator: Communicator,
+        *,
+        log_every: int,
+        stop_requested: Callable[[], bool],
+        interval_s: float = 1.0,
+        failed: Callable[[], bool] = lambda: False,
+        save_every_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._communicator = communicator
         self.log_every = log_every
         self._stop_requested = stop_requested
         self._interval_s = interval_s
+        self._failed = failed
+        self._save_every_s = save_every_s
+        self._clock = clock
         self._next = 0
-        self._last_step, self._last_time = 0, time.monotonic()
+        self._last_step, self._last_time = 0, clock()
+        self._saved_at = self._last_time
 
     def begin(self, step: int) -> None:
         """Start counting at ``step``, the number of steps done; every rank must give the same."""
         self._next = step + 1
-        self._last_step, self._last_time = step, time.monotonic()
+        self._last_step, self._last_time = step, self._clock()
+        self._saved_at = self._last_time
+
+    def saved(self) -> None:
+        """A checkpoint has been written: the time to the next one begins."""
+        self._saved_at = self._clock()
 
     def logs(self, step: int) -> bool:
         """Whether ``step`` is a logged one."""
@@ -82,17 +106,21 @@ class Checkup:
 
     def hold(self, step: int, tally: Tally) -> Verdict:
         """Exchange; every rank must call it after the same steps."""
-        now = time.monotonic()
+        now = self._clock()
         step_s = (now - self._last_time) / max(1, step - self._last_step)
         self._last_step, self._last_time = step, now
         until_next = max(1, int(self._interval_s / max(step_s, 1e-9)))
         wire = self._communicator.wire
+        decides = wire.rank == 0  # its clock does, for all
         mine = [
             float(self._stop_requested()),
+            float(decides and now - self._saved_at >= self._save_every_s),
+            float(self._failed()),
             tally.loss_sum,
             float(tally.samples),
-            float(min(until_next, 10_000)) if wire.rank == 0 else 0.0,  # rank 0's clock decides for all
+            float(min(until_next, 10_000)) if decides else 0.0,
         ]
-        stop, loss_sum, samples, steps = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+        everyone = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
+        stop, save, failed, loss_sum, samples, steps = everyone
         self._next = step + int(steps)
-        return Verdict(stop > 0, Tally(loss_sum, int(samples)))
+        return Verdict(stop > 0, save > 0, failed > 0, Tally(loss_sum, int(samples)))

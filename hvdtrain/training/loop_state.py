@@ -19,7 +19,8 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.checkpoint import Checkpoints, Loaded, Saved, fill, load, model_state
+from hvdtrain.training.checkpoint import Checkpoints, Loaded, fill, load, model_state
+from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.plain_state import from_plain, is_stateful, to_plain
 from hvdtrain.training.random_numbers import random_state, set_random_state
 from hvdtrain.training.schedules import describe
@@ -30,6 +31,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MISFITS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    OverflowError,
+)  # of foreign states
+_PACED = ("lr", "momentum", "betas")  # what schedules change
 _OWN = ("optimizer", "schedule", "precision", "kinds")  # names in a checkpoint that are not the user's
 
 
@@ -81,6 +92,7 @@ class LoopState:
         self._schedule = schedule
         self._scaler = scaler
         self._others = others
+        self._last: str | None = None  # the checkpoint that was written last, or gone on from
 
     def save(self, checkpoints: Checkpoints, step: int, *, of_this_rank: Mapping[str, Any] | None = None) -> str:
         """Write a checkpoint; every rank must call it at the same place of its loop.
@@ -97,13 +109,15 @@ class LoopState:
             CheckpointError: On every rank: it could not be written, or holds what cannot be saved.
         """
         self._backend.assemble(f"saving a checkpoint of step {step}")
-        return checkpoints.save(
+        self._last = checkpoints.save(
             self._backend,
             step=step,
             model=model_state(self._replica.module),
             training={name: self._plain(name, part) for name, part in self._parts().items()} | {"kinds": self._kinds()},
             rank_state={"random": random_state(), **to_plain(dict(of_this_rank or {}), "of_this_rank")},
+            last=self._last,
         )
+        return self._last
 
     def load(
         self, which: Checkpoints | Saved | Path | str | None, rehearsal: Callable[[nn.Module], Tensor] | None = None
@@ -144,8 +158,14 @@ class LoopState:
         for name, part in self._parts().items():
             self._continue(loaded, name, part)
         replica.copy_from_rank_zero()
+        self._last = loaded.path
         if len(loaded.rank_states) == backend.world_size:
-            set_random_state(loaded.rank_states[backend.rank]["random"])
+            try:
+                set_random_state(loaded.rank_states[backend.rank]["random"])
+            except _MISFITS as error:
+                raise CheckpointError(
+                    f"{loaded.path}: what it says of rank {backend.rank}'s random numbers cannot be used: {error!r}"
+                ) from error
         else:
             _log.info(
                 "the checkpoint is of %d ranks, this run has %d: random numbers begin anew",
@@ -207,11 +227,30 @@ class LoopState:
                 f"{', '.join(sorted(set(loaded.training) - {'kinds'}))}"
             )
         try:
+            own_options = _options(part) if name == "optimizer" else []
             _load(part, from_plain(state, _state(part), f"the {name}'s state"))
-        except (ValueError, KeyError) as error:
+            if name == "optimizer":
+                self._check_options(loaded, part, own_options)
+        except _MISFITS as error:
             raise CheckpointError(
-                f"{loaded.path} was written with another {name}: {error}; use the same, or --resume never"
+                f"{loaded.path} was written with another {name}: {type(error).__name__}: {error}; use the same, or --resume never"
             ) from error
+
+    def _check_options(self, loaded: Loaded, optimizer: Optimizer, own: list[dict[str, Any]]) -> None:
+        """What each group of parameters was given: the checkpoint's go on, as torch has it, and a difference is said."""
+        paced = () if self._schedule is None else _PACED
+        different = {}
+        for group, before in zip(optimizer.param_groups, own, strict=True):
+            for option, value in before.items():
+                if option not in group and option in optimizer.defaults:
+                    raise KeyError(f"its parameters have no {option!r}")
+                now = group.setdefault(option, value)  # what a schedule keeps there
+                if option in optimizer.defaults and option not in paced and repr(now) != repr(value):
+                    different[option] = f"{option}={now} (and not {value})"
+        if different:
+            _log.warning(
+                "%s: the optimizer goes on with %s, as it was saved", loaded.path, ", ".join(different.values())
+            )
 
 
 def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
@@ -238,6 +277,10 @@ def _optimizer(replica: Replica) -> Optimizer | None:
         return replica.optimizer
     except ConfigError:
         return None
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _state(part: Any) -> Any:

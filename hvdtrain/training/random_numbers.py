@@ -4,7 +4,7 @@ The rule: outside of training every rank draws what the program seeded, so that 
 While it trains (`OwnRandomNumbers`) each rank draws numbers of its own, so that dropout and augmentation differ. Rank 0, and
 with it a world of one, always goes on with what the program seeded.
 
-States are captured by value and hold only what `torch.load(weights_only=True)` reads: tensors, numbers, text, lists and
+States are captured by value and are plain (`hvdtrain.training.plain_state`): tensors, numbers, text, and lists and
 dictionaries of these.
 """
 

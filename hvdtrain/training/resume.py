@@ -8,7 +8,8 @@ from pathlib import Path
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.checkpoint import Checkpoints, Saved
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Tally
 from hvdtrain.training.loop_state import LoopState
 from hvdtrain.training.position import Position
@@ -58,7 +59,7 @@ def resume(
     if loaded is None:
         raise CheckpointError(f"rank 0 was given no checkpoint to resume from, rank {backend.rank} {which}")
     ranks = loaded.rank_states
-    if ranks[0].get("seed", seed) != seed:
+    if ranks and ranks[0].get("seed", seed) != seed:
         _log.warning("the checkpoint was written with --seed %s, this run has %s", ranks[0]["seed"], seed)
     if len(ranks) == backend.world_size:
         position.epoch_tally = Tally(*ranks[backend.rank]["tally"])

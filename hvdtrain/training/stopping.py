@@ -1,4 +1,5 @@
-"""A request to stop from outside: SIGTERM, as schedulers and launchers send it, and SIGUSR1, as sbatch --signal does."""
+"""A request to stop from outside: SIGTERM, as schedulers and launchers send it, SIGUSR1, as sbatch --signal does, and SIGHUP
+of a terminal or a connection that is gone (but not under nohup)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 while its `with` block runs; ask it by calling it."""
+    """Notes SIGTERM, SIGUSR1 and SIGHUP while its `with` block runs; ask it by calling it."""
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._asked = False
@@ -23,6 +24,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             for number in self._SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._note)
         return self
 

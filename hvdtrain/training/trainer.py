@@ -31,7 +31,8 @@ from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
-from hvdtrain.training.checkpoint import Checkpoints, Saved
+from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
@@ -102,6 +103,8 @@ class Trainer:
         progress: Gets a record of a step between logged ones, about once a second; for a display, not for a file.
         checkpoints: Where to save; nothing is saved without.
         checkpoint_every: Steps between checkpoints, besides the one after each epoch; 0 for none besides.
+        checkpoint_minutes: Minutes of wall time after any checkpoint until the next, by rank 0's clock, at the first step at
+            which the ranks talk anyway (about once a second); None for none by time.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
         replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
 
@@ -132,6 +135,7 @@ class Trainer:
         progress: Callable[[StepRecord], None] | None = None,
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 0,
+        checkpoint_minutes: float | None = None,
         stop_requested: Callable[[], bool] | None = None,
         **replica_options: Any,
     ) -> None:
@@ -144,6 +148,8 @@ class Trainer:
         for name, value in (("accumulate", accumulate), ("log_every", log_every)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if checkpoint_minutes is not None and not checkpoint_minutes > 0:
+            raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         self._pacemaker = Pacemaker(schedule, schedule_interval)
@@ -169,7 +175,14 @@ class Trainer:
         self._progress = progress
         self._checkpoints = checkpoints
         self._checkpoint_every = checkpoint_every
-        self._checkup = Checkup(backend, log_every=log_every, stop_requested=stop_requested or (lambda: False))
+        self._checkpoint_minutes = checkpoint_minutes
+        self._checkup = Checkup(
+            backend,
+            log_every=log_every,
+            stop_requested=stop_requested or (lambda: False),
+            failed=(lambda: False) if checkpoints is None else checkpoints.failed,
+            save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
+        )
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
@@ -273,6 +286,7 @@ class Trainer:
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
                 self._evaluate_here(eval_source, eval_batch_size)
+            self._settle()
         return FitResult(
             epochs=position.epoch,
             steps=position.steps,
@@ -294,9 +308,10 @@ class Trainer:
             position.advance(step.samples)
             self._train_seconds += time.perf_counter() - began
             self._samples += step.samples
+            save = bool(self._checkpoint_every) and position.steps % self._checkpoint_every == 0
             if self._checkup.due(position.steps):
-                self._hold_checkup(total_steps)
-            if self._checkpoint_every and position.steps % self._checkpoint_every == 0:
+                save |= self._hold_checkup(total_steps)
+            if save:
                 self._save()
             if position.steps >= total_steps and position.samples < epoch_samples:
                 break
@@ -395,16 +410,20 @@ class Trainer:
                 "log_every": self._checkup.log_every,
                 "checkpoints given": self._checkpoints is not None,
                 "checkpoint_every": self._checkpoint_every,
+                "checkpoint_minutes": self._checkpoint_minutes,
             },
         )
         check_same_data(source, self.backend, seed=self._seed, name="train_data")
         if eval_source is not None:
             check_same_data(eval_source, self.backend, seed=self._seed, name="eval_data")
 
-    def _hold_checkup(self, total_steps: int) -> None:
+    def _hold_checkup(self, total_steps: int) -> bool:
+        """Log, stop if asked, and return whether it is time for a checkpoint."""
         self._pending_loss.look()
         position = self.position
         verdict = self._checkup.hold(position.steps, position.take_recent())
+        if verdict.failed:
+            self._settle()
         report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
         if report is not None:
             rate = self._samples / self._train_seconds if self._train_seconds else math.nan
@@ -421,6 +440,7 @@ class Trainer:
             )
         if verdict.stop:
             self._stop()
+        return verdict.save
 
     def _stop_if_asked(self) -> None:
         """After an evaluation, which may have been long."""
@@ -429,6 +449,7 @@ class Trainer:
 
     def _stop(self) -> None:
         path = self._save()
+        self._settle()
         where = f"saved {path}" if path else "nothing was saved, because there is no place for checkpoints"
         raise Preempted(f"asked to stop after step {self.position.steps}; {where}")
 
@@ -438,7 +459,14 @@ class Trainer:
         if self._checkpoints is None:
             return None
         self._pending_loss.look()
-        return save(self._state, self._checkpoints, self.position, self._seed)
+        path = save(self._state, self._checkpoints, self.position, self._seed)
+        self._checkup.saved()
+        return path
+
+    def _settle(self) -> None:
+        """Know that what was saved is on the disk, or fail on all ranks."""
+        if self._checkpoints is not None:
+            self._checkpoints.settle(self.backend)
 
     def _rehearse(self, batches: RankBatches) -> None:
         if not batches.partition.step(0).every_rank:

@@ -75,6 +75,20 @@ def entrypoint(tmp_path: Path, *argv: str, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "mpiexec", "horovodrun", "torchrun"])
+def test_the_entry_point_runs_launchers_under_guard(tmp_path, launcher):
+    beside = tmp_path / "bin"
+    beside.mkdir()
+    for name in (launcher, "other"):
+        (beside / name).write_text('#!/bin/sh\necho "guard $HVDTRAIN_GUARD: $*"\nexit 4\n')
+        (beside / name).chmod(0o755)
+    path = f"{beside}:{BIN}:/usr/bin:/bin"
+    ended = entrypoint(tmp_path, launcher, "-np", "2 3", PATH=path, PYTHONPATH=str(ROOT))
+    assert re.fullmatch(r"guard \d+:\d+:hvdtrain-guard-\w+: -np 2 3\n", ended.stdout), ended
+    assert ended.returncode == 4
+    assert entrypoint(tmp_path, str(beside / "other"), PATH=path).stdout == "guard : \n"
+
+
 def test_the_entry_point_runs_what_it_is_given_and_passes_its_exit_code_on(tmp_path):
     assert entrypoint(tmp_path, "echo", "a  b", "$c").stdout == "a  b $c\n"
     assert entrypoint(tmp_path, "sh", "-c", "exit 75").returncode == 75
@@ -96,7 +110,22 @@ def test_shared_keys_are_made_once_and_are_private(tmp_path):
     for file in (tmp_path / "keys" / "id_ed25519", tmp_path / "home" / ".ssh" / "id_hvdtrain"):
         assert file.stat().st_mode & 0o077 == 0
     assert (tmp_path / "home" / ".ssh" / "authorized_keys").read_text().startswith("ssh-ed25519 ")
+    assert "StrictHostKeyChecking yes" in (tmp_path / "home" / ".ssh" / "config").read_text()
+    known = (tmp_path / "home" / ".ssh" / "known_hosts_hvdtrain").read_text()
+    assert known.split()[:3] == ["*", *(tmp_path / "keys" / "id_ed25519.pub").read_text().split()[:2]]
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen (apt install openssh-client)")
+def test_host_keys_are_unchecked_only_where_that_is_said(tmp_path):
+    assert entrypoint(tmp_path, "true", HVDTRAIN_SSH="shared", HVDTRAIN_SSH_HOST_KEYS="unchecked").returncode == 0
     assert "StrictHostKeyChecking no" in (tmp_path / "home" / ".ssh" / "config").read_text()
+
+
+def test_sshd_forwards_nothing_and_is_strict_where_it_can_be():
+    text = (DOCKER / "entrypoint.sh").read_text()
+    assert "DisableForwarding yes" in text
+    assert "StrictModes $(strict_modes)" in text
+    assert "StrictModes no" not in text
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="there is no ssh-keygen (apt install openssh-client)")

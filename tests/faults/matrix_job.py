@@ -119,7 +119,7 @@ def main():
     import hvdtrain
 
     if "spawn" in sys.argv:
-        hvdtrain.spawn(work, 2, BACKEND, (Early(),), device="cpu")
+        hvdtrain.spawn(work, 2, BACKEND, (Early(),), device="cpu", timeout_s=float(TIMEOUT_S))
         return
     from hvdtrain.launch.detect import detect
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, run, torchrun
 
+from hvdtrain.training.checkpoint_files import FILES
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -44,7 +46,7 @@ def test_an_own_loop_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been_stop
         if "--stop-after" in more:
             assert max(parts.iterdir()).name == "step-00000057"
     assert max(parts.iterdir()).name == max(whole.iterdir()).name > "step-00000057"
-    for file in ("model.safetensors", "training.pt", "ranks.pt"):
+    for file in FILES:
         one, other = (json.loads((max(run.iterdir()) / "manifest.json").read_text())["files"] for run in (whole, parts))
         assert one[file] == other[file], file
 

@@ -49,7 +49,7 @@ def test_a_killed_rank_is_named_by_its_signal():
         backend.barrier()
 
     with pytest.raises(RankFailure):
-        hvdtrain.spawn(work, 2, "torch", device="cpu", timeout_s=60)
+        hvdtrain.spawn(work, 2, "torch", device="cpu", limit_s=60)
 
 
 def test_ranks_that_take_too_long_are_ended():
@@ -58,8 +58,15 @@ def test_ranks_that_take_too_long_are_ended():
 
     began = time.monotonic()
     with pytest.raises(RankFailure, match="still running after 6 s"):
-        hvdtrain.spawn(work, 2, "torch", device="cpu", timeout_s=6)
+        hvdtrain.spawn(work, 2, "torch", device="cpu", limit_s=6)
     assert time.monotonic() - began < 30
+
+
+def test_the_backends_own_timeout_is_passed_on():
+    assert hvdtrain.spawn(lambda backend: backend.timeout_s, 1, "local", timeout_s=7) == [7.0]
+    for limit_s in (0, -1, float("nan")):
+        with pytest.raises(ConfigError, match="limit_s must be"):
+            hvdtrain.spawn(print, 1, "local", limit_s=limit_s)
 
 
 def test_an_unknown_backend_is_refused_before_ranks_start():

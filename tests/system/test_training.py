@@ -121,7 +121,8 @@ def test_a_run_resumes_on_another_number_of_ranks_with_the_same_global_batches(t
     assert abs(summary(tmp_path / "moved")["eval_loss"] - summary(tmp_path / "one")["eval_loss"]) < 1e-9
 
 
-def test_sigterm_saves_and_ends_with_a_code_of_its_own_and_the_run_goes_on_from_there(tmp_path):
+@pytest.mark.parametrize("asked", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+def test_a_signal_saves_and_ends_with_a_code_of_its_own_and_the_run_goes_on_from_there(tmp_path, asked):
     flags = ["--epochs", "400", "--batch-size", "8", "--run-dir", str(tmp_path)]
     process = subprocess.Popen(
         hvdtrain(1, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -131,17 +132,19 @@ def test_sigterm_saves_and_ends_with_a_code_of_its_own_and_the_run_goes_on_from_
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(asked)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 75, output
     assert "asked to stop" in output
+    assert ("once more ends at once" in output) == (asked == signal.SIGINT)
     saved = max((tmp_path / "checkpoints").iterdir()).name
     ended = run(hvdtrain(1, *flags, "--max-steps", str(int(saved[-8:]) + 1)))
     assert ended.code == 0, ended.output
     assert summary(tmp_path)["resumed_from"].endswith(saved)
 
 
-def test_sigterm_to_one_rank_stops_all_ranks_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_step(tmp_path, asked):
     flags = ["--epochs", "400", "--batch-size", "8", "--run-dir", str(tmp_path)]
     process = subprocess.Popen(
         hvdtrain(2, *flags),
@@ -158,7 +161,7 @@ def test_sigterm_to_one_rank_stops_all_ranks_at_the_same_step(tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGTERM)
+        os.kill(int(children[-1]), asked)
         output, _ = process.communicate(timeout=60)
     finally:
         if process.poll() is None:

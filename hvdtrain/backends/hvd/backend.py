@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.group import Group
 from hvdtrain.backends.hvd import settings
 from hvdtrain.backends.hvd.joining import Joining
 from hvdtrain.backends.hvd.library import built_with, hvd, version
@@ -133,7 +133,7 @@ class HorovodBackend(Backend):
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return HorovodReplica(self, model, optimizer, options, config=self.config, waiter=self._waiter)
 
-    def _group(self, ranks: list[int]) -> Communicator | None:
+    def _group(self, ranks: list[int]) -> Group | None:
         self._groups_made += 1
         key = tuple(ranks)
         if len(ranks) == self.world_size:
@@ -149,7 +149,7 @@ class HorovodBackend(Backend):
         if self.rank not in ranks:
             return None
         wire = self._make_wire(ranks, process_set, f"group{self._groups_made}", self._groups_made)
-        return Communicator(wire, self._watch, check=self._check, label=f"group {ranks}")
+        return Group(wire, self._watch, check=self._check, label=f"group {ranks}")
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

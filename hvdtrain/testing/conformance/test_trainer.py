@@ -8,7 +8,7 @@ from torch import nn
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.random_numbers import untouched_random_numbers
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.random_numbers import OwnRandomNumbers, seed_everything
 
 
@@ -261,3 +261,35 @@ def test_a_missing_loss_is_refused_on_every_rank_also_without_samples(backend):
 def test_all_ranks_assemble_again_and_again(backend):
     for number in range(5):
         backend.assemble(f"meeting {number}")
+
+
+class Failing(hvdtrain.AsyncCheckpoints):
+    """Its disk has a fault, which shows while training goes on."""
+
+    def write(self, content, last=""):
+        raise CheckpointError("the disk has a fault")
+
+
+def test_what_fails_beside_the_training_fails_it_on_every_rank(backend, tmp_path):
+    checkpoints = Failing(backend.broadcast_object(str(tmp_path)))
+    trainer = make(backend, net(), checkpoints=checkpoints, checkpoint_every=2, log_every=1)
+    with pytest.raises(CheckpointError, match="the disk has a fault"):
+        trainer.fit(data(40), epochs=1000, global_batch_size=4)
+    assert trainer.position.steps in (2, 3, 4)  # raised at the next exchange, or else at the next checkpoint
+    everyone = backend.all_gather_object(trainer.position.steps)
+    assert everyone == [trainer.position.steps] * backend.world_size
+
+
+def test_checkpoints_that_are_written_beside_are_those_that_are_written_at_once(backend, tmp_path):
+    folder = backend.broadcast_object(str(tmp_path))
+    models = []
+    for kind in (hvdtrain.Checkpoints, hvdtrain.AsyncCheckpoints):
+        make(backend, net(), checkpoints=kind(f"{folder}/{kind.__name__}"), checkpoint_every=1).fit(
+            data(), epochs=2, global_batch_size=4, max_steps=7
+        )
+        model = net()
+        checkpoints = kind(f"{folder}/{kind.__name__}")
+        result = make(backend, model).fit(data(), epochs=2, global_batch_size=4, resume_from=checkpoints.find(backend))
+        assert result.steps == 12
+        models.append(model)
+    assert equal(*models)

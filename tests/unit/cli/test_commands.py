@@ -79,8 +79,8 @@ def test_help_and_argument_errors_answer_in_half_a_second_without_torch_and_nump
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown subcommand 'trian'; did you mean 'train'? Subcommands: train, install-horovod"),
-        (["zzz"], "unknown subcommand 'zzz'. Subcommands: train, install-horovod"),
+        (["trian"], "unknown subcommand 'trian'; did you mean 'train'? Subcommands: train, export, import, guard, install-horovod"),
+        (["zzz"], "unknown subcommand 'zzz'. Subcommands: train, export, import, guard, install-horovod"),
         (["--max-stps", "3"], "unknown flag '--max-stps'; did you mean '--max-steps'?"),
         (["train", "--on-nan", "skp"], "--on-nan must be one of stop, skip, got 'skp'; did you mean 'skip'?"),
         (
@@ -201,7 +201,7 @@ def with_greet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
 @pytest.mark.parametrize(
     ("word", "code", "message"),
     [
-        ("preempted", 75, "hvdtrain: saved at step 7; the same command goes on from there\n"),
+        ("preempted", 75, "hvdtrain: saved at step 7; the same command goes on from there; exit code 75\n"),
         ("failed", 1, "hvdtrain: error: the loss is no tensor\n"),
         ("rank", 1, "hvdtrain: error: rank 3 failed\nTraceback (of rank 3):\n  boom\n"),
         ("interrupt", 130, "hvdtrain: interrupted\n"),

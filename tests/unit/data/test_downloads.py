@@ -39,7 +39,7 @@ def publish(served: Served, name: str = "letters.gz", content: bytes = CONTENT) 
     (served.folder / name).write_bytes(packed)
     return Archive(
         name=f"Letters/raw/{name}",
-        md5=hashlib.md5(packed).hexdigest(),
+        sha256=hashlib.sha256(packed).hexdigest(),
         urls=(f"{served.url}/{name}",),
         contents=(f"Letters/raw/{name.removesuffix('.gz')}",),
     )
@@ -171,10 +171,12 @@ def test_the_next_place_is_tried_when_one_has_another_file_or_none(server: Serve
     (server.folder / "other").mkdir()
     (server.folder / "other" / "letters.gz").write_bytes(b"<html>please log in</html>")
     places = ("no URL at all", f"{server.url}/none/letters.gz", f"{server.url}/other/letters.gz")
-    several = Archive(name=archive.name, md5=archive.md5, urls=(*places, *archive.urls), contents=archive.contents)
+    several = Archive(
+        name=archive.name, sha256=archive.sha256, urls=(*places, *archive.urls), contents=archive.contents
+    )
     fetch_and_unpack([several], folder)
     assert (folder / archive.contents[0]).read_bytes() == CONTENT
-    wrong = Archive(name=archive.name, md5=archive.md5, urls=places, contents=("other",))
+    wrong = Archive(name=archive.name, sha256=archive.sha256, urls=places, contents=("other",))
     with pytest.raises(DataError) as told:
         fetch_and_unpack([wrong], folder)
     for words in (
@@ -189,7 +191,7 @@ def test_a_file_url_serves_as_a_mirror(server: Served, folder: Path) -> None:
     archive = publish(server)
     local = Archive(
         name=archive.name,
-        md5=archive.md5,
+        sha256=archive.sha256,
         urls=((server.folder / "letters.gz").as_uri(),),
         contents=archive.contents,
     )
@@ -236,7 +238,7 @@ def tar(server: Served, *names: str) -> Archive:
     (server.folder / "all.tar.gz").write_bytes(buffer.getvalue())
     return Archive(
         name="all.tar.gz",
-        md5=hashlib.md5(buffer.getvalue()).hexdigest(),
+        sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
         urls=(f"{server.url}/all.tar.gz",),
         contents=names,
     )
@@ -260,7 +262,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named(server: Served, folder: Pat
         (server.folder / "letters.gz").write_bytes(damaged)
         named = Archive(
             name=archive.name,
-            md5=hashlib.md5(damaged).hexdigest(),
+            sha256=hashlib.sha256(damaged).hexdigest(),
             urls=archive.urls,
             contents=archive.contents,
         )
@@ -287,5 +289,5 @@ def test_only_a_whole_file_is_intact(tmp_path: Path) -> None:
     file = tmp_path / "file"
     assert not is_intact(file, "")
     file.write_bytes(CONTENT)
-    assert is_intact(file, hashlib.md5(CONTENT).hexdigest())
-    assert not is_intact(file, hashlib.md5(b"other").hexdigest())
+    assert is_intact(file, hashlib.sha256(CONTENT).hexdigest())
+    assert not is_intact(file, hashlib.sha256(b"other").hexdigest())

@@ -118,7 +118,7 @@ def test_a_rank_that_exits_after_a_sigterm_does_not_wait_for_its_loader_processe
         began = time.monotonic()
         process.communicate(timeout=60)
         assert process.returncode == 7
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 20  # its last sample would take 30 s, and Python waits for it
         assert group_is_gone(process.pid, 3)
 
 

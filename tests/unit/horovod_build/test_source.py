@@ -136,3 +136,18 @@ def test_an_archive_that_writes_outside_its_folder_is_refused(tmp_path, get):
     with pytest.raises(BuildError, match="cannot be unpacked"):
         get(tmp_path / "evil.tar.gz")
     assert not (tmp_path / "outside.txt").exists()
+
+
+def test_an_sdist_that_is_not_the_published_one_is_refused_before_its_setup_runs(tree, tmp_path):
+    ran = tmp_path / "ran"
+    (tree / "setup.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    packed(tree, tmp_path / "horovod-0.28.1.tar.gz")
+    into = tmp_path / "fetched"
+    into.mkdir()
+    log = Log(tmp_path / "log")
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    with pytest.raises(BuildError, match=r"is not the published file \(SHA-256 92a43f5a.*--source"):
+        fetch(None, into, environment=environment, log=log)
+    log.close()
+    assert not ran.exists()
+    assert not list(into.iterdir())

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
+import signal
 
+import pytest
+
+from hvdtrain.errors import OutputError
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import EvalRecord, FanOut, StepRecord
 
@@ -62,3 +68,49 @@ def test_a_logger_that_fails_is_dropped_and_the_others_go_on(tmp_path, caplog):
     both.close()
     assert len(lines(tmp_path / "b.jsonl")) == 2
     assert caplog.text.count("failed") == 1
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_file_that_is_deleted_is_made_anew_with_all_of_its_records(tmp_path, caplog, what):
+    path = tmp_path / "run" / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log_step(record(1))
+    shutil.rmtree(path.parent) if what == "folder" else path.unlink()
+    logger.log_step(record(2))
+    logger.log_step(record(3))
+    shutil.rmtree(path.parent) if what == "folder" else path.unlink()
+    logger.close()  # after the last record, too
+    assert [entry["step"] for entry in lines(path)] == [1, 2, 3]
+    assert caplog.text.count("was deleted while this run wrote it; it is there again") == 2
+
+
+def test_a_file_that_somebody_else_put_there_is_left_alone_and_that_is_said(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log_step(record(1))
+    path.unlink()
+    path.write_text("not ours")
+    logger.log_step(record(2))
+    assert "somebody has put another file there" in caplog.text
+    with pytest.raises(OutputError, match="1 records could not be written"):
+        logger.close()
+    assert path.read_text() == "not ours"
+
+
+def test_records_wait_while_a_disk_is_full_and_none_is_cut(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log_step(record(1))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+        logger.log_step(record(2))
+        logger.log_step(record(3))
+        assert [entry["step"] for entry in lines(path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    logger.log_step(record(4))
+    logger.close()
+    assert [entry["step"] for entry in lines(path)] == [1, 2, 3, 4]
+    assert caplog.text.count("its records wait") == 1

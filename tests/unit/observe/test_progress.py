@@ -27,7 +27,7 @@ def lines(every_s: float, *, terminal: bool = False) -> list[str]:
 
 
 def test_the_first_and_the_last_step_and_each_evaluation_are_shown():
-    shown = lines(1000.0)
+    shown = lines(1e12)  # however long the machine has been up
     assert shown[0] == "step 1/9  epoch 1/1  loss 0.5000  1,234 samples/s"  # nothing is known of the time left
     assert shown[1].startswith("step 9/9")
     assert shown[2:] == ["epoch 1/1 evaluated: accuracy 0.7500"]

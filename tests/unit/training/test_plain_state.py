@@ -44,7 +44,7 @@ def through_a_file(plain):
 
 VALUES = [
     None, True, 3, 10**30, -0.5, math.inf, "text", b"\x00\xff", bytearray(b"ab"), 2 - 1j, range(3, 9, 2),
-    [], [1, [2.0, "x"]], (), (1, (2, [3])), {1, 2}, frozenset("ab"), deque([1, 2], maxlen=5),
+    [], [1, [2.0, "x"]], (), (1, (2, [3])), {1, 2}, frozenset({3, 4}), deque([1, 2], maxlen=5),
     {}, {"a": {"b": 1}}, {1: "one", (2, 3): None}, {"__type__": "tuple"}, {None: 0, True: 1},
     Counter({3: 1, 6: 2}), OrderedDict([("z", 1), ("a", 2)]),
     torch.Size([2, 3]), torch.bfloat16, torch.device("cuda", 1),
@@ -106,7 +106,9 @@ def method_owner():
 
 
 @pytest.mark.parametrize(
-    "kept", [lambda x: x, math.sqrt, method_owner(), functools.partial(max, 0), Whatever, np.sqrt], ids=repr
+    "kept",
+    [lambda x: x, math.sqrt, method_owner(), functools.partial(max, 0), Whatever, np.sqrt],
+    ids=["lambda", "built-in", "method", "partial", "class", "ufunc"],
 )
 def test_functions_and_classes_are_those_of_the_running_program(kept):
     plain = through_a_file(to_plain({"f": [kept], "n": 1}, "it"))

@@ -1,0 +1,1 @@
+"""Checkpoints in the file formats of others, out and in."""
