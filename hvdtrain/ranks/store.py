@@ -222,6 +222,10 @@ class RemoteStore(Store):
             self._break("this rank has left the ranks' store")
             self._turn.release()
 
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _greet(self, secret: bytes, rank: int, end: float) -> frames.Signer:
