@@ -46,6 +46,7 @@ from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt
+from hvdtrain.training.mirror import Mirror
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -315,7 +316,11 @@ def _schedule(
 
 
 def _checkpoints(config: TrainConfig, backend: Backend, run_dir: Path) -> Checkpoints:
-    own: dict[str, Any] = {"lock": run_dir / ".lock", "settings": recorded(config, backend.world_size)}
+    own: dict[str, Any] = {
+        "lock": run_dir / ".lock",
+        "settings": recorded(config, backend.world_size),
+        "mirror": None if config.checkpoint_url is None else Mirror(config.checkpoint_url),
+    }
     if config.checkpoint_async:
         # Before the other ranks give up waiting for rank 0, which waits for its disk.
         return AsyncCheckpoints(run_dir / "checkpoints", config.keep, wait_s=0.8 * config.timeout, **own)

@@ -293,6 +293,14 @@ class TrainConfig:
         "write checkpoints while training goes on: only the copy to host memory is waited for, and twice that memory is needed",
         group=_RUN,
     )
+    checkpoint_url: str | None = option(
+        None,
+        "copy each checkpoint to this folder too, and bring the newest back from there if --run-dir has lost it: s3://, gs://, "
+        "file:// and what else fsspec knows, one run each",
+        group=_RUN,
+        metavar="URL",
+        default_text="nowhere else",
+    )
     keep: int = option(3, "newest checkpoints to keep", group=_RUN, metavar="N", at_least=1)
     eval_every: int = option(
         1, "epochs between evaluations; the last epoch always ends with one", group=_RUN, metavar="EPOCHS", at_least=1
@@ -342,6 +350,11 @@ class TrainConfig:
                     f"leave one out (arguments for the task: --task.NAME VALUE)"
                 )
         self._check_warmup()
+        if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
+            raise ConfigError(
+                f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
+                "--run-dir alone suffices for one that stays"
+            )
         if self.data_parallel and self.backend not in ("auto", "local"):
             raise ConfigError(
                 f"--data-parallel is one process with several GPUs, which --backend {self.backend} is not; "

@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "checkpoint_every": Rule(FREE),
     "checkpoint_minutes": Rule(FREE),
     "checkpoint_async": Rule(FREE),
+    "checkpoint_url": Rule(FREE),
     "keep": Rule(FREE),
     "eval_every": Rule(TAKEN),
     "log_every": Rule(FREE),

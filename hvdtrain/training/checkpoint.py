@@ -30,6 +30,7 @@ from hvdtrain.training.checkpoint_files import (
     step_of,
     write_checkpoint,
 )
+from hvdtrain.training.mirror import Mirror
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Checkpoints:
         keep: How many of the newest to keep.
         lock: The file that says which job writes; by default in the folder.
         settings: Written into each checkpoint, for whoever goes on with it: text, numbers, lists and dictionaries.
+        mirror: A second place, which each is copied to, and brought back from where the folder has lost it.
 
     Raises:
         CheckpointError: ``keep`` is less than 1.
@@ -98,12 +100,14 @@ class Checkpoints:
         *,
         lock: Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"keep at least 1 checkpoint, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
         self._settings = dict(settings or {})
+        self._mirror = mirror
         self._lock_file = lock or self.folder / ".lock"
         self._lock: FolderLock | None = None
 
@@ -175,6 +179,8 @@ class Checkpoints:
             descent.thin(self.folder, self.keep)
         except OSError as error:
             _log.warning("older checkpoints than the newest %d could not be deleted: %s", self.keep, error)
+        if self._mirror is not None:
+            self._mirror.put(path, self.keep)
         return str(path)
 
     def failed(self) -> bool:
@@ -230,9 +236,12 @@ class Checkpoints:
         Raises:
             CheckpointError: Another job has the folder, or nothing can be moved there.
         """
+        after = None if going_on_from is None else self._step_in_folder(going_on_from.path)
+        if self._mirror is not None:
+            self._mirror.refuse_other_lines(after)
         self.claim()
         try:
-            return self._set_aside(None if going_on_from is None else self._step_in_folder(going_on_from.path), beside)
+            return self._set_aside(after, beside)
         except (OSError, OutputError) as error:
             raise CheckpointError(f"older checkpoints could not be moved out of {self.folder}: {error}") from error
 
@@ -242,6 +251,9 @@ class Checkpoints:
         Raises:
             CheckpointError: There are some, and none is whole.
         """
+        if self._mirror is not None:
+            self.claim()
+            self._mirror.bring_back(self.folder)
         if not self.folder.is_dir():
             return None
         self._tidy()

@@ -123,7 +123,7 @@ def write_checkpoint(folder: Path, content: Content) -> Path:
     path = folder / name_of(content.step)
     partial = folder / f"partial-{os.getpid()}-{path.name}"
     old = folder / f"old-{os.getpid()}-{path.name}"
-    _discard(partial)
+    discard(partial)
     partial.mkdir()
     try:
         _fill(partial, content)
@@ -131,16 +131,16 @@ def write_checkpoint(folder: Path, content: Content) -> Path:
             _flush(file)
         _flush(partial)
         if os.path.lexists(path):  # written again after a resume: if we are killed here, `recover` brings it back
-            _discard(old)
+            discard(old)
             path.rename(old)
         partial.rename(path)
         _flush(folder)
     except BaseException:
-        _discard(partial)
+        discard(partial)
         if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
         raise
-    _discard(old)
+    discard(old)
     return path
 
 
@@ -151,9 +151,9 @@ def recover(folder: Path) -> None:
         if not (folder / name).exists() and (left / MANIFEST).exists():
             left.rename(folder / name)
         else:
-            _discard(left)
+            discard(left)
     for left in folder.glob("partial-*-step-*"):
-        _discard(left)
+        discard(left)
 
 
 def remove(path: Path) -> None:
@@ -162,7 +162,7 @@ def remove(path: Path) -> None:
     path.rename(doomed)
     with suppress(OSError):
         (doomed / MANIFEST).unlink()  # or `recover` would bring it back
-    _discard(doomed)
+    discard(doomed)
 
 
 def _fill(folder: Path, content: Content) -> None:
@@ -205,7 +205,7 @@ def _without_aliases(model: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return tensors, aliases
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Delete whatever is there, as far as that can be done."""
     shutil.rmtree(path, ignore_errors=True)
     if not path.is_dir() or path.is_symlink():

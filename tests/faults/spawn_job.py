@@ -34,4 +34,4 @@ def train(backend, run_dir):
 
 if __name__ == "__main__":
     config = build(TrainConfig, read_flags(TrainConfig, sys.argv[4:]))
-    hvdtrain.spawn(train, int(sys.argv[1]), config.backend, (str(config.run_dir),), device="cpu", timeout_s=60)
+    hvdtrain.spawn(train, int(sys.argv[1]), config.backend, (str(config.run_dir),), device="cpu")

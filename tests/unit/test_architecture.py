@@ -65,7 +65,7 @@ STAIRS = [
     ["workers", "data.vision", "sync_batch_norm"],
     ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file"],
     ["training.checkpoint_files", "training.host_copy", "training.dry_run"],
-    ["training.descent"],
+    ["training.descent", "training.mirror"],
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules"],

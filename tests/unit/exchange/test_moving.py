@@ -425,7 +425,7 @@ DAMAGED = ["safetensors", "torch", "dcp/.metadata", "dcp/__0_0.distcp"]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_and_nothing_else_happens(exported, tmp_path, name, data):
     whole = (exported / name).read_bytes()

@@ -56,3 +56,23 @@ def test_an_unknown_schedule_or_argument_is_refused():
         rates("cosinus")
     with pytest.raises(ConfigError, match=r"--schedule step: .*'evry'"):
         rates("step", {"evry": 3})
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "step"])
+def test_a_schedule_goes_on_at_its_step_with_the_rates_of_the_running_program(name, tensor):
+    def made(lr):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=torch.tensor(lr) if tensor else lr)
+        return optimizer, make_schedule(optimizer, name, {}, total_steps=9, steps_per_epoch=3, warmup_steps=2)
+
+    (_, before), (optimizer, now), (whole, uninterrupted) = made(0.1), made(0.3), made(0.3)
+    for schedule in (before, uninterrupted):
+        for _ in range(4):
+            schedule.optimizer.step()
+            schedule.step()
+    now.load_state_dict(before.state_dict())
+    for _ in range(4):
+        assert optimizer.param_groups[0]["lr"] == whole.param_groups[0]["lr"]
+        for schedule in (now, uninterrupted):
+            schedule.optimizer.step()
+            schedule.step()

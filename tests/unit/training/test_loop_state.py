@@ -162,6 +162,69 @@ def test_what_is_numpys_in_an_optimizer_is_saved_and_comes_back(tmp_path, alone)
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+class SGD(torch.optim.Optimizer):
+    """Of torch's name, and another one."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "mine": 3})
+
+
+def grouped(parameters):
+    weight, bias = parameters
+    return torch.optim.SGD([{"params": [weight]}, {"params": [bias]}], lr=0.1)
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+    "another SGD": SGD,
+    "SGD in two groups": grouped,
+    "Adam of one": lambda parameters: torch.optim.Adam(list(parameters)[:1], lr=0.1),
+}
+
+
+@pytest.mark.parametrize("now", OPTIMIZERS)
+@pytest.mark.parametrize("then", OPTIMIZERS)
+def test_another_optimizer_of_any_kind_is_a_checkpoint_error(tmp_path, alone, then, now):
+    models = nn.Linear(2, 2), nn.Linear(2, 2)
+    one, other = (
+        alone.replicate(model, OPTIMIZERS[name](model.parameters()))
+        for model, name in zip(models, (then, now), strict=True)
+    )
+    path = LoopState(alone, one).save(Checkpoints(tmp_path), 1)
+    if then == now:
+        assert LoopState(alone, other).load(path) == 1
+        return
+    with pytest.raises(CheckpointError, match=r"was written with (another )?optimizer.* or --resume never"):
+        LoopState(alone, other).load(path)
+
+
+def test_other_options_of_an_optimizer_are_the_checkpoints_and_that_is_said(tmp_path, alone, caplog):
+    models = nn.Linear(2, 2), nn.Linear(2, 2)
+    before, now = (
+        torch.optim.SGD(m.parameters(), lr=lr, momentum=lr) for m, lr in zip(models, (0.1, 0.2), strict=True)
+    )
+    one, other = (alone.replicate(*pair) for pair in zip(models, (before, now), strict=True))
+    path = LoopState(alone, one).save(Checkpoints(tmp_path), 1)
+    LoopState(alone, one).load(path)
+    assert caplog.text == ""
+    LoopState(alone, other).load(path)
+    assert now.param_groups[0]["momentum"] == now.param_groups[0]["lr"] == 0.1
+    assert "goes on with lr=0.1 (and not 0.2), momentum=0.1 (and not 0.2), as it was saved" in caplog.text
+
+
+def test_a_new_schedule_over_a_saved_optimizer_keeps_what_it_needs_there(tmp_path, alone):
+    models = nn.Linear(2, 2), nn.Linear(2, 2)
+    one, other = (alone.replicate(m, torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)) for m in models)
+    path = LoopState(alone, one).save(Checkpoints(tmp_path), 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(other.optimizer, 1.0, total_steps=5)
+    LoopState(alone, other, schedule=schedule).load(path)
+    other.backward(other.model(torch.ones(1, 2)).sum(), samples=1)
+    other.step()
+    schedule.step()
+    assert other.optimizer.param_groups[0]["lr"] > 0.1
+
+
 def test_a_scaler_goes_on_and_its_state_is_dropped_where_there_is_none(tmp_path, alone):
     loop = Loop(alone, tmp_path)
     scaler = GradScaler("cpu", init_scale=256.0)
