@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import cloudpickle
 from hvdtrain.backends import create, load, names
 from hvdtrain.errors import ConfigError, RankFailure
 from hvdtrain.launch.launchers import spawned
+from hvdtrain.ranks.describing import traced
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
 
@@ -90,33 +90,48 @@ def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[b
 def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | None) -> None:
     end = None if limit_s is None else time.monotonic() + limit_s
     failed_at: float | None = None
+    ended: dict[int, float] = {}  # when each was seen to have ended; the first of them first
     while any(process.poll() is None for process in ranks):
         now = time.monotonic()
         if end is not None and now > end:
             late = [rank for rank, process in enumerate(ranks) if process.poll() is None]
             raise RankFailure(f"ranks {late} were still running after {limit_s:g} s and were ended")
-        if failed_at is None and any(process.poll() not in (None, 0) for process in ranks):
+        _note_ends(ranks, ended)
+        if failed_at is None and any(not _has_returned(rank, ranks, folder) for rank in ended):
             failed_at = now
         if failed_at is not None and now > failed_at + _GRACE_S:
             break
         time.sleep(0.01)
-    if all(process.poll() == 0 for process in ranks):
+    _note_ends(ranks, ended)
+    fallen = [rank for rank in ended if not _has_returned(rank, ranks, folder)]
+    if not fallen:
         return
-    told = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
-    if told:
-        rank = int(told[0].name.removeprefix("error-"))
-        text = told[0].read_text()
+    told = min(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns, default=None)
+    # The first that ended is the cause; one that raised ends after it has told the others, and they may be quicker then.
+    if told is not None and not (ranks[fallen[0]].returncode < 0 and ended[fallen[0]] < told.stat().st_mtime):
+        rank = int(told.name.removeprefix("error-"))
+        text = told.read_text()
         raise RankFailure(f"rank {rank} of {len(ranks)} failed:\n\n{text}", rank=rank, rank_traceback=text)
-    ends = {rank: process.returncode for rank, process in enumerate(ranks) if process.returncode not in (None, 0)}
-    # A signal from outside is the cause; exit code 1 is what its victims end with.
-    rank = min(ends, key=lambda r: (ends[r] >= 0, r))
+    rank = fallen[0]
     raise RankFailure(
-        f"rank {rank} of {len(ranks)} ended with {_describe(ends[rank])} and left no traceback", rank=rank
+        f"rank {rank} of {len(ranks)} ended with {_describe(ranks[rank].returncode)} and left no traceback", rank=rank
     )
 
 
+def _note_ends(ranks: list[subprocess.Popen[bytes]], ended: dict[int, float]) -> None:
+    new = [rank for rank, process in enumerate(ranks) if rank not in ended and process.poll() is not None]
+    for rank in sorted(new, key=lambda rank: ranks[rank].returncode):  # a signal from outside comes first
+        ended[rank] = time.time()
+
+
+def _has_returned(rank: int, ranks: list[subprocess.Popen[bytes]], folder: Path) -> bool:
+    return ranks[rank].returncode == 0 and (folder / f"result-{rank}").exists()
+
+
 def _describe(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code < 0:
+        return f"signal {-code}, {signal.strsignal(-code)}"
+    return f"exit code {code}{'' if code else ' before its function had returned'}"
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -144,8 +159,12 @@ def _main() -> None:
         _write(folder / f"result-{rank}", cloudpickle.dumps(result))
     except SystemExit:  # quiet: another rank has the traceback, or the function wanted it
         raise
-    except BaseException:
-        _write(folder / f"error-{rank}", traceback.format_exc().encode())
+    except BaseException as error:
+        text = traced(error)
+        try:
+            _write(folder / f"error-{rank}", text.encode(errors="backslashreplace"))
+        except OSError:  # the disk is full
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - last words
         sys.exit(1)
 
 

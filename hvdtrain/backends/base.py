@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,11 +40,14 @@ from hvdtrain.launch import guard, leash
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
+from hvdtrain.launch.siblings import Siblings
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
+from hvdtrain.ranks.exit import end_anyway
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
+from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 from hvdtrain.settings.options import MOST_SECONDS
 from hvdtrain.settings.wording import shown
@@ -55,6 +59,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+_ABORT_S = 40.0  # what a rank does that ends takes some seconds; an engine may hold it up
+_ENDED_BEFORE = (
+    "ended before it came to hvdtrain.init(): no process of it is left. Its own output, above, may say why; an exit code of 0 "
+    "tells a launcher nothing"
+)
 
 
 class Backend(Communicator):
@@ -104,6 +113,7 @@ class Backend(Communicator):
         self._local_first: LocalFirst | None = None
         self._launcher_freed = False
         self._agreements = itertools.count()
+        self._siblings: Siblings | None = None
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -171,7 +181,11 @@ class Backend(Communicator):
         if self.device.type == "cpu":
             keep_freed_memory()
         leash.hold(self.topology.launcher)
-        self._connect()
+        try:
+            self._connect()
+        except BaseException as error:
+            self._end_start(error)
+            raise
         self._running = True
         atexit.register(self._leave_at_exit)
 
@@ -187,6 +201,8 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         with groups_turn:
             self._disconnect()
+        if self._meeting is not None:
+            self._meeting.close()
         self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None
         atexit.unregister(self._leave_at_exit)
 
@@ -202,10 +218,11 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
         self._free_launcher()
-        victim_of = last_words.conclude(error, self._watch)
-        self._all_met()
-        self._kill(error)
-        return victim_of
+        with end_anyway(_ABORT_S, f"rank {self.rank}"):
+            try:
+                return last_words.conclude(error, self._watch)
+            finally:
+                self._kill(error)
 
     def __enter__(self) -> Backend:
         self.start()
@@ -341,7 +358,7 @@ class Backend(Communicator):
         with groups_turn:
             group = self._group(ranks)
         if group is not None:
-            group._forbidden = self._forbidden
+            group._forbidden, group._key = self._forbidden, self._key
         return group
 
     @contextmanager
@@ -393,7 +410,7 @@ class Backend(Communicator):
             return [mine]
         if self._meeting is None:
             raise CollectiveError("the backend is not running: use it inside `with hvdtrain.init() as backend:`")
-        number, store = next(self._agreements), self._meeting.watch
+        number, store = next(self._agreements), self._meeting.store
         texts = exchange(
             store, self._watch, f"agreement/{number}", mine,
             rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
@@ -450,22 +467,57 @@ class Backend(Communicator):
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""
         announce = self._announce() if needs_announcement(self.detection) else None
-        self._meeting = meeting = meet(self.detection, self.timeout_s, announce)
-        watch = Watch(meeting.watch, self.rank, self.world_size)
+        siblings = self._siblings = Siblings(self.detection)
+        self._meeting = meeting = meet(
+            self.detection, self.timeout_s, announce, lambda: self._look_for_rank_zero(siblings)
+        )
+        watch: NullWatch = NullWatch()
+        if self.world_size > 1:
+            watch = self._watch = self._begin_watch(meeting.store)
+        self._local_first = LocalFirst(meeting.store, self.topology, watch)
+        assemble(
+            meeting.store, watch, self._software(),
+            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
+            look=lambda awaited: self._look_for(awaited, siblings),
+        )  # fmt: skip
+        meeting.all_met()
+        self._key = meeting.store.key
+        return meeting
+
+    def _begin_watch(self, store: Store) -> Watch:
+        watch = Watch(store, self.rank, self.world_size)
         # An MPI that is told of a lost connection may end the process before `abort` comes to that.
         watch.on_failure.append(lambda _: self._free_launcher())
         watch.start()
-        self._watch = watch
-        self._local_first = LocalFirst(meeting.watch, self.topology, watch)
-        try:
-            assemble(
-                meeting.watch, watch, self._software(),
-                rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
-            )  # fmt: skip
-        except BaseException:
-            watch.close()
-            raise
-        return meeting
+        return watch
+
+    def _look_for(self, awaited: Sequence[int], siblings: Siblings) -> None:
+        """Tell all, and raise, if one of the ranks that have not come never will."""
+        for rank in siblings.ended(awaited):
+            failure = self._watch.words.report_death(rank, socket.gethostname(), _ENDED_BEFORE)
+            if failure is not None:
+                raise failure.error()
+
+    def _look_for_rank_zero(self, siblings: Siblings) -> None:
+        """Raise if rank 0 never comes. Without it the others have nobody to tell, so the first of them speaks."""
+        if not siblings.ended([0]):
+            return
+        if self.rank == min(siblings.alive(), default=self.rank):
+            raise LaunchError(f"rank 0 on {socket.gethostname()} {_ENDED_BEFORE}")
+        last_words.end_as_victim(RankFailure(_ENDED_BEFORE, rank=0))
+
+    def _end_start(self, error: BaseException) -> None:
+        """Let the others know that this rank could not start."""
+        if self._siblings is not None and self.world_size > 1:
+            atexit.register(self._siblings.end_stopped)  # what nobody caught is printed before
+        if self._meeting is None:
+            return
+        victim_of = last_words.conclude(error, self._watch)
+        self._meeting.all_met()
+        if victim_of is not None:
+            last_words.end_as_victim(victim_of)
+        if isinstance(error, HvdtrainError):
+            error.first = True
 
     def _software(self) -> dict[str, str]:
         """Names and versions that must be the same on every rank."""
@@ -480,11 +532,6 @@ class Backend(Communicator):
         if self.topology.num_nodes > 1 and not self._launcher_freed:
             self._launcher_freed = True
             end_if_stuck()
-
-    def _all_met(self) -> None:
-        """Remove the file that says where to meet: every rank has read it, or never will."""
-        if self._meeting is not None and self._meeting.file is not None:
-            self._meeting.file.unlink(missing_ok=True)
 
     def _choose_device(self, wanted: str) -> torch.device:
         try:

@@ -232,17 +232,17 @@ class Communicator(Rooted, Messages):
         """
         self._check_rank("broadcast_object", src)
         wire = self.wire
-        data = pickled(obj) if wire.rank == src else None
+        data = pickled(obj, self._key) if wire.rank == src else None
         length = torch.tensor(0 if data is None else data.numel(), dtype=torch.int64)
         length = self._start_broadcast(length, src, "broadcast_object").wait()
         buffer = data if data is not None else torch.empty(int(length), dtype=torch.uint8)
         received = self._start_broadcast(buffer, src, "broadcast_object").wait()
-        return obj if wire.rank == src else cast(T, unpickled(received))
+        return obj if wire.rank == src else cast(T, unpickled(received, self._key))
 
     def all_gather_object(self, obj: T) -> list[T]:
         """Collect every rank's object (pickled) on every rank, in rank order."""
-        gathered = self.all_gather(pickled(obj))
-        return [obj if i == self.wire.rank else cast(T, unpickled(data)) for i, data in enumerate(gathered)]
+        gathered = self.all_gather(pickled(obj, self._key))
+        return [obj if i == self.wire.rank else cast(T, unpickled(data, self._key)) for i, data in enumerate(gathered)]
 
 
 class _AllReduce(torch.autograd.Function):

@@ -20,7 +20,9 @@ from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, Laun
 from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import settle
+from hvdtrain.ranks.engine_store import EngineStore
 from hvdtrain.ranks.rendezvous import Meeting
+from hvdtrain.ranks.torch_store import torch_store
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -43,6 +45,7 @@ class TorchBackend(Backend):
         super().__init__(detection, **options)
         self.process_group = self._choose_process_group(process_group)
         self._engine_settings = self._variables(self.all_reduce_family)
+        self._kept: tuple[dist.Store, object] | None = None
 
     @classmethod
     def unusable(cls) -> str:
@@ -84,19 +87,15 @@ class TorchBackend(Backend):
             )
         topology = self.topology
         meeting = self._meet()
-        watch = self._watch
         try:
             self._init_process_group(meeting)
         except HvdtrainError:
-            watch.close()
             raise
-        except (RuntimeError, ValueError) as error:
-            watch.close()
+        except (RuntimeError, ValueError, OSError) as error:
             raise LaunchError(
                 f"rank {topology.rank} of {topology.world_size} could not form the {self.engine} process group within "
-                f"{self.timeout_s:g} s{watch.missing('', ())}: {error}"
+                f"{self.timeout_s:g} s: {error}"
             ) from error
-        self._all_met()
         self._wire = self._make_wire(dist.group.WORLD, range(topology.world_size))
 
     def _init_process_group(self, meeting: Meeting) -> None:
@@ -105,7 +104,7 @@ class TorchBackend(Backend):
         more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
         dist.init_process_group(
             self.process_group,
-            store=meeting.engine,
+            store=self._store(meeting),
             rank=topology.rank,
             world_size=topology.world_size,
             timeout=timedelta(seconds=self.timeout_s),
@@ -113,12 +112,22 @@ class TorchBackend(Backend):
         )
         dist.barrier()  # every rank is connected to every other, so the first collective cannot be the first to fail
 
+    def _store(self, meeting: Meeting) -> dist.Store:
+        """Where the process groups find each other; kept as long as they are."""
+        if self.process_group == "nccl":  # it asks from threads of its own, which Python must not hold up at the end
+            self._kept = torch_store(self.detection, meeting.store, self.timeout_s)
+        else:
+            engine_store = EngineStore(meeting.store.under("engine"), self.timeout_s, self._watch.raise_if_failed)
+            self._kept = (engine_store, None)
+        return self._kept[0]
+
     @property
     def _wire_device(self) -> torch.device:
         return self.device if self.process_group == "nccl" else torch.device("cpu")
 
     def _disconnect(self) -> None:
         dist.destroy_process_group()
+        self._kept = None
 
     def _kill(self, error: BaseException) -> None:
         pass  # destroy_process_group may wait, with operations under way, for ranks that will never come

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CollectiveError
+from hvdtrain.ranks.frames import proof, same
+
+_SIGNATURE_BYTES = 32
 
 ReduceOp = Literal["sum", "mean", "min", "max", "product"]
 
@@ -97,14 +100,31 @@ def by_rank(ranks: Sequence[int], values: Sequence[object]) -> str:
     return "; ".join(f"rank {', '.join(map(str, members))}: {value}" for value, members in groups.items())
 
 
-def pickled(obj: object) -> Tensor:
-    """An object as a tensor of uint8."""
+def pickled(obj: object, key: bytes) -> Tensor:
+    """An object's bytes, behind a signature by which the other ranks know that one of them has made it.
+
+    Args:
+        obj: Any object that pickle takes.
+        key: All ranks' of the job; b"" in a world of one.
+    """
     buffer = io.BytesIO()
+    buffer.write(bytes(_SIGNATURE_BYTES))
     pickle.dump(obj, buffer, protocol=pickle.HIGHEST_PROTOCOL)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    content = buffer.getbuffer()
+    content[:_SIGNATURE_BYTES] = proof(key, "object", content[_SIGNATURE_BYTES:])
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
-def unpickled(data: Tensor) -> object:
-    """The object that `pickled` was given."""
-    # From a rank of this very job, never from a file: it runs the same program with the same rights.
-    return pickle.loads(data.cpu().numpy().tobytes())
+def unpickled(data: Tensor, key: bytes) -> object:
+    """The object that `pickled` was given.
+
+    Raises:
+        CollectiveError: No rank of this job has signed it. It has not been unpickled.
+    """
+    content = data.cpu().numpy().tobytes()
+    if not same(content[:_SIGNATURE_BYTES], proof(key, "object", content[_SIGNATURE_BYTES:])):
+        raise CollectiveError(
+            f"what arrived as an object ({len(content)} bytes) does not bear this job's signature, and was not unpickled: the "
+            "ranks called different collectives, or somebody else sends to them"
+        )
+    return pickle.loads(memoryview(content)[_SIGNATURE_BYTES:])

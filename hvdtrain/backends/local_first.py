@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from hvdtrain.errors import CollectiveError
+from hvdtrain.ranks.describing import described
+from hvdtrain.ranks.store import Store, StoreLost
 from hvdtrain.ranks.watch import NullWatch
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ class LocalFirst:
         watch: Told what this rank waits for.
     """
 
-    def __init__(self, store: dist.Store, topology: Topology, watch: NullWatch) -> None:
+    def __init__(self, store: Store, topology: Topology, watch: NullWatch) -> None:
         node = topology.node_rank if topology.launcher in _STATED else socket.gethostname()
         self._node = f"node {node}"
         self._label = f"local_rank_first on {self._node}"
-        self._store = dist.PrefixStore(f"local-first/{node}", store)
+        self._store = store.under(f"local-first/{node}")
         self._topology = topology
         self._watch = watch
         self._blocks = itertools.count()
@@ -68,21 +68,21 @@ class LocalFirst:
         try:
             yield
         except BaseException as error:
-            self._end(number, f"{type(error).__name__}: {error}")
+            self._end(number, described(error))
             raise
         self._end(number, _DONE)
 
     def _end(self, number: int, said: str) -> None:
         try:
             self._store.set(f"block/{number}", json.dumps(said))
-        except dist.DistError as error:
+        except StoreLost as error:
             if said == _DONE:
                 raise self._lost(error) from error
 
     def _wait(self, number: int, timeout_s: float) -> None:
         try:
             said = self._await_end(number, timeout_s)
-        except dist.DistError as error:
+        except StoreLost as error:
             raise self._lost(error) from error
         if said == _DONE:
             return

@@ -86,6 +86,7 @@ class Member:
         self._watch = watch or NullWatch()
         self._check = check
         self._label = label
+        self._key = b""  # with which ranks sign the objects that they send each other
         self._forbidden: dict[int, str] = {}  # by thread: why it may use no engine now
 
     @property
@@ -128,6 +129,10 @@ class Member:
         """
         with self._region([(label, self.ranks)], what, is_engine_error):
             yield
+
+    def note_step(self, step: int) -> None:
+        """Let the other ranks know how many steps this one has taken, should they have to say where it ended."""
+        self._watch.step = step
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

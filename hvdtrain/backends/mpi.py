@@ -76,7 +76,7 @@ class MpiBackend(TorchBackend):
         library.check_world(self.detection, self.rank, self.world_size)
         dist.init_process_group(
             "mpi4py",
-            store=meeting.engine,
+            store=self._store(meeting),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout_s),

@@ -289,6 +289,7 @@ class Replica(ABC):
             update_scaler(scaler, self._weighting.tally.began, skipped=skipped)
         self.clear()
         self._steps += 1
+        self._backend.note_step(self._steps)
         return StepResult(norm, skipped)
 
     def clear(self) -> None:

@@ -104,10 +104,10 @@ class Rooted(Member):
 
         The own object of ``dst`` is returned to it unchanged.
         """
-        gathered = self.gather(pickled(obj), dst)
+        gathered = self.gather(pickled(obj, self._key), dst)
         if gathered is None:
             return None
-        return [obj if i == dst else cast(T, unpickled(data)) for i, data in enumerate(gathered)]
+        return [obj if i == dst else cast(T, unpickled(data, self._key)) for i, data in enumerate(gathered)]
 
     def scatter(self, tensors: Sequence[Tensor] | None, src: int = 0) -> Tensor:
         """Give the i-th of rank ``src``'s tensors to rank i.

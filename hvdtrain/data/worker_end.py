@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class EndWithRank:
     """
 
     def __init__(self, start_method: str) -> None:
-        self._served = start_method == "forkserver"  # the parent is a server, which ends with the rank
+        self._served = start_method == "forkserver"  # the parent is a server
 
     def __call__(self, worker: int) -> None:
         """Run in loader process ``worker`` before it loads anything."""
@@ -46,6 +47,8 @@ class EndWithRank:
         else:
             threading.Thread(target=_follow, args=(parent,), name="end-with-rank", daemon=True).start()
         rank = multiprocessing.parent_process()
+        if self._served and rank is not None:
+            threading.Thread(target=_end_server, args=(rank.sentinel, parent), name="end-server", daemon=True).start()
         expected = parent if self._served or rank is None else rank.pid
         if os.getppid() != expected or expected == 1:  # it went before the kernel was asked
             os._exit(0)
@@ -92,6 +95,14 @@ def _begun_by_main_thread(parent: int) -> bool:
         return str(os.getpid()) in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     except OSError:
         return False
+
+
+def _end_server(rank: int, server: int) -> None:
+    """The fork server lives as long as any of its children: when the rank is gone, it and with it all of them are killed."""
+    connection.wait([rank])
+    if os.getppid() == server != 1:
+        os.kill(server, signal.SIGKILL)
+    os._exit(0)
 
 
 def _follow(parent: int) -> None:

@@ -5,14 +5,15 @@ serve, and left without a hang when a rank has failed.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import time
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch import algorithms
@@ -22,6 +23,9 @@ from hvdtrain.launch.environment import given, not_given, settle, variables
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.ranks.exit import end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce, Place
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
 
 _log = logging.getLogger(__name__)
 
@@ -163,23 +167,30 @@ def announce(detection: Detection, timeout_s: float, all_reduce: str = "auto") -
     mpi = load(detection, all_reduce)
     check_world(detection, detection.topology.rank, detection.topology.world_size)
 
-    def say(place: Place | None) -> Place:
-        world = mpi.COMM_WORLD
-        end = time.monotonic() + timeout_s
-        buffer = bytearray(_ANNOUNCEMENT_BYTES)
-        if world.rank == 0:
-            data = pickle.dumps(place)
-            buffer[: len(data)] = data
-        request = world.Ibcast(buffer, 0)
-        while not request.Test():
-            if time.monotonic() > end:
-                end_hard(1)
-                raise LaunchError(f"rank {world.rank} waited {timeout_s:g} s for all ranks to start")
-            time.sleep(0.001)
-        said: Place = pickle.loads(bytes(buffer))
-        return said
+    return lambda place: tell(mpi.COMM_WORLD, place, timeout_s)
 
-    return say
+
+def tell(comm: Intracomm, place: Place | None, timeout_s: float) -> Place:
+    """Give all ranks of a communicator what its first one says, by MPI's own broadcast, with a bound.
+
+    Args:
+        comm: Nothing else uses it meanwhile.
+        place: Of the first rank; None elsewhere.
+        timeout_s: How long to wait for ranks that may never come.
+    """
+    end = time.monotonic() + timeout_s
+    buffer = bytearray(_ANNOUNCEMENT_BYTES)
+    if comm.rank == 0:
+        data = json.dumps(place).encode()
+        buffer[: len(data)] = data
+    request = comm.Ibcast(buffer, 0)
+    while not request.Test():
+        if time.monotonic() > end:
+            end_hard(1)
+            raise LaunchError(f"rank {comm.rank} waited {timeout_s:g} s for all ranks to start")
+        time.sleep(0.001)
+    said: Place = json.loads(bytes(buffer).rstrip(b"\0"))
+    return said
 
 
 def cuda_aware() -> bool:

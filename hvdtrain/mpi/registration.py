@@ -7,6 +7,7 @@ rank 0's store is: rank 0 binds a free port first, nobody guesses one.
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import threading
 import weakref
@@ -14,19 +15,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 
 from hvdtrain.errors import LaunchError
-from hvdtrain.launch.detect import detect
+from hvdtrain.launch.detect import Detection, detect
 from hvdtrain.launch.environment import address_given, give_address, given
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import library
-from hvdtrain.ranks import rendezvous
+from hvdtrain.ranks.addresses import own_addresses
 from hvdtrain.ranks.everyone import exchange
 from hvdtrain.ranks.exit import Goodbye, end_all_on_exception, end_hard
+from hvdtrain.ranks.rendezvous import Meeting, dial, serve
+from hvdtrain.ranks.torch_store import torch_client, torch_server
 from hvdtrain.ranks.watch import NullWatch, Watch
 
 if TYPE_CHECKING:
@@ -66,7 +70,8 @@ class _State:
     groups: ClassVar[weakref.WeakSet[MpiProcessGroup]] = weakref.WeakSet()
     watch: NullWatch = NullWatch()
     goodbye: Goodbye | None = None
-    server: dist.Store | None = None
+    server: dist.TCPStore | None = None
+    meeting: Meeting | None = None
     options: Options = Options()
 
 
@@ -102,13 +107,17 @@ def _find_rank_zero() -> None:
         return
     announce = library.announce(detection, _DEFAULT_TIMEOUT_S)
     world = library.load().COMM_WORLD
+    one_node = topology.num_nodes == 1
     if world.rank == 0:
         # torch's env:// finds this store by its port, as a second tenant.
-        _State.server, place = rendezvous.serve(_DEFAULT_TIMEOUT_S, multi_tenant=True)
-        announce(place)
-        host, port = "127.0.0.1", place["port"]
+        _State.server = torch_server(_DEFAULT_TIMEOUT_S, one_node=one_node, multi_tenant=True)
+        hosts = ["127.0.0.1"] if one_node else own_addresses()
+        host, port = "127.0.0.1", _State.server.port
+        announce({"hosts": hosts, "port": port, "of": socket.gethostname()})
     else:
-        _, host, port = rendezvous.dial(announce(None), world.rank, _DEFAULT_TIMEOUT_S)
+        place = announce(None)
+        found = torch_client(place["hosts"], place["port"], place["of"], _DEFAULT_TIMEOUT_S)
+        host, port = found.host, found.port
     give_address(host, port, rank=world.rank, world_size=world.size, local_rank=topology.local_rank)
 
 
@@ -127,7 +136,6 @@ def _create(options: Any, backend_options: Any) -> Any:
             options.store, options.group_rank, options.group_size, mpi.COMM_WORLD.rank, timeout.total_seconds()
         )
         ranks = list(range(options.group_size))
-        _State.watch = _begin_watch(options, timeout) if _State.options.watch else NullWatch()
     else:
         own = own or replace(_State.options, watch=False)
     assert _State.world_ranks is not None
@@ -136,6 +144,8 @@ def _create(options: Any, backend_options: Any) -> Any:
     comm, levels = _communicator(
         mpi, members, str(options.group_id), timeout.total_seconds(), levels=chosen.all_reduce == "hierarchical"
     )
+    if is_world:
+        _State.watch = _begin_watch(comm, detection, timeout.total_seconds()) if _State.options.watch else NullWatch()
     from hvdtrain.mpi.group import MpiProcessGroup  # noqa: PLC0415 - needs MPI, which was loaded just now
 
     label = "world" if is_world else f"group {ranks}"
@@ -209,14 +219,23 @@ def _communicator(
     return box[0]
 
 
-def _begin_watch(options: Any, timeout: timedelta) -> NullWatch:
-    store = options.store
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if options.group_size == 1 or not isinstance(store, dist.TCPStore):
+def _begin_watch(comm: Intracomm, detection: Detection, timeout_s: float) -> NullWatch:
+    """A watch over a store whose secret MPI itself has carried."""
+    if comm.size == 1:
         return NullWatch()
-    own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    watch = Watch(dist.PrefixStore(f"hvdtrain-mpi/{options.group_id}", own), options.group_rank, options.group_size)
+    job = detection.job_id
+    one_node = detection.topology.num_nodes == 1
+    process, place = serve(one_node=one_node, job=job) if comm.rank == 0 else (None, None)
+    said = library.tell(comm, place, timeout_s)
+    store = dial(said, job, comm.rank, timeout_s)
+    files = (Path(said["path"]),) if process is not None and said["path"] else ()
+    _State.meeting = Meeting(store, process, files, one_node)
+    watch = Watch(store, comm.rank, comm.size)
     watch.on_failure.append(give_up)
     watch.start()
+    exchange(
+        store, watch, "watch", "",
+        rank=comm.rank, world_size=comm.size, timeout_s=timeout_s, what="joining the mpi4py group", failure=LaunchError,
+    )  # fmt: skip
+    _State.meeting.all_met()
     return watch

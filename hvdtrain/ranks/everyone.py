@@ -10,17 +10,18 @@ import json
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
 from hvdtrain.errors import CollectiveError, HvdtrainError, LaunchError
+from hvdtrain.ranks.store import Store, StoreLost
 from hvdtrain.ranks.watch import NullWatch
 from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    import torch.distributed as dist
 
 _LABEL = "beside the engine"  # how the watch counts exchanges
 _LOOK_S = 0.5  # how often a waiting rank looks what the others do instead
@@ -28,7 +29,7 @@ _LONGEST_PAUSE_S = 0.05
 
 
 def exchange(
-    store: Store,
+    store: Store | dist.Store,
     watch: NullWatch,
     key: str,
     mine: str,
@@ -38,6 +39,7 @@ def exchange(
     timeout_s: float,
     what: str,
     failure: type[HvdtrainError] = CollectiveError,
+    look: Callable[[list[int]], None] | None = None,
 ) -> list[str]:
     """Collect one small text of every rank on every rank; all of them must call it.
 
@@ -53,6 +55,7 @@ def exchange(
         timeout_s: How long to wait for the others, in seconds.
         what: The occasion, for messages: "the start", "the agreement on the model's structure".
         failure: What is raised when ranks do not come.
+        look: Called now and then with the ranks that have not come; raises if one of them never will.
 
     Returns:
         The texts, in rank order.
@@ -82,6 +85,8 @@ def exchange(
                     elsewhere = watch.elsewhere(_LABEL)
                     if elsewhere:
                         raise failure(f"rank {rank} is at {what}, and {elsewhere}")
+                    if look is not None:
+                        look([other for other in everyone if not store.check([keys[other]])])
                 if time.monotonic() > end:
                     absent = [other for other in everyone if not store.check([keys[other]])] or [0]
                     raise failure(
@@ -92,7 +97,7 @@ def exchange(
             if rank == 0:
                 store.set(together, json.dumps([store.get(each).decode() for each in keys]))
             texts: list[str] = json.loads(store.get(together))
-        except RuntimeError as error:
+        except (StoreLost, RuntimeError) as error:
             raise failure(f"rank {rank} lost the ranks' store in {what}: {error}") from error
     return texts
 
@@ -107,7 +112,14 @@ def software() -> dict[str, str]:
 
 
 def assemble(
-    store: Store, watch: NullWatch, mine: Mapping[str, str], *, rank: int, world_size: int, timeout_s: float
+    store: Store,
+    watch: NullWatch,
+    mine: Mapping[str, str],
+    *,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    look: Callable[[list[int]], None] | None = None,
 ) -> None:
     """Return when all ranks are here with the same software.
 
@@ -118,13 +130,14 @@ def assemble(
         rank: This rank.
         world_size: Number of ranks.
         timeout_s: How long to wait for the others, in seconds.
+        look: As for `exchange`.
 
     Raises:
         LaunchError: A rank did not come, or has other versions; names it and what it has.
     """
     texts = exchange(
         store, watch, "software", json.dumps([socket.gethostname(), mine]),
-        rank=rank, world_size=world_size, timeout_s=timeout_s, what="the start", failure=LaunchError,
+        rank=rank, world_size=world_size, timeout_s=timeout_s, what="the start", failure=LaunchError, look=look,
     )  # fmt: skip
     # Rank 0 compares itself with all, and the others with rank 0: so that whoever differs knows, and rank 0 too.
     here = socket.gethostname()

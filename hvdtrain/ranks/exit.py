@@ -11,7 +11,9 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -83,6 +85,23 @@ def end_all_on_exception() -> None:
         _ending.shows = sys.excepthook
         sys.excepthook = _show_and_end
     prepare()
+
+
+@contextmanager
+def end_anyway(after_s: float, who: str) -> Iterator[None]:
+    """End the process if what is done inside takes longer than ``after_s`` seconds: it ends in any case, but must not hang."""
+    done = threading.Event()
+
+    def wait() -> None:
+        if not done.wait(after_s):
+            print(f"hvdtrain: {who} could not end within {after_s:g} s, and is ended", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
+
+    threading.Thread(target=wait, name="hvdtrain-end", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Goodbye:

@@ -12,18 +12,20 @@ import json
 import logging
 import re
 import socket
+import sys
+import threading
 import time
-import traceback as tracebacks
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from hvdtrain.errors import CollectiveError, HvdtrainError, RankFailure
+from hvdtrain.ranks.describing import described, traced
+from hvdtrain.ranks.process_state import Process
+from hvdtrain.ranks.store import Store, StoreLost
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
     from hvdtrain.ranks.watch import NullWatch
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ GRACE_S = 3.0  # how long a victim's main thread gets to unwind before the proce
 _SPEAK_S = ACK_S + 1.0  # how long a victim waits for the rank that failed to have shown why
 _BLAME_S = 2.5  # how long a rank whose engine failed waits to hear whose fault it was
 _COURTESY_S = 1.5  # how long a victim stays after the rank that failed has been heard
+_ANSWER_S = 2.0  # how long the store may take to answer a rank that ends
 
 _ENGINE_ERROR = re.compile(
     r"gloo|nccl|c10d|horovod|mpi4py|DistBackendError|connection (closed|reset|refused)|broken pipe|timed out|socket|store",
@@ -42,20 +45,32 @@ _ENGINE_ERROR = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """A rank's last words."""
+    """A rank's last words.
+
+    Attributes:
+        rank: Which.
+        host: Where it ran.
+        message: What it says, or how it died.
+        traceback: Its traceback; "" for none.
+        died: It ended without a word.
+        speaker: The rank that tells the user: itself, or one that found it dead.
+    """
 
     rank: int
     host: str
     message: str
     traceback: str
+    died: bool = False
+    speaker: int = -1
+
+    @property
+    def sentence(self) -> str:
+        """What the user should know."""
+        return f"rank {self.rank} on {self.host} {'' if self.died else 'failed first: '}{self.message}"
 
     def error(self) -> RankFailure:
         """As what its victims raise."""
-        return RankFailure(
-            f"rank {self.rank} on {self.host} failed first: {self.message}",
-            rank=self.rank,
-            rank_traceback=self.traceback,
-        )
+        return RankFailure(self.sentence, rank=self.rank, rank_traceback=self.traceback)
 
 
 class NullWords:
@@ -72,6 +87,10 @@ class NullWords:
         """Return None: there is nobody to tell."""
         return None
 
+    def report_death(self, rank: int, host: str, message: str) -> Failure | None:
+        """Return None."""
+        return None
+
     def wait_for_first(self, timeout_s: float) -> Failure | None:
         """Return None."""
         return None
@@ -85,12 +104,18 @@ class NullWords:
     def let_speak(self) -> None:
         """Do nothing."""
 
+    def speak_for_the_dead(self) -> None:
+        """Do nothing."""
+
+    def end_stopped(self) -> None:
+        """Do nothing."""
+
 
 class LastWords(NullWords):
     """What the ranks of one job leave in a store when one of them fails.
 
     Args:
-        store: That of the watch; all that is asked of it is answered at once.
+        store: That of the watch.
         rank: This rank.
         world_size: Number of ranks.
     """
@@ -99,11 +124,18 @@ class LastWords(NullWords):
         self._store = store
         self.rank = rank
         self._others = [other for other in range(world_size) if other != rank]
+        self._spoke = threading.Lock()  # taken by the thread that speaks for a rank that died, and kept
 
     def listen(self) -> None:
         """Look whether a rank has failed; raises what the store raises."""
-        if self.first is None and self._store.check(["failure"]):
-            self.first = Failure(**json.loads(self._store.get("failure")))
+        if self.first is None:
+            (said,) = self._store.ask(["get", "failure"])
+            self.hear(said)
+
+    def hear(self, said: str | None) -> None:
+        """Take what the store holds for a failure, None for nothing."""
+        if said is not None and self.first is None:
+            self.first = Failure(**json.loads(said))
 
     def report(self, message: str, traceback: str) -> Failure | None:
         """Record that this rank failed, unless another did before.
@@ -111,24 +143,27 @@ class LastWords(NullWords):
         Returns:
             The first failure: this one, or the one that came before; None if the store is gone.
         """
-        mine = Failure(rank=self.rank, host=socket.gethostname(), message=message, traceback=traceback)
-        try:
-            first = self._store.compare_set("failure", "", json.dumps(asdict(mine)))
-        except Exception as error:
-            _log.debug("could not report the failure: %s", error)
-            return None
-        self.first = Failure(**json.loads(first))
-        return self.first
+        return self._first_of(
+            Failure(rank=self.rank, host=socket.gethostname(), message=message, traceback=traceback, speaker=self.rank)
+        )
+
+    def report_death(self, rank: int, host: str, message: str) -> Failure | None:
+        """Record that another rank ended without a word, unless something else failed before; returns as `report`."""
+        return self._first_of(
+            Failure(rank=rank, host=host, message=message, traceback="", died=True, speaker=self.rank)
+        )
 
     def wait_for_first(self, timeout_s: float) -> Failure | None:
         """Give another rank's failure ``timeout_s`` seconds to arrive, and return it."""
         end = time.monotonic() + timeout_s
-        try:
-            while self.first is None and time.monotonic() < end:
-                self.listen()
-                time.sleep(0.05)
-        except Exception as error:
-            _log.debug("the store went away: %s", error)
+        while self.first is None and time.monotonic() < end:
+            try:
+                (said,) = self._store.ask(["get", "failure"], within_s=_ANSWER_S)
+            except StoreLost as error:
+                _log.debug("%s", error)
+                break
+            self.hear(said)
+            time.sleep(0.05)
         return self.first
 
     def linger(self) -> None:
@@ -141,25 +176,56 @@ class LastWords(NullWords):
         self._set(f"ack/{self.rank}")
 
     def let_speak(self) -> None:
-        """Stay until the rank that failed first has printed why, at most a few seconds: a launcher that sees one rank end
-        ends them all."""
+        """Stay until the user was told why, at most a few seconds: a launcher that sees one rank end ends them all."""
+        self.speak_for_the_dead()
         self._wait_for(["spoken"], _SPEAK_S)
+
+    def speak_for_the_dead(self) -> None:
+        """If the first failure is a death that this rank found, tell the user; once."""
+        first = self.first
+        if first is None or not first.died or first.speaker != self.rank or not self._spoke.acquire(blocking=False):
+            return
+        print(f"hvdtrain: {first.sentence}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+        self._have_spoken()
+
+    def end_stopped(self) -> None:
+        """End ranks on this host that are stopped: a launcher's SIGTERM does not reach them."""
+        try:
+            records = self._store.ask(*(["get", f"rank/{rank}"] for rank in self._others), within_s=_ANSWER_S)
+        except StoreLost as error:
+            _log.debug("%s", error)
+            return
+        for record in records:
+            known = json.loads(record)["process"] if record is not None else None
+            process = Process(*known) if known is not None else None
+            if process is not None and process.is_here() and process.state() == "T":
+                process.kill()
+
+    def _first_of(self, mine: Failure) -> Failure | None:
+        try:
+            (first,) = self._store.ask(["compare_set", "failure", "", json.dumps(asdict(mine))], within_s=_ANSWER_S)
+        except StoreLost as error:
+            _log.debug("could not report the failure: %s", error)
+            return self.first
+        self.first = Failure(**json.loads(first))
+        return self.first
 
     def _have_spoken(self) -> None:
         self._set("spoken")
+        self.end_stopped()
 
     def _set(self, key: str) -> None:
         try:
-            self._store.set(key, "1")
-        except Exception as error:
+            self._store.ask(["set", key, "1"], within_s=_ANSWER_S)
+        except StoreLost as error:
             _log.debug("the store went away before %s: %s", key, error)
 
     def _wait_for(self, keys: list[str], timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
         try:
-            while time.monotonic() < end and not self._store.check(keys):
+            while time.monotonic() < end and not self._store.ask(["check", keys], within_s=_ANSWER_S)[0]:
                 time.sleep(0.05)
-        except Exception as error:
+        except StoreLost as error:
             _log.debug("the store went away: %s", error)
 
 
@@ -177,7 +243,7 @@ def conclude(error: BaseException, watch: NullWatch) -> RankFailure | None:
     words = watch.words
     if isinstance(error, RankFailure) or is_engine_error(error):
         words.wait_for_first(0.0 if isinstance(error, RankFailure) else _BLAME_S)
-    first = words.report(f"{type(error).__name__}: {error}", "".join(tracebacks.format_exception(error)))
+    first = words.report(described(error), traced(error))
     mine = first is not None and first.rank == words.rank
     if mine:
         words.linger()
@@ -210,7 +276,7 @@ def is_engine_error(error: BaseException) -> bool:
         return True
     if isinstance(error, CollectiveError):
         return error.__cause__ is not None
-    return isinstance(error, RuntimeError) and _ENGINE_ERROR.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _ENGINE_ERROR.search(described(error)) is not None
 
 
 def leave_for_launcher(error: BaseException, file: str | None) -> None:
@@ -219,9 +285,9 @@ def leave_for_launcher(error: BaseException, file: str | None) -> None:
         return
     content = {
         "message": {
-            "message": f"{type(error).__name__}: {error}",
+            "message": described(error),
             "extraInfo": {
-                "py_callstack": "".join(tracebacks.format_exception(error)),
+                "py_callstack": traced(error),
                 "timestamp": str(int(time.time())),
             },
         }

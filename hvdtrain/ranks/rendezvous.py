@@ -1,26 +1,23 @@
-"""How ranks find each other: one key-value store that every rank is connected to.
+"""How ranks find each other: rank 0 opens the ranks' store, and tells the others where it is and the job's secret.
 
-Where the environment names an address (torchrun, Kubernetes, plain MASTER_ADDR and MASTER_PORT) torch's own rendezvous
-is used. Elsewhere (mpirun, srun, horovodrun, spawn) nobody has chosen a port, and guessing one fails as soon as two jobs
-share a machine: rank 0 binds a free port first and then tells the others. On one node it does so through a small file in
-a private folder of the temporary directory; across nodes through the engine if that can carry a message by then (MPI,
-horovodrun's own rendezvous), or else through a file in a folder that all nodes share.
+On one node the store is a Unix socket, and the word is a small file beside it, in a private folder of the temporary
+directory. Across nodes it is a port of rank 0's host, and the word travels through the engine if that can carry one by
+then (MPI, Horovod), horovodrun's own rendezvous, the launcher's store where MASTER_ADDR and MASTER_PORT name one (torchrun,
+Kubernetes), or else through a file in a folder that all nodes share. Where that way is open to others, HVDTRAIN_SECRET
+closes it: the secret then does not travel at all.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import logging
-import os
 import secrets
 import socket
-import struct
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,16 +28,24 @@ import torch.distributed as dist
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
+from hvdtrain.ranks.addresses import listens, own_addresses
+from hvdtrain.ranks.describing import described
+from hvdtrain.ranks.frames import proof
+from hvdtrain.ranks.rendezvous_file import DIRECTORY_VARIABLE, private_folder, read, rendezvous_file, write
+from hvdtrain.ranks.store import Address, RemoteStore, Store, StoreLost, StoreProcess
+from hvdtrain.ranks.torch_store import env_store, within
 
 _log = logging.getLogger(__name__)
 
 _announcements = itertools.count()  # over horovodrun's server, of this process; every rank counts alike
 _meetings = itertools.count()  # of this process; every rank counts alike
 
-DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
+SECRET_VARIABLE = "HVDTRAIN_SECRET"
+_LONGEST_PATH = 100  # of a Unix socket: the kernel has room for 107 characters
+_LOOK_S = 0.5  # how often a rank that waits for rank 0 looks whether it is still there
 Place = dict[str, Any]
-"""Where rank 0's store is: "hosts", names and addresses to be tried; "port"; "of", rank 0's host; "nonce", by which the
-store is known."""
+"""Where rank 0's store is: "path" of a Unix socket, or "hosts", names and addresses to be tried, and "port"; "of", rank 0's
+host; "secret", in hexadecimal, "" where the ranks have it from HVDTRAIN_SECRET."""
 Announce = Callable[[Place | None], Place]
 """Given the place on rank 0, and None elsewhere, returns it on every rank; raises LaunchError if it cannot."""
 
@@ -50,53 +55,71 @@ class Meeting:
     """What `meet` returns.
 
     Attributes:
-        engine: For the engine's own rendezvous.
-        watch: A connection of its own, for the watch thread.
-        server: Keeps rank 0's server alive; None elsewhere.
-        file: In which the others read where rank 0 is, to be removed when the job ends; None where there was none.
+        store: This rank's connection.
+        process: That of the store, on rank 0; None elsewhere.
+        files: By which the others found the store, to be removed when they have.
+        one_node: Whether all ranks are on this node.
     """
 
-    engine: dist.Store
-    watch: dist.Store
-    server: dist.Store | None
-    file: Path | None
+    store: Store
+    process: StoreProcess | None = None
+    files: tuple[Path, ...] = ()
+    one_node: bool = True
+
+    def all_met(self) -> None:
+        """Remove what says where to meet: every rank has read it, or never will."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the store, as all ranks do now."""
+        self.store.close()
+        if self.process is not None:
+            self.process.wait(2.0)
 
 
-def meet(detection: Detection, timeout_s: float, announce: Announce | None = None) -> Meeting:
+def meet(
+    detection: Detection,
+    timeout_s: float,
+    announce: Announce | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> Meeting:
     """Connect this rank with all others.
 
     Args:
         detection: The topology, and what the environment says about an address.
-        timeout_s: How long to wait for rank 0, in seconds.
+        timeout_s: How long to wait for rank 0, and then for each answer of the store, in seconds.
         announce: How rank 0's address comes to the others without a shared folder; None for a file.
+        look: Called while this rank waits for rank 0; raises if that is in vain.
 
     Raises:
         LaunchError: Rank 0 could not be reached; the message says where it was looked for.
     """
     topology = detection.topology
-    timeout = timedelta(seconds=timeout_s)
-    server: dist.Store | None = None
+    meeting = next(_meetings)
+    if topology.world_size == 1:
+        return Meeting(Store())
+    one_node = topology.num_nodes == 1
     file: Path | None = None
-    if detection.address is not None:
-        base = _env_store(detection, timeout)
-        host, port = _endpoint(base)
-    elif topology.rank == 0:
-        server, place = serve(timeout_s, one_node=topology.num_nodes == 1)
-        base, host, port = server, "127.0.0.1", place["port"]
-        if topology.world_size > 1 and announce is not None:
-            announce(place)
-        elif topology.world_size > 1:
-            file = _rendezvous_file(detection)
-            _write(file, place)
-    elif announce is not None:
-        base, host, port = dial(announce(None), topology.rank, timeout_s)
-    else:
-        base, host, port = _follow(_rendezvous_file(detection), detection, timeout_s)
-    second = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    prefix = f"hvdtrain/{detection.job_id}/{next(_meetings)}"  # a store that outlives one meeting still knows its keys
-    return Meeting(
-        dist.PrefixStore(f"{prefix}/engine", base), dist.PrefixStore(f"{prefix}/watch", second), server, file
-    )
+    if not one_node and announce is None and detection.address is not None and given(DIRECTORY_VARIABLE) is None:
+        announce = _announce_by_address(detection, meeting, timeout_s)
+    if one_node or announce is None:
+        announce, file = None, rendezvous_file(detection)
+    if topology.rank != 0:
+        if announce is not None:
+            store = dial(announce(None), detection.job_id, topology.rank, timeout_s)
+        else:
+            assert file is not None
+            store = _follow(file, detection, timeout_s, look)
+        return Meeting(store, one_node=one_node)
+    process, place = serve(one_node=one_node, job=detection.job_id, file=file)
+    if announce is not None:
+        announce(place)
+    elif file is not None:
+        write(file, place)
+    store = dial(place, detection.job_id, 0, timeout_s)
+    files = tuple(each for each in (file, Path(place["path"]) if place["path"] else None) if each is not None)
+    return Meeting(store, process, files, one_node)
 
 
 def needs_announcement(detection: Detection) -> bool:
@@ -104,92 +127,124 @@ def needs_announcement(detection: Detection) -> bool:
     return detection.topology.num_nodes > 1 and detection.address is None and given(DIRECTORY_VARIABLE) is None
 
 
-def serve(timeout_s: float, *, one_node: bool = False, multi_tenant: bool = False) -> tuple[dist.TCPStore, Place]:
-    """Open rank 0's store on a free port.
+def serve(*, one_node: bool, job: str, file: Path | None = None) -> tuple[StoreProcess, Place]:
+    """Start the process of the ranks' store.
 
     Args:
-        timeout_s: Of what is asked of the store, in seconds.
-        one_node: All ranks are on this node.
-        multi_tenant: Whoever opens a store at the same port in this process gets this one.
+        one_node: All ranks are on this node: nobody outside it can connect, and no other user.
+        job: Its name, with which HVDTRAIN_SECRET makes the secret.
+        file: In which the others will find it; removed with the store.
 
     Returns:
-        The store, which must be kept, and where the others find it.
+        The process, and where the others find the store.
     """
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
-        multi_tenant=multi_tenant,
-    )  # fmt: skip
-    nonce = secrets.token_hex(8)
-    store.set("nonce", nonce)
-    hosts = ["127.0.0.1"] if one_node else _own_addresses()
-    return store, {"hosts": hosts, "port": store.port, "nonce": nonce, "of": socket.gethostname()}
+    listener, path = _listen(one_node)
+    known = given(SECRET_VARIABLE)
+    secret = secrets.token_bytes(32)
+    place = {
+        "path": path,
+        "hosts": [] if path else ["127.0.0.1"] if one_node else own_addresses(),
+        "port": 0 if path else listener.getsockname()[1],
+        "of": socket.gethostname(),
+        "secret": "" if known else secret.hex(),
+    }
+    return StoreProcess(listener, _secret(place, job), file), place
 
 
-def _env_store(detection: Detection, timeout: timedelta) -> dist.Store:
-    topology = detection.topology
-    try:
-        store: dist.Store = next(
-            dist.rendezvous("env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout)
-        )[0]
-    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        role = "open" if topology.rank == 0 else "reach"
-        raise LaunchError(
-            f"rank {topology.rank} could not {role} the store at {detection.address} (MASTER_ADDR:MASTER_PORT) within "
-            f"{timeout.total_seconds():g} s: {error}. Check that rank 0 runs on that host, that the port is free there and "
-            "that no firewall is between them"
-        ) from error
-    return store
+def dial(place: Place, job: str, rank: int, timeout_s: float) -> RemoteStore:
+    """Connect this rank to where rank 0 said it is.
 
+    Args:
+        place: What rank 0 said.
+        job: The job's name.
+        rank: This rank.
+        timeout_s: Of each answer of the store, in seconds.
 
-def _endpoint(store: dist.Store) -> tuple[str, int]:
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
-        raise LaunchError(f"the rendezvous gave a {type(store).__name__}; hvdtrain needs torch's TCPStore")
-    return str(store.host), int(store.port)
-
-
-def _rendezvous_file(detection: Detection) -> Path:
-    chosen = given(DIRECTORY_VARIABLE)
-    if chosen:
-        folder = Path(chosen)
-        folder.mkdir(parents=True, exist_ok=True)
-    elif detection.topology.num_nodes > 1:
-        folder = Path.cwd() / ".hvdtrain-rendezvous"  # a job's working directory is on the shared file system
-        folder.mkdir(mode=0o700, exist_ok=True)
-    else:
-        folder = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise LaunchError(
-                f"{folder} must belong to you and be private (mode 0700); remove it, or set {DIRECTORY_VARIABLE} to a private folder"
-            )
-    return folder / f"{detection.job_id}.json"
-
-
-def _write(file: Path, content: object) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(file)
-
-
-def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.Store, str, int]:
-    """Read rank 0's file and connect; a stale file of an earlier job is known by its nonce, and read again."""
-    end = time.monotonic() + timeout_s
-    seen = "it did not appear"
+    Raises:
+        LaunchError: Nothing there is rank 0's store; names the addresses that were tried.
+    """
+    end = time.monotonic() + min(timeout_s, 60.0)  # it listens before it says so
+    reasons: list[str] = []
     while time.monotonic() < end:
+        store = _try(place, job, rank, timeout_s, reasons)
+        if store is not None:
+            return store
+        time.sleep(0.1)
+    raise LaunchError(
+        f"rank {rank} on {socket.gethostname()} reaches rank 0 on {place['of']} at none of {_where(place)}: open the ports "
+        "between the hosts, or set MASTER_ADDR and MASTER_PORT to an address of rank 0's host and a free port that the "
+        f"others reach{_secrets_differ(reasons)}"
+    )
+
+
+# -- how the word travels ----------------------------------------------------------------------------------------------
+
+
+def _announce_by_address(detection: Detection, meeting: int, timeout_s: float) -> Announce:
+    """Through the store that MASTER_ADDR and MASTER_PORT name, which is open to whoever reaches it."""
+    rank = detection.topology.rank
+    key = f"hvdtrain/{detection.job_id}/{meeting}/place"  # the store may outlive this meeting
+
+    def announce(place: Place | None) -> Place:
+        def run() -> Place:
+            store = env_store(detection, timedelta(seconds=timeout_s))
+            _kept.append(store)  # rank 0's may be the one that serves the others
+            if place is not None:
+                store.set(key, json.dumps(place))
+                return place
+            said: Place = json.loads(store.get(key))
+            return said
+
+        if place is not None and place["secret"]:
+            _warn_open(f"the store at {detection.address} (MASTER_ADDR:MASTER_PORT)")
         try:
-            place = json.loads(file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            said: Place = within(run, timeout_s, rank)
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(
+                f"rank {rank} waited for rank 0's word in the store at {detection.address}: {error}. Did rank 0 start?"
+            ) from error
+        return said
+
+    return announce
+
+
+_kept: list[dist.Store] = []
+
+
+def _warn_open(way: str) -> None:
+    _log.warning(
+        "the ranks' secret travels through %s, which whoever reaches that port can read; set %s to the same secret on every "
+        "host to close that",
+        way,
+        SECRET_VARIABLE,
+    )
+
+
+def _follow(file: Path, detection: Detection, timeout_s: float, look: Callable[[], None]) -> RemoteStore:
+    """Read rank 0's file and connect; in a stale file of an earlier job nothing answers, and it is read again."""
+    topology = detection.topology
+    end = time.monotonic() + timeout_s
+    next_look = time.monotonic() + _LOOK_S
+    seen = "it did not appear"
+    reasons: list[str] = []
+    while time.monotonic() < end:
+        if time.monotonic() > next_look:
+            look()
+            next_look = time.monotonic() + _LOOK_S
+        try:
+            place = read(file)
+            store = _try(place, detection.job_id, topology.rank, timeout_s, reasons)
+        except FileNotFoundError:
             time.sleep(0.02)
             continue
-        seen = f"it names {', '.join(place['hosts'])} port {place['port']}, where rank 0's store does not answer"
-        reached = _try(place, end)
-        if reached is not None:
-            return reached
+        except (OSError, ValueError, KeyError) as error:
+            seen = f"it cannot be read: {described(error)}"
+            time.sleep(0.1)
+            continue
+        if store is not None:
+            return store
+        seen = f"it names {_where(place)}, where rank 0's store does not answer"
         time.sleep(0.1)
-    topology = detection.topology
     shared = (
         f" The nodes must share that folder: set {DIRECTORY_VARIABLE} to one that they do share, or set MASTER_ADDR and MASTER_PORT."
         if topology.num_nodes > 1
@@ -197,46 +252,65 @@ def _follow(file: Path, detection: Detection, timeout_s: float) -> tuple[dist.St
     )
     raise LaunchError(
         f"rank {topology.rank} waited {timeout_s:g} s for rank 0's address in {file}: {seen}. Did rank 0 start?{shared}"
+        f"{_secrets_differ(reasons)}"
     )
 
 
-def dial(place: Place, rank: int, timeout_s: float) -> tuple[dist.Store, str, int]:
-    """Connect this rank to where rank 0 said it is.
-
-    Returns:
-        The store, and host and port under which it was reached.
-
-    Raises:
-        LaunchError: Nothing there is rank 0's store; names the addresses that were tried.
-    """
-    end = time.monotonic() + min(timeout_s, 60.0)  # it listens before it says so
-    while time.monotonic() < end:
-        reached = _try(place, end)
-        if reached is not None:
-            return reached
-        time.sleep(0.1)
-    raise LaunchError(
-        f"rank {rank} on {socket.gethostname()} reaches rank 0 on {place['of']} at none of "
-        f"{', '.join(place['hosts'])} port {place['port']}: open the ports between the hosts, or set MASTER_ADDR and "
-        "MASTER_PORT to an address of rank 0's host and a free port that the others reach"
-    )
+# -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _try(place: Place, end: float) -> tuple[dist.Store, str, int] | None:
+def _listen(one_node: bool) -> tuple[socket.socket, str]:
+    """A listening socket, and its path if it has one."""
+    if not one_node:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024), ""
+        return socket.create_server(("", 0), backlog=1024), ""
+    path = str(private_folder() / f"{secrets.token_hex(6)}.store")
+    if len(path) <= _LONGEST_PATH:
+        listener = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):  # a file system without sockets
+            listener.bind(path)
+            listener.listen(1024)
+            return listener, path
+        listener.close()
+    return socket.create_server(("127.0.0.1", 0), backlog=1024), ""
+
+
+def _secret(place: Place, job: str) -> bytes:
+    if place["secret"]:
+        return bytes.fromhex(place["secret"])
+    known = given(SECRET_VARIABLE)
+    if not known:
+        raise LaunchError(f"rank 0 on {place['of']} has {SECRET_VARIABLE}, and this rank has not: set it on every host")
+    return proof(known.encode(), "job", job.encode())
+
+
+def _try(place: Place, job: str, rank: int, timeout_s: float, reasons: list[str]) -> RemoteStore | None:
+    secret = _secret(place, job)
     port = int(place["port"])
-    # From another host 127.0.0.1 is not rank 0's; what answers there is known by its nonce.
-    local = ["127.0.0.1"] if place.get("of") == socket.gethostname() else []
-    for host in [*local, *place["hosts"]]:
-        if not _listens(host, port):
+    # From another host 127.0.0.1 is not rank 0's; what answers there does not know the secret.
+    local = ["127.0.0.1"] if place["of"] == socket.gethostname() else []
+    hosts = [] if place["path"] else list(dict.fromkeys([*local, *place["hosts"]]))
+    addresses = [Address(path=place["path"])] if place["path"] else [Address(host=host, port=port) for host in hosts]
+    for address in addresses:
+        if address.host and not listens(address.host, port):
             continue
         try:
-            timeout = timedelta(seconds=max(1.0, end - time.monotonic()))
-            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-            if store.check(["nonce"]) and store.get("nonce").decode() == place["nonce"]:
-                return store, host, port
-        except (dist.DistError, RuntimeError) as error:
-            _log.debug("store at %s:%d: %s", host, port, error)
+            return RemoteStore(address, secret, rank, answer_s=timeout_s, connect_s=min(timeout_s, 20.0))
+        except StoreLost as error:
+            reasons.append(str(error))
+            _log.debug("%s", error)
     return None
+
+
+def _where(place: Place) -> str:
+    return str(place["path"] or f"{', '.join(place['hosts'])} port {place['port']}")
+
+
+def _secrets_differ(reasons: list[str]) -> str:
+    if given(SECRET_VARIABLE) and any("closed" in reason for reason in reasons):
+        return f". Something answers there, but does not accept this rank: is {SECRET_VARIABLE} the same on every host?"
+    return ""
 
 
 def announce_by_horovodrun(server: str, rank: int, job: str, timeout_s: float) -> Announce:
@@ -253,6 +327,8 @@ def announce_by_horovodrun(server: str, rank: int, job: str, timeout_s: float) -
     url = f"http://{server}/hvdtrain/{job}-{next(_announcements)}"
 
     def announce(place: Place | None) -> Place:
+        if place is not None and place["secret"]:
+            _warn_open(f"horovodrun's server at {server}")
         end = time.monotonic() + timeout_s
         while True:
             try:
@@ -272,29 +348,3 @@ def announce_by_horovodrun(server: str, rank: int, job: str, timeout_s: float) -
                 time.sleep(0.05)
 
     return announce
-
-
-def _listens(host: str, port: int) -> bool:
-    """Whether something accepts connections there; waits two seconds at most."""
-    try:
-        with socket.create_connection((host, port), timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-def _own_addresses() -> list[str]:
-    """The names and IPv4 addresses under which other nodes may reach this one, the host name first."""
-    addresses = [socket.gethostname()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, interface in socket.if_nameindex():
-            try:
-                packed = fcntl.ioctl(
-                    probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15])
-                )  # SIOCGIFADDR
-            except OSError:
-                continue  # an interface without an IPv4 address
-            address = socket.inet_ntoa(packed[20:24])
-            if not address.startswith("127."):
-                addresses.append(address)
-    return addresses

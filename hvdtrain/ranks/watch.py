@@ -1,15 +1,17 @@
 """Who waits for what: the ranks' small talk beside the engine, so that no failure ends in a hang.
 
-Each rank keeps one record in a key-value store (a `torch.distributed.Store`, never the engine): how many collectives it
-has begun, and what it is waiting for. One thread a rank publishes it and reads the others' last words. Out of that come
+Each rank keeps one record in the ranks' store, beside the engine: how many collectives it has begun, and what it is waiting
+for. One thread a rank publishes it and reads the others' last words. Out of that come
 
 * *the first failure* (`hvdtrain.ranks.last_words`) reaches everybody, also a rank whose main thread is stuck inside an
   engine call;
 * *the missing ranks*: a time-out names the ranks that did not come, and what they are doing instead;
 * *the early leaver*: a rank that left the program cannot take part in a collective it never began, so whoever waits for
-  it is told within seconds instead of at the time-out.
+  it is told within seconds instead of at the time-out;
+* *the dead*: the store sees a rank's process end that did not say farewell, and one of the others tells the user.
 
-It never kills a rank for being slow: only a failure, a departure or the store's own death does.
+It never kills a rank for being slow: only a failure, a departure, a death or the loss of the store does, and a store is
+lost when its host is gone or has not answered for as long as any wait may take.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple
+from typing import Any
 
 from hvdtrain.errors import RankFailure
 from hvdtrain.ranks.last_words import GRACE_S, Failure, LastWords, NullWords
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
+from hvdtrain.ranks.process_state import Process
+from hvdtrain.ranks.store import Store, StoreLost
 
 _log = logging.getLogger(__name__)
 
 ALL_THE_SAME = "every rank must make the same collective calls"
 _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
+_DEATH_S = 1.0  # how long a rank has been gone before that is said: one whose launcher ends all ranks is no news
+_ANSWER_S = 2.0  # how long the store may take to answer a rank that has waited for too long already
 
 
 class NullWatch:
@@ -46,6 +50,8 @@ class NullWatch:
         """What ranks that failed have said."""
         self.on_failure: list[Callable[[str], None]] = []
         """Called, in the watch's thread, with what went wrong: an engine that can let its waits fail should do so."""
+        self.step = 0
+        """What this rank is at, for messages: steps of training that it has begun."""
 
     @property
     def failure(self) -> Failure | None:
@@ -79,7 +85,7 @@ class Watch(NullWatch):
     """One rank's part in the watch; `start` begins it, `leave` or `close` ends it.
 
     Args:
-        store: A connection used by nothing else (a store serves one request at a time).
+        store: This rank's connection with the ranks' store.
         rank: This rank.
         world_size: Number of ranks.
         interval_s: How often records are exchanged. Worlds of more than 256 ranks exchange more seldom, so that the
@@ -103,6 +109,9 @@ class Watch(NullWatch):
         self._world_size = world_size
         self._interval_s = interval_s * max(1.0, world_size / 256)
         self._exit_process = exit_process
+        self._host, self._process = socket.gethostname(), Process.here()
+        self._lost: dict[int, float] = {}  # ranks whose process has ended, and since when this one knows
+        self._left: list[int] = []  # ranks that have left the program in order
         self._counts: dict[str, int] = {}
         # Label, what, ranks, since; the innermost last. Threads wait beside each other.
         self._waiting: list[tuple[str, str, tuple[int, ...], float]] = []
@@ -113,7 +122,7 @@ class Watch(NullWatch):
 
     def start(self) -> None:
         """Publish the first record and begin watching."""
-        self._publish()
+        self._look()
         self._thread.start()
 
     # -- what the other modules say and ask ---------------------------------------------------------------------------
@@ -149,17 +158,16 @@ class Watch(NullWatch):
     def missing(self, label: str, ranks: Sequence[int]) -> str:
         """Describe the ranks that have not begun the operation this rank is in, as far as the store can tell."""
         mine = self._counts.get(label, 0)
+        try:
+            records = self._read([rank for rank in ranks if rank != self._rank], within_s=_ANSWER_S)
+        except StoreLost as error:
+            return f"; rank 0's host does not tell which ranks are missing: {error}"
         absent = []
-        for rank in ranks:
-            if rank == self._rank:
-                continue
-            record = self._read(f"rank/{rank}")
+        for rank, record in records.items():
             if record is None:
                 absent.append(f"rank {rank} (never heard of)")
             elif record["counts"].get(label, 0) < mine:
-                silent = time.time() - record["time"]
-                doing = f"in {record['what']}" if record["what"] else record["state"]
-                absent.append(f"rank {rank} on {record['host']} ({doing}; last heard of {silent:.0f} s ago)")
+                absent.append(f"rank {rank} on {record['host']} ({_doing(record)})")
         return f"; missing: {', '.join(absent)}" if absent else ""
 
     def elsewhere(self, label: str) -> str:
@@ -168,8 +176,11 @@ class Watch(NullWatch):
         Args:
             label: Of the operation that this rank is in: a rank in one of these is not elsewhere.
         """
-        for rank in range(self._world_size):
-            record = self._read(f"rank/{rank}") if rank != self._rank else None
+        try:
+            records = self._read([rank for rank in range(self._world_size) if rank != self._rank])
+        except StoreLost:
+            return ""
+        for rank, record in records.items():
             if record is None or not record["what"] or self._rank not in (record["ranks"] or [self._rank]):
                 continue
             other = record["label"]
@@ -178,22 +189,19 @@ class Watch(NullWatch):
         return ""
 
     def leave(self, timeout_s: float) -> None:
-        """Say that this rank is done, and return when all are, so that the store outlives everybody's use of it.
+        """Say that this rank is done, and return when all are; the connection to the store stays open.
 
         Raises:
             RankFailure: Another rank failed, or one did not come within ``timeout_s``.
         """
         self._state = "has left the program"
-        self._publish()
-        self._store.set(f"left/{self._rank}", "1")
-        self._await("left", timeout_s)
+        try:
+            self._publish()
+            self._store.set(f"left/{self._rank}", "1")
+            self._await_all(timeout_s)
+        except StoreLost as error:
+            raise RankFailure(f"rank {self._rank} waited at the end of the program for the others: {error}") from error
         self.close()
-        self._store.set(f"gone/{self._rank}", "1")
-        if self._rank == 0:  # hosts the store
-            try:
-                self._await("gone", min(timeout_s, 10.0))
-            except RankFailure as error:
-                _log.warning("%s", error)
 
     def close(self) -> None:
         """End the thread; the store stays open."""
@@ -206,28 +214,42 @@ class Watch(NullWatch):
     def _run(self) -> None:
         while not self._closing.wait(self._interval_s):
             try:
-                self._publish()
-                self.words.listen()
-            except Exception as error:
-                if self._closing.is_set():
-                    return
-                self._end_soon(
-                    f"lost the connection to rank 0's store ({error}); rank 0 has most likely died", aloud=True
-                )
+                self._look()
+                stuck = self._stuck()
+            except StoreLost as error:
+                if not self._closing.is_set():
+                    self._end_soon(f"rank 0's host is gone, stopped or cut off: {error}", aloud=True)
                 return
-            if self.failure is not None and self.failure.rank != self._rank:
-                self.words.acknowledge()
-                self._notify(str(self.failure.error()))
-                self._end_soon(f"rank {self.failure.rank} failed first: {self.failure.message}", aloud=self._rank == 0)
-                return
-            stuck = self._stuck()
-            if stuck:
+            if self.failure is None and stuck:
                 self.words.report(stuck, "")
                 self._notify(stuck)
                 self._end_soon(stuck, aloud=True)
                 return
+            if self.failure is not None and self.failure.rank != self._rank:
+                self.words.acknowledge()
+                self._notify(str(self.failure.error()))
+                self._end_soon(self.failure.sentence, aloud=self._rank == 0 and not self.failure.died)
+                return
+
+    def _look(self) -> None:
+        """Publish this rank's record and read what is new, all in one question."""
+        _, said, lost, left = self._store.ask(self._own_record(), ["get", "failure"], ["lost"], ["names", "left/"])
+        self.words.hear(said)
+        self._left = [int(key.removeprefix("left/")) for key in left]
+        now = time.monotonic()
+        for rank, how in lost:
+            since = self._lost.setdefault(rank, now)
+            if rank in self._left or rank == self._rank:
+                continue
+            if self.failure is None and now - since >= _DEATH_S:
+                record = self._read([rank])[rank]
+                host = record["host"] if record else "an unknown host"
+                self.words.report_death(rank, host, _death(how, record))
 
     def _publish(self) -> None:
+        self._store.ask(self._own_record())
+
+    def _own_record(self) -> list[str]:
         with self._turn:
             counts, waiting = dict(self._counts), self._waiting[-1] if self._waiting else None
         record = {
@@ -236,19 +258,17 @@ class Watch(NullWatch):
             "label": waiting[0] if waiting else "",
             "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
             "state": self._state,
+            "step": self.step,
             "time": time.time(),
-            "host": socket.gethostname(),
+            "host": self._host,
+            "process": astuple(self._process) if self._process is not None else None,
         }
-        self._store.set(f"rank/{self._rank}", json.dumps(record))
+        return ["set", f"rank/{self._rank}", json.dumps(record)]
 
-    def _read(self, key: str) -> dict[str, Any] | None:
-        try:
-            if not self._store.check([key]):
-                return None
-            record: dict[str, Any] = json.loads(self._store.get(key))
-        except Exception:
-            return None
-        return record
+    def _read(self, ranks: Sequence[int], *, within_s: float | None = None) -> dict[int, dict[str, Any] | None]:
+        """Other ranks' records, None where there is none."""
+        found = self._store.ask(*(["get", f"rank/{rank}"] for rank in ranks), within_s=within_s)
+        return {rank: None if record is None else json.loads(record) for rank, record in zip(ranks, found, strict=True)}
 
     def _stuck(self) -> str:
         """Describe the rank that left without beginning the operation that this rank is waiting in, if there is one."""
@@ -256,10 +276,9 @@ class Watch(NullWatch):
             waits = [wait for wait in self._waiting if time.monotonic() - wait[3] >= _STUCK_S]
         for label, what, ranks, since in waits:
             mine = self._counts.get(label, 0)
-            for rank in ranks:
-                if rank == self._rank or not self._store.check([f"left/{rank}"]):
-                    continue
-                record = self._read(f"rank/{rank}")
+            left = [rank for rank in ranks if rank != self._rank and rank in self._left]
+            records = self._read(left) if left else {}
+            for rank, record in records.items():
                 if record is not None and record["counts"].get(label, 0) < mine:
                     return (
                         f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) "
@@ -267,15 +286,16 @@ class Watch(NullWatch):
                     )
         return ""
 
-    def _await(self, stage: str, timeout_s: float) -> None:
-        keys = [f"{stage}/{rank}" for rank in range(self._world_size)]
+    def _await_all(self, timeout_s: float) -> None:
+        keys = [f"left/{rank}" for rank in range(self._world_size)]
         end = time.monotonic() + timeout_s
         pause = 0.001
         while not self._store.check(keys):
             self.words.listen()
             self.raise_if_failed()
             if time.monotonic() > end:
-                absent = [rank for rank in range(self._world_size) if not self._store.check([f"{stage}/{rank}"])]
+                found = self._store.ask(*(["check", [key]] for key in keys))
+                absent = [rank for rank, has in enumerate(found) if not has]
                 raise RankFailure(
                     f"rank {self._rank} waited {timeout_s:g} s at the end of the program for ranks {absent}"
                 )
@@ -290,8 +310,27 @@ class Watch(NullWatch):
         """Let the main thread unwind; if it is stuck inside the engine, end the process."""
         if self._closing.wait(GRACE_S):
             return
+        self.words.speak_for_the_dead()
         if aloud:
             print(f"hvdtrain: rank {self._rank} ends: {message}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+        self.words.end_stopped()
         for child in multiprocessing.active_children():  # DataLoader workers would outlive os._exit
             child.terminate()
         self._exit_process(1)
+
+
+def _doing(record: dict[str, Any]) -> str:
+    """What a rank was at when it was last heard of, in words."""
+    silent = time.time() - record["time"]
+    doing = f"in {record['what']}" if record["what"] else record["state"]
+    process = Process(*record["process"]) if record["process"] else None
+    stopped = process is not None and process.is_here() and process.is_stopped()
+    return f"{doing}; {'its process is stopped, and was ' if stopped else ''}last heard of {silent:.0f} s ago"
+
+
+def _death(how: str, record: dict[str, Any] | None) -> str:
+    """How and when a rank ended, in words."""
+    ended = f"died ({how})" if how.startswith("signal") else f"ended ({how}) without leaving" if how else "died"
+    if record is None:
+        return ended
+    return f"{ended} during {record['what'] or 'step ' + str(record['step'])}"

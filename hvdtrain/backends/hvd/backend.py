@@ -107,14 +107,8 @@ class HorovodBackend(Backend):
             )
         prepare()
         meeting = self._meet()
-        try:
-            self._all_met()
-            self._joining.join(meeting.engine, self._waiter)
-        except BaseException:
-            self._watch.close()
-            raise
-        one_node = self.topology.num_nodes == 1
-        self._pairs = Pairs(meeting.watch, self.rank, self.timeout_s, self._watch, one_node=one_node)
+        self._joining.join(meeting.store.under("engine"), self._waiter)
+        self._pairs = Pairs(meeting.store, self.rank, self.timeout_s, self._watch, one_node=meeting.one_node)
         self._wire = self._make_wire(range(self.world_size), hvd.global_process_set, "world", 0)
 
     def _software(self) -> dict[str, str]:

@@ -6,8 +6,9 @@ are known to be here, and what it found is compared with what the launcher said.
 
 from __future__ import annotations
 
+import json
 import logging
-from datetime import timedelta
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,9 @@ from hvdtrain.ranks.rendezvous import Announce, Place, announce_by_horovodrun
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hvdtrain.ranks.store import Store
+
+_ANNOUNCEMENT_BYTES = 8192
 _log = logging.getLogger(__name__)
 
 
@@ -70,16 +74,17 @@ class Joining:
 
         def by_horovod(place: Place | None) -> Place:
             self._init(waiter, {})
-            said: Place = waiter.call(
-                lambda: hvd.broadcast_object(place, root_rank=0, name="hvdtrain.rendezvous"),
-                "telling where rank 0 is",
-                LaunchError,
+            text = json.dumps(place).encode().ljust(_ANNOUNCEMENT_BYTES)  # Horovod's own objects would be unpickled
+            buffer = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            heard = waiter.call(
+                lambda: hvd.broadcast(buffer, 0, name="hvdtrain.rendezvous"), "telling where rank 0 is", LaunchError
             )
+            said: Place = json.loads(heard.numpy().tobytes())
             return said
 
         return by_horovod
 
-    def join(self, store: torch.distributed.Store, waiter: Waiter) -> None:
+    def join(self, store: Store, waiter: Waiter) -> None:
         """Start Horovod, unless `announce` has.
 
         Args:
@@ -131,7 +136,7 @@ class Joining:
             waiter.call(hvd.init, "hvd.init()", LaunchError)
         _compare(self._detection)
 
-    def _way_to_connect(self, store: torch.distributed.Store) -> dict[str, str]:
+    def _way_to_connect(self, store: Store) -> dict[str, str]:
         """The variables by which Horovod finds the other ranks, where the launcher has not set them."""
         topology = self._detection.topology
         if may_join_by_mpi(topology.launcher) or self._detection.horovodrun_server is not None:
@@ -143,7 +148,13 @@ class Joining:
             )
         if topology.rank == 0:
             store.set("gloo", f"127.0.0.1:{self._serve(topology.world_size)}")
-        store.wait(["gloo"], timedelta(seconds=self._timeout_s))
+        end = time.monotonic() + self._timeout_s
+        while not store.check(["gloo"]):
+            if time.monotonic() > end:
+                raise LaunchError(
+                    f"rank {topology.rank} waited {self._timeout_s:g} s for rank 0 to start Horovod's server"
+                )
+            time.sleep(0.01)
         host, port = store.get("gloo").decode().split(":")
         return {
             "HOROVOD_CONTROLLER": "gloo",

@@ -7,7 +7,6 @@ take part. Nothing waits without a bound, and nothing for a rank after another h
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from hvdtrain.backends.wire import Together, Work
 from hvdtrain.launch.environment import given
+from hvdtrain.ranks.engine_store import EngineStore
+from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import NullWatch
-
-_POLL_S = 0.02
 
 
 class Pairs:
@@ -33,14 +32,14 @@ class Pairs:
         one_node: Whether all ranks are on this node.
     """
 
-    def __init__(self, store: dist.Store, rank: int, timeout_s: float, watch: NullWatch, *, one_node: bool) -> None:
-        self._store = dist.PrefixStore("pairs", store)
+    def __init__(self, store: Store, rank: int, timeout_s: float, watch: NullWatch, *, one_node: bool) -> None:
+        self._store = store.under("pairs")
         self._rank = rank
         self._timeout_s = timeout_s
         self._watch = watch
         self._one_node = one_node
         self._made: dict[int, Any] = {}
-        self._stores: list[dist.Store] = []
+        self._stores: list[EngineStore] = []
         self._turns: dict[int, threading.Lock] = {}
 
     def send_receive(
@@ -79,7 +78,7 @@ class Pairs:
 
     def _connect(self, peer: int) -> Any:
         low, high = sorted((self._rank, peer))
-        store = _Polled(dist.PrefixStore(f"{low}-{high}", self._store), self._wait_for)
+        store = EngineStore(self._store.under(f"{low}-{high}"), self._timeout_s, self._look)
         store.set(f"here/{self._rank}", b"")
         store.wait([f"here/{peer}"])
         gloo: Any = dist.ProcessGroupGloo
@@ -90,15 +89,10 @@ class Pairs:
         self._stores.append(store)  # the group holds only the half of it that is C++
         return group
 
-    def _wait_for(self, ready: Callable[[], bool]) -> None:
-        end = time.monotonic() + self._timeout_s
-        while not ready():
-            self._watch.raise_if_failed()
-            if self._watch.failure is not None:  # this rank's own words: the peer has left the program
-                raise RuntimeError(self._watch.failure.message)
-            if time.monotonic() > end:
-                raise RuntimeError(f"timed out: the other rank did not come within {self._timeout_s:g} s")
-            time.sleep(_POLL_S)
+    def _look(self) -> None:
+        self._watch.raise_if_failed()
+        if self._watch.failure is not None:  # this rank's own words: the peer has left the program
+            raise RuntimeError(self._watch.failure.message)
 
     def _device(self) -> Any:
         make = dist.ProcessGroupGloo.create_device
@@ -106,38 +100,6 @@ class Pairs:
             return make(hostname="127.0.0.1")
         interface = given("GLOO_SOCKET_IFNAME") or given("HOROVOD_GLOO_IFACE")
         return make(interface=interface) if interface else dist.ProcessGroupGloo.create_default_device()
-
-
-_Store: Any = dist.Store
-
-
-class _Polled(_Store):  # type: ignore[misc]
-    """What Gloo asks of a store, without a wait inside it: that would hold up all threads that use the connection, and
-    with them other pairs, which other ranks may need first.
-
-    Args:
-        store: The connection that all share.
-        wait_for: Returns when what it is given is true; bounded.
-    """
-
-    def __init__(self, store: dist.Store, wait_for: Callable[[Callable[[], bool]], None]) -> None:
-        super().__init__()
-        self._store: Any = store  # its stubs know no bytes
-        self._wait_for = wait_for
-
-    def set(self, key: str, value: bytes) -> None:
-        """Set a key."""
-        self._store.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        """Return a key's value, once it has one."""
-        self.wait([key])
-        value: bytes = self._store.get(key)
-        return value
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return when all keys have values."""
-        self._wait_for(lambda: self._store.check(keys))
 
 
 class _Aside:

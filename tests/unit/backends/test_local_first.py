@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch.distributed as dist
 
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.errors import CollectiveError, RankFailure
 from hvdtrain.ranks.last_words import Failure
+from hvdtrain.ranks.rendezvous import dial, serve
+from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import NullWatch
 from hvdtrain.topology import Topology
 
 
 @pytest.fixture
 def store():
-    return dist.HashStore()
+    return Store()
 
 
 def place(rank, *, per_node=2, nodes=2, launcher="torchrun"):
@@ -138,25 +141,23 @@ def test_a_failure_that_the_watch_hears_of_ends_the_wait(store, rank, kind):
 
 
 def test_a_store_that_is_gone_is_named():
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    LocalFirst(server, place(0, nodes=1), NullWatch())
-    second = LocalFirst(
-        dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False), place(1, nodes=1), NullWatch()
-    )
-    del server  # rank 0 dies
+    process, found = serve(one_node=True, job="test")
+    stores = [dial(found, "test", rank, 10) for rank in range(2)]
+    LocalFirst(stores[0], place(0, nodes=1), NullWatch())
+    second = LocalFirst(stores[1], place(1, nodes=1), NullWatch())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
     with pytest.raises(CollectiveError, match="rank 1 lost the connection to rank 0's store"), second.block(20):
         pass
 
 
 def test_an_exception_of_the_first_survives_a_store_that_is_gone():
-    servers = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
-    store = dist.TCPStore("127.0.0.1", servers[0].port, is_master=False, wait_for_workers=False)
-    first = LocalFirst(store, place(0, nodes=1), NullWatch())
+    process, found = serve(one_node=True, job="test")
+    first = LocalFirst(dial(found, "test", 0, 10), place(0, nodes=1), NullWatch())
 
     def fail():
-        servers.clear()
-        store.set("unnoticed", "")  # the first message to a closed connection goes out
-        time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
         raise ValueError("planted")
 
     with pytest.raises(ValueError, match="planted"), first.block(10):

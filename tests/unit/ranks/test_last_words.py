@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 
@@ -85,11 +87,10 @@ def test_victims_wait_for_the_first_to_have_spoken_but_not_for_ever(ranks, monke
 
 
 def test_with_the_store_gone_a_rank_speaks_for_itself(ranks):
-    del ranks.watches[0].words._store, ranks.watches[0]._store
+    for watch in ranks:
+        watch.close()
     watch = ranks.watches[1]
-    watch.close()
-    ranks.stores.clear()
-    ranks.server = None
+    os.kill(ranks.process.pid, signal.SIGKILL)
     began = time.monotonic()
     failure = RankFailure("lost")
     assert conclude(ValueError("mine"), watch) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks import rendezvous
+from hvdtrain.ranks.rendezvous_file import rendezvous_file, write
 from hvdtrain.topology import Topology
 
 
@@ -49,20 +51,27 @@ def _same_meeting(monkeypatch, tmp_path):
         rendezvous, "_meetings", iter([7] * 100)
     )  # two ranks in one process would count as two meetings
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(rendezvous.tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def talk(found) -> None:
     assert not any(isinstance(one, Exception) for one in found.values()), found
-    found[0].engine.set("greeting", "hello")
-    assert found[1].engine.get("greeting") == b"hello"
-    assert found[1].watch.get("greeting") if found[1].watch.check(["greeting"]) else True
+    found[0].store.set("greeting", "hello")
+    assert found[1].store.get("greeting") == b"hello"
+    for meeting in (found[1], found[0]):
+        meeting.all_met()
+        meeting.close()
 
 
 def test_ranks_of_one_node_meet_through_a_private_file():
     found = both()
+    file, socket = found[0].files
+    assert file.stat().st_mode & 0o077 == 0
+    assert socket.is_socket()
+    assert file.parent.stat().st_mode & 0o077 == 0
+    assert socket.parent.stat().st_mode & 0o077 == 0
     talk(found)
-    assert found[0].file.stat().st_mode & 0o077 == 0 or found[0].file.parent.stat().st_mode & 0o077 == 0
+    assert not list(file.parent.iterdir())
 
 
 def test_ranks_of_two_nodes_meet_by_what_they_are_told():
@@ -82,13 +91,41 @@ def test_ranks_of_two_nodes_meet_by_what_they_are_told():
         return zero if rank == 0 else other
 
     found = both(tell, nodes=2)
+    assert found[0].files == ()
     talk(found)
-    assert found[0].file is None
+
+
+def test_ranks_of_two_nodes_do_not_meet_with_different_secrets(monkeypatch):
+    monkeypatch.setenv("HVDTRAIN_SECRET", "one")
+    process, place = rendezvous.serve(one_node=False, job="a-test")
+    assert place["secret"] == ""  # it does not travel
+    monkeypatch.setenv("HVDTRAIN_SECRET", "another")
+    with pytest.raises(LaunchError, match="is HVDTRAIN_SECRET the same on every host"):
+        rendezvous.dial(place, "a-test", 1, 1.0)
+    monkeypatch.delenv("HVDTRAIN_SECRET")
+    with pytest.raises(LaunchError, match=r"has HVDTRAIN_SECRET, and this rank has not"):
+        rendezvous.dial(place, "a-test", 1, 1.0)
+    monkeypatch.setenv("HVDTRAIN_SECRET", "one")
+    rendezvous.dial(place, "a-test", 1, 5.0).close()
+    process.wait(10)
+
+
+def test_a_file_that_somebody_else_could_have_written_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HVDTRAIN_RENDEZVOUS_DIR", str(tmp_path))
+    file = rendezvous_file(detection(1, nodes=2))
+    file.write_text("{}")
+    file.chmod(0o666)
+    with pytest.raises(LaunchError, match=r"must belong to you and be private \(mode 0600\); .* mode 0666"):
+        rendezvous.meet(detection(1, nodes=2), 5.0)
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LaunchError, match="it cannot be read: "):
+        rendezvous.meet(detection(1, nodes=2), 1.0)
 
 
 def test_a_stale_file_of_an_earlier_job_is_not_believed(tmp_path):
-    file = rendezvous._rendezvous_file(detection(1))
-    file.write_text(json.dumps({"hosts": ["127.0.0.1"], "port": 9, "nonce": "old"}))
+    file = rendezvous_file(detection(1))
+    write(file, {"path": "", "hosts": ["127.0.0.1"], "port": 9, "secret": "00", "of": "here"})
     began = time.monotonic()
     with pytest.raises(
         LaunchError, match=r"waited 1\.5 s for rank 0's address .*port 9, where rank 0's store does not answer"
@@ -106,7 +143,7 @@ def test_a_rank_without_rank_zero_waits_no_longer_than_the_time_out():
 
 
 def test_an_address_that_cannot_be_reached_names_both_hosts_and_the_ways_out():
-    content = {"hosts": ["127.0.0.1"], "port": 9, "nonce": "n", "of": "elsewhere"}
+    content = {"path": "", "hosts": ["127.0.0.1"], "port": 9, "secret": "00", "of": "elsewhere"}
     with pytest.raises(
         LaunchError, match=r"reaches rank 0 on elsewhere at none of 127\.0\.0\.1 port 9: open the ports"
     ):
@@ -152,6 +189,6 @@ def test_horovodruns_server_carries_the_word(monkeypatch):
         other = rendezvous.announce_by_horovodrun(place, 1, "job", 1.0)
         with pytest.raises(LaunchError, match="rank 1 waited 1 s for rank 0's address from horovodrun"):
             other(None)
-        rendezvous.announce_by_horovodrun(place, 0, "job", 5.0)({"port": 3})
-        assert rendezvous.announce_by_horovodrun(place, 1, "job", 5.0)(None) == {"port": 3}
+        rendezvous.announce_by_horovodrun(place, 0, "job", 5.0)({"port": 3, "secret": ""})
+        assert rendezvous.announce_by_horovodrun(place, 1, "job", 5.0)(None) == {"port": 3, "secret": ""}
         server.shutdown()

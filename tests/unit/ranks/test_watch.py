@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import threading
 import time
 
@@ -94,15 +97,49 @@ def test_a_rank_that_does_not_come_at_the_end_is_named_after_the_time_out(ranks)
 
 
 def test_a_lost_store_ends_the_rank(ranks):
-    _, one, two = ranks
-    del ranks.server
-    ranks.watches[0].close()
-    import gc
+    os.kill(ranks.process.pid, signal.SIGKILL)
+    until(lambda: {0, 1, 2} <= set(ranks.ended), 30)
 
-    gc.collect()
-    ranks.server = None
-    until(lambda: {1, 2} <= set(ranks.ended), 30)
-    del one, two
+
+def test_a_rank_that_dies_is_named_with_what_it_was_at_by_one_of_the_others(ranks, capfd, monkeypatch):
+    monkeypatch.setattr("hvdtrain.ranks.watch._DEATH_S", 0.1)
+    zero, one, two = ranks
+    one.step = 120
+    until(lambda: '"step": 120' in zero._store.get("rank/1").decode())
+    one.close()
+    ranks.stores[1].close(farewell=False)
+    until(lambda: {0, 2} <= set(ranks.ended))
+    said = capfd.readouterr().err
+    assert len(re.findall(r"^hvdtrain: rank 1 on \S+ died during step 120$", said, re.M)) == 1, said
+    assert zero.failure == two.failure
+    assert zero.failure.died
+
+
+def test_a_rank_that_left_in_order_is_not_dead(ranks, monkeypatch):
+    monkeypatch.setattr("hvdtrain.ranks.watch._DEATH_S", 0.1)
+    zero, one, _ = ranks
+    one._store.set("left/1", "1")
+    one.close()
+    ranks.stores[1].close(farewell=False)
+    time.sleep(0.6)
+    assert zero.failure is None
+
+
+def test_a_store_that_is_stopped_holds_up_no_rank_that_has_waited_long_enough(ranks, monkeypatch):
+    monkeypatch.setattr("hvdtrain.ranks.watch._ANSWER_S", 0.3)
+    monkeypatch.setattr("hvdtrain.ranks.last_words._ANSWER_S", 0.3)
+    zero, *_ = ranks
+    os.kill(ranks.process.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        with zero.region("world", "all_reduce of 4 bytes", range(3)):
+            said = zero.missing("world", range(3))
+        assert "rank 0's host does not tell which ranks are missing: no answer from the ranks' store" in said
+        assert zero.words.report("ValueError: planted", "") is None
+        assert time.monotonic() - began < 3
+    finally:
+        os.kill(ranks.process.pid, signal.SIGCONT)
+    assert zero.missing("world", range(3)).count("rank ") == 2  # and it answers what is asked then
 
 
 def test_threads_of_a_rank_wait_beside_each_other(ranks):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 
-import torch.distributed as dist
-
+from hvdtrain.ranks.rendezvous import dial, serve
 from hvdtrain.ranks.watch import Watch
 
 
@@ -14,15 +12,10 @@ class Ranks:
     """A world of watches that share a store; their processes' ends are noted instead."""
 
     def __init__(self, size: int) -> None:
-        self.server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.process, self.place = serve(one_node=True, job="test")
         self.ended: dict[int, int] = {}
-        self.stores = [self._connect() for _ in range(size)]
+        self.stores = [dial(self.place, "test", rank, 10.0) for rank in range(size)]
         self.watches = [self._watch(rank, size) for rank in range(size)]
-
-    def _connect(self) -> dist.TCPStore:
-        return dist.TCPStore(
-            "127.0.0.1", self.server.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10)
-        )
 
     def _watch(self, rank: int, size: int) -> Watch:
         watch = Watch(
@@ -37,6 +30,9 @@ class Ranks:
     def close(self) -> None:
         for watch in self.watches:
             watch.close()
+        for store in self.stores:
+            store.close()
+        self.process.wait(10)
 
 
 def until(true, limit_s: float = 10) -> None:

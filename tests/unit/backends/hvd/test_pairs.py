@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hvdtrain.backends.hvd.pairs import Pairs
 from hvdtrain.errors import RankFailure
 from hvdtrain.ranks.last_words import Failure
+from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import NullWatch
 
 
 @pytest.fixture
 def server():
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return Store()
 
 
 class Heard(NullWatch):
@@ -34,8 +34,7 @@ class Heard(NullWatch):
 
 
 def joined(server, rank, *, timeout_s=20.0, watch=None):
-    store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-    return Pairs(store, rank, timeout_s, watch or NullWatch(), one_node=True)
+    return Pairs(server, rank, timeout_s, watch or NullWatch(), one_node=True)
 
 
 def run_ranks(server, bodies):
@@ -120,7 +119,7 @@ def test_a_message_waits_for_its_receiver(server):
 
 
 def test_a_rank_that_never_comes_is_waited_for_until_the_timeout(server):
-    with pytest.raises(RuntimeError, match=r"the other rank did not come within 0\.2 s"):
+    with pytest.raises(RuntimeError, match=r"the other ranks did not come within 0\.2 s"):
         receive(joined(server, 0, timeout_s=0.2), 1)
 
 

@@ -1,4 +1,4 @@
-"""A job of ranks in which one goes wrong: ``torchrun --nproc-per-node 3 tests/system/fault_job.py MODE TIMEOUT BACKEND``."""
+"""A job of ranks in which one goes wrong: ``torchrun --nproc-per-node 3 tests/faults/fault_job.py MODE TIMEOUT BACKEND``."""
 
 import os
 import signal

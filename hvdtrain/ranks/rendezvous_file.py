@@ -1,0 +1,80 @@
+"""The small file that says where rank 0 is and what the job's secret is: written and believed only where nobody else could have."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.launch.detect import Detection
+from hvdtrain.launch.environment import given
+
+DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
+
+
+def rendezvous_file(detection: Detection) -> Path:
+    """Where rank 0 writes, and the others read.
+
+    Raises:
+        LaunchError: The folder is not this user's alone.
+    """
+    chosen = given(DIRECTORY_VARIABLE)
+    if chosen and detection.topology.num_nodes > 1:
+        folder = Path(chosen)
+        folder.mkdir(parents=True, exist_ok=True)
+    elif detection.topology.num_nodes > 1:
+        folder = _private(Path.cwd() / ".hvdtrain-rendezvous")  # a job's working directory is on the shared file system
+    else:
+        folder = private_folder()
+    return folder / f"{detection.job_id}.json"
+
+
+def private_folder() -> Path:
+    """This user's folder in the temporary directory.
+
+    Raises:
+        LaunchError: It is not this user's alone.
+    """
+    return _private(Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}")
+
+
+def _private(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise LaunchError(
+            f"{folder} must belong to you and be private (mode 0700); remove it, or set TMPDIR, or for several nodes "
+            f"{DIRECTORY_VARIABLE}, to a private folder"
+        )
+    return folder
+
+
+def write(file: Path, content: object) -> None:
+    """Write a file that nobody else can read; whole or not at all."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as target:
+        json.dump(content, target)
+    temporary.replace(file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What rank 0 wrote.
+
+    Raises:
+        OSError: There is nothing.
+        LaunchError: Somebody else has written it, or could have.
+    """
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW)) as source:
+        status = os.fstat(source.fileno())
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise LaunchError(
+                f"{file} tells where rank 0 is, and must belong to you and be private (mode 0600); it belongs to user "
+                f"{status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}. Remove it, or set {DIRECTORY_VARIABLE} to a private folder"
+            )
+        place: dict[str, Any] = json.load(source)
+    return place

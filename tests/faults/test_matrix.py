@@ -1,0 +1,61 @@
+"""Every fault, under every launcher, on the first and the last rank, at every moment: all end soon, and the right rank is named."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from faulty import TIMEOUT_S, end_of, names
+
+ENGINES = {
+    "torchrun": "torch",
+    "mpirun": "mpi",
+    "horovodrun-gloo": "horovod",
+    "horovodrun-mpi": "horovod",
+    "spawn": "torch",
+}
+DEATHS = ("os-exit-0", "os-exit-3", "kill", "segv")
+WORDS = {  # what is read of an exception, once
+    "exception": "ValueError: planted",
+    "memory": "MemoryError",
+    "silent": r"Silent",
+    "large": "ValueError: planted",
+    "no-exception": "Unpicklable: planted",
+}
+FAULTS = (*DEATHS, "exit-0", "exit-3", "stop", *WORDS)
+MOMENTS = ("before", "step", "evaluation", "saving")
+SAMPLE = [  # one of each kind, each launcher, both ranks, all moments
+    ("mpirun", "stop", 0, "step"),
+    ("torchrun", "kill", 0, "evaluation"),
+    ("horovodrun-gloo", "silent", 1, "saving"),
+    ("spawn", "segv", 0, "step"),
+    ("mpirun", "exit-0", 1, "before"),
+]
+ALL = list(itertools.product(ENGINES, FAULTS, (0, 1), MOMENTS))
+CELLS = [*SAMPLE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ALL if cell not in SAMPLE)]
+# A launcher ends all ranks at the first that ends, a store that sees a rank end tells within seconds, and ranks that never
+# came are looked for; on a busy machine all of it takes longer.
+DEATH_S = 30
+STALL_S = TIMEOUT_S + 10 + 20
+
+
+@pytest.mark.parametrize(("launcher", "fault", "culprit", "moment"), CELLS)
+def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path):
+    outcome = end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path)
+    output = outcome.ended.output
+    assert outcome.ended.code not in (0, None), output
+    # One that is stopped before it came cannot be told from one that takes its time.
+    assert outcome.seconds < (STALL_S if fault == "stop" else DEATH_S), f"{outcome.seconds:.1f} s\n{output}"
+    assert names(output, culprit) or fault in WORDS, output
+    if fault in WORDS:
+        assert re.search(WORDS[fault], output), output[:10_000]
+    assert outcome.left == [], output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ENGINES)
+def test_without_a_fault_all_is_well_and_nothing_is_left(launcher, tmp_path):
+    outcome = end_of(launcher, ENGINES[launcher], "none", 0, "step", tmp_path)
+    assert outcome.ended.code == 0, outcome.ended.output
+    assert outcome.left == []
