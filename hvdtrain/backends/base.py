@@ -201,6 +201,7 @@ class Backend(Communicator):
         self._running, self._ended = False, True
         with groups_turn:
             self._disconnect()
+        leash.release()
         if self._meeting is not None:
             self._meeting.close()
         self._wire, self._watch, self._meeting, self._local_first = None, NullWatch(), None, None

@@ -134,7 +134,7 @@ def _metadata(folder: Path) -> Metadata:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        raise CheckpointError(f"{file} cannot be read: {error or type(error).__name__}") from error
+        raise CheckpointError(f"{file} cannot be read: {_cause(error)}") from error
     return metadata
 
 

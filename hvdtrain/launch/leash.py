@@ -49,11 +49,11 @@ _SCRIPTS = (
     "hvdtrain.launch.guard",
 )
 
-_held: list[threading.Thread] = []
+_held: list[tuple[threading.Thread, int]] = []  # the thread, and the end of a pipe that wakes it
 
 
 def hold(launcher: str) -> bool:
-    """Begin to watch, once in a process.
+    """Begin to watch, until `release`; once in a process.
 
     Args:
         launcher: `Topology.launcher`; a process that none has started may outlive whoever typed its name.
@@ -66,9 +66,20 @@ def hold(launcher: str) -> bool:
     watched = {one.pid: began for one in launchers(launcher, read_ancestors()) if (began := started(one.pid))}
     if not watched:
         return False
-    _held.append(threading.Thread(target=_watch, args=(watched,), name="hvdtrain-leash", daemon=True))
-    _held[0].start()
+    let_go, kept = os.pipe()
+    thread = threading.Thread(target=_watch, args=(watched, let_go), name="hvdtrain-leash", daemon=True)
+    _held.append((thread, kept))
+    thread.start()
     return True
+
+
+def release() -> None:
+    """Watch no more: the process is no rank any longer."""
+    while _held:
+        thread, kept = _held.pop()
+        os.write(kept, b"x")  # not by closing it: forked children hold it too
+        os.close(kept)
+        thread.join(2 * _POLL_S)
 
 
 def launchers(launcher: str, ancestors: Sequence[Ancestor]) -> list[Ancestor]:
@@ -86,8 +97,11 @@ def launchers(launcher: str, ancestors: Sequence[Ancestor]) -> list[Ancestor]:
     return found
 
 
-def _watch(watched: dict[int, str]) -> None:
-    pid = _first_to_end(watched)
+def _watch(watched: dict[int, str], let_go: int) -> None:
+    pid = _first_to_end(watched, let_go)
+    os.close(let_go)
+    if pid is None:
+        return
     line = f"hvdtrain: rank process {os.getpid()} ends, because its launcher, process {pid}, is gone\n"
     _silence_what_nobody_reads()
     try:
@@ -99,9 +113,10 @@ def _watch(watched: dict[int, str]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _first_to_end(watched: dict[int, str]) -> int:
-    """Return when one of the processes has ended: its pid."""
+def _first_to_end(watched: dict[int, str], let_go: int) -> int | None:
+    """Return when one of the processes has ended: its pid; or None when let go."""
     ends, by_descriptor = select.poll(), {}
+    ends.register(let_go, select.POLLIN)
     asleep = hasattr(os, "pidfd_open")
     for pid in watched if asleep else ():
         try:
@@ -111,13 +126,19 @@ def _first_to_end(watched: dict[int, str]) -> int:
             break
         by_descriptor[descriptor] = pid
         ends.register(descriptor, select.POLLIN)
-    while True:
-        for pid, began in watched.items():
-            if started(pid) != began:
-                return pid
-        ready = ends.poll(None if asleep else _POLL_S * 1000)
-        if asleep and ready:
-            return by_descriptor[ready[0][0]]
+    try:
+        while True:
+            for pid, began in watched.items():
+                if started(pid) != began:
+                    return pid
+            ready = [descriptor for descriptor, _ in ends.poll(None if asleep else _POLL_S * 1000)]
+            if let_go in ready:
+                return None
+            if asleep and ready:
+                return by_descriptor[ready[0]]
+    finally:
+        for descriptor in by_descriptor:
+            os.close(descriptor)
 
 
 def _silence_what_nobody_reads() -> None:

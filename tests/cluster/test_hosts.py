@@ -24,7 +24,7 @@ ENGINES = [
 ]
 NAMES = ("alpha", "beta", "gamma")
 reason = missing()
-pytestmark = [pytest.mark.skipif(bool(reason), reason=reason), pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 @pytest.fixture(scope="module")

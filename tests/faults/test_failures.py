@@ -27,7 +27,11 @@ def job(launch: Launch, mode: str, timeout_s: int, ranks: int = 3) -> list[str]:
     return launch.argv(ranks, JOB, mode, str(timeout_s), launch.backend)
 
 
-@engines(HOROVOD_MPIRUN)
+@pytest.mark.parametrize(
+    "launch",
+    [MPI, *(pytest.param(launch, marks=pytest.mark.slow) for launch in (TORCH, HOROVOD_MPIRUN, HOROVOD_GLOO))],
+    ids=str,
+)
 def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
     ended = run(job(launch, "ok", 60))
     assert ended.code == 0, ended.output
@@ -38,7 +42,11 @@ def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
 
 @engines(HOROVOD_GLOO)
 @pytest.mark.parametrize(
-    ("mode", "text"), [("raise", "planted in the model"), ("collective", "planted between collectives")]
+    ("mode", "text"),
+    [
+        ("raise", "planted in the model"),
+        pytest.param("collective", "planted between collectives", marks=pytest.mark.slow),
+    ],
 )
 def test_an_exception_on_one_rank_ends_all_and_its_traceback_is_shown_once(launch, mode, text):
     ended = run(job(launch, mode, 180), timeout_s=240)
@@ -73,7 +81,7 @@ def test_a_rank_that_is_killed_ends_all(launch, ranks):
 
 
 @engines(HOROVOD_MPIRUN)
-@pytest.mark.parametrize("mode", ["exit", "leave"])
+@pytest.mark.parametrize("mode", ["exit", pytest.param("leave", marks=pytest.mark.slow)])
 def test_a_rank_that_leaves_early_is_named(launch, mode):
     ended = run(job(launch, mode, 180), timeout_s=240)
     assert ended.code != 0

@@ -43,7 +43,7 @@ TABLE = {
     ("torchrun", "SIGKILL"): (EITHER, KILLED),
     **{(one, "SIGKILL"): (SAVED, KILLED) for one in ("guard mpirun", "guard torchrun", "horovodrun-mpi", "horovodrun-gloo")},
 }  # fmt: skip
-CHEAP = [("guard mpirun", "SIGTERM"), ("mpirun", "SIGKILL"), ("horovodrun-mpi", "SIGHUP")]
+CHEAP = [("guard mpirun", "SIGTERM"), ("horovodrun-mpi", "SIGHUP")]
 
 
 def built_for_signals() -> bool:

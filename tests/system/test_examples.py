@@ -35,7 +35,7 @@ def test_own_loop_learns_on_two_ranks():
     assert accuracy(ended.output) > 0.9
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_own_loop_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been_stopped(tmp_path: Path, ranks):
     example = str(EXAMPLES / "own_loop_resume.py")
     argv = [sys.executable, example] if ranks == 1 else torchrun(ranks, example)

@@ -13,7 +13,7 @@ from launching import LAUNCHERS, MPI, missing, run
 RANKS = Path(__file__).resolve().parents[1] / "ranks"
 
 
-@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
 def test_every_operation_on_every_rank(ranks):
     options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
     ended = run(MPI.argv(ranks, "-m", "pytest", *options, str(RANKS)), timeout_s=240)
@@ -24,7 +24,7 @@ def test_every_operation_on_every_rank(ranks):
     assert int(counts[0]) > 300
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_plain_torch_script_with_ddp_powersgd_join_and_checkpoints(tmp_path, ranks):
     script = str(Path(__file__).with_name("mpi_script.py"))
     ended = run(MPI.argv(ranks, script, str(tmp_path / "checkpoint")))
@@ -53,7 +53,7 @@ def script(tmp_path, then="", before=""):
     return str(file)
 
 
-@pytest.mark.parametrize("before", ["", "from mpi4py import MPI"])
+@pytest.mark.parametrize("before", ["", pytest.param("from mpi4py import MPI", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("then", ["dist.destroy_process_group()", ""])
 def test_it_comes_up_without_an_address_and_ends_without_a_word(tmp_path, before, then):
     ended = run(MPI.argv(3, script(tmp_path, then, before)))

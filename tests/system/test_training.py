@@ -36,7 +36,9 @@ def reference(tmp_path_factory):
 LAUNCHES = [TORCH, HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, MPI]
 CASES = [
     # Every launcher at three ranks, whose shares are unequal; the conformance suite has the same on every engine at more.
-    pytest.param(launch, ranks, 61, marks=pytest.mark.slow if ranks != 3 else ())
+    pytest.param(
+        launch, ranks, 61, marks=pytest.mark.slow if ranks != 3 or launch in (HOROVOD_GLOO, HOROVOD_MPI) else ()
+    )
     for launch in LAUNCHES
     for ranks in (2, 3, 4)
 ] + [
@@ -80,7 +82,9 @@ def test_a_world_larger_than_the_last_global_batch_gives_the_result_of_one_proce
     assert abs(many["train_loss"] - one["train_loss"]) < 1e-9
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), (3, 3)])
+@pytest.mark.parametrize(
+    ("first", "then"), [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (3, 3)]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, first, then):
     flags = [
         "--epochs",
@@ -112,6 +116,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, first,
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow  # test_resume_anywhere has one such move
 def test_a_run_resumes_on_another_number_of_ranks_with_the_same_global_batches(tmp_path):
     flags = ["--epochs", "2", "--global-batch-size", "60", "--precision", "fp64", "--schedule", "constant"]
     assert run(hvdtrain(1, *flags, "--run-dir", str(tmp_path / "one"))).code == 0
@@ -216,7 +221,7 @@ def test_local_under_torchrun_is_refused_with_what_would_work(tmp_path):
 
 
 def test_a_nan_loss_stops_all_ranks_and_names_step_and_rank(tmp_path):
-    ended = run(hvdtrain(2, "--lr", "1e30", "--optimizer", "SGD", "--epochs", "2", "--run-dir", str(tmp_path)))
+    ended = run(hvdtrain(2, "--lr", "1e6", "--optimizer", "SGD", "--epochs", "2", "--run-dir", str(tmp_path)))
     assert ended.code != 0
     assert "the loss is" in ended.output
     assert "on rank" in ended.output
@@ -225,7 +230,7 @@ def test_a_nan_loss_stops_all_ranks_and_names_step_and_rank(tmp_path):
 def test_on_nan_skip_goes_on(tmp_path):
     ended = run(
         hvdtrain(
-            2, "--lr", "1e30", "--optimizer", "SGD", "--epochs", "1", "--on-nan", "skip", "--run-dir", str(tmp_path)
+            2, "--lr", "1e6", "--optimizer", "SGD", "--epochs", "1", "--on-nan", "skip", "--run-dir", str(tmp_path)
         )
     )
     assert ended.code == 0, ended.output
