@@ -46,14 +46,12 @@ def both(tell=None, nodes: int = 1):
 
 
 @pytest.fixture(autouse=True)
-def _same_meeting(monkeypatch, tmp_path):  # tmp_path is made before TMPDIR changes
+def _same_meeting(monkeypatch, tmp_path):
     monkeypatch.setattr(
         rendezvous, "_meetings", iter([7] * 100)
     )  # two ranks in one process would count as two meetings
-    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:  # short: a socket's path is
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        yield
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def talk(found) -> None:
