@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def measure(loop: Loop, checkpoints: hvdtrain.Checkpoints, rounds: int, first: i
     times: dict[str, list[float]] = {"blocked": [], "copy": [], "steps": []}
     for number in range(rounds):
         times["copy"].append(clock(loop.copy))
-        times["blocked"].append(clock(lambda step=first + number: loop.state.save(checkpoints, step)))
+        times["blocked"].append(clock(partial(loop.state.save, checkpoints, first + number)))
         times["steps"] += [clock(loop.step) for _ in range(5)]
         checkpoints.settle(loop.backend)
     return times

@@ -110,7 +110,7 @@ def prepare(
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         return hvd.rank(), plain_step, hvd.shutdown
 
-    options = {"process_sets": False} if engine == "horovod" else {}
+    options: dict[str, Any] = {"process_sets": False} if engine == "horovod" else {}
     backend = hvdtrain.init(engine, device="cpu", **options)
     backend.start()
     replica = backend.replicate(model, optimizer)

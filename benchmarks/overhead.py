@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.loader import make_loader
 from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.rank_batches import RankStep
 from hvdtrain.data.samplers import PartitionSampler
 
 BATCH = 16  # per rank
@@ -56,7 +58,7 @@ def with_ddp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return step
 
 
-def with_horovod(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+def with_horovod(model: nn.Module, optimizer: Any) -> Step:
     import horovod.torch as hvd  # noqa: PLC0415  (one engine of several)
 
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -103,9 +105,9 @@ class Clocked(hvdtrain.Trainer):
 
     times: list[float]
 
-    def _train_step(self, step, batches):  # type: ignore[no-untyped-def]
+    def _train_step(self, step: RankStep) -> None:
         began = time.perf_counter()
-        super()._train_step(step, batches)
+        super()._train_step(step)
         self.times.append(time.perf_counter() - began)
 
 
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=list(by_hand), default="torch")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    options = HOROVODS_OWN if args.backend == "horovod" else {}
+    options: dict[str, Any] = HOROVODS_OWN if args.backend == "horovod" else {}
     with hvdtrain.init(args.backend, device="cpu", **options) as backend:
         results = [
             measure(backend, "MLP 3 x 384", 384, 3, args.steps, args.rounds),
