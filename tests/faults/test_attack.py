@@ -21,7 +21,8 @@ STARTUP_S = 120
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-@pytest.mark.parametrize("launch", [MPI, pytest.param(TORCH, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [MPI, TORCH], ids=str)
 def test_another_user_can_neither_end_a_job_nor_read_its_secret(launch, tmp_path):
     reason = missing(launch.launcher, launch.backend)
     if reason:
