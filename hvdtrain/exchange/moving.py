@@ -18,7 +18,7 @@ from hvdtrain.exchange.dcp import METADATA, read_dcp, write_dcp
 from hvdtrain.exchange.files import read_safetensors, read_torch, write_safetensors, write_torch
 from hvdtrain.training import checkpoint_files, descent
 from hvdtrain.training.checkpoint import Checkpoints
-from hvdtrain.training.checkpoint_files import MANIFEST, Saved, check, read_model, read_state
+from hvdtrain.training.checkpoint_files import MANIFEST, Saved, check, flush, read_model, read_state
 from hvdtrain.training.plain_state import from_plain, to_plain
 from hvdtrain.version import __version__
 
@@ -199,7 +199,7 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         for path in [*beside.iterdir(), beside] if beside.is_dir() else [beside]:
-            _flush(path)
+            flush(path)
         beside.rename(out)
     except CheckpointError:
         raise
@@ -213,11 +213,3 @@ def _whole(out: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(beside, ignore_errors=True)
         else:
             beside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

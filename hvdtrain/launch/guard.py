@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from hvdtrain.errors import Preempted
 from hvdtrain.launch.environment import given, settle
 from hvdtrain.launch.processes import catches, descendants, started
 
@@ -29,7 +30,7 @@ VARIABLE = "HVDTRAIN_GUARD"
 """Where ranks find their guard: its pid, a file descriptor in it, and that file's name."""
 WAIT_VARIABLE = "HVDTRAIN_GUARD_WAIT_S"
 WAIT_S = 120.0
-STOPPED = 75
+STOPPED = Preempted.exit_code
 _KILL_S = 10.0  # how long a launcher that was told to end may take
 _POLL_S = 0.05
 _FORWARD = (

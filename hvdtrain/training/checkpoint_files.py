@@ -128,13 +128,13 @@ def write_checkpoint(folder: Path, content: Content) -> Path:
     try:
         _fill(partial, content)
         for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+            flush(file)
+        flush(partial)
         if os.path.lexists(path):  # written again after a resume: if we are killed here, `recover` brings it back
             discard(old)
             path.rename(old)
         partial.rename(path)
-        _flush(folder)
+        flush(folder)
     except BaseException:
         discard(partial)
         if os.path.lexists(old) and not os.path.lexists(path):
@@ -213,7 +213,8 @@ def discard(path: Path) -> None:
             path.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk itself, where a power cut does not reach it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hvdtrain.observe.whole_file import write_whole
-from hvdtrain.training.checkpoint_files import remove, step_of
+from hvdtrain.training.checkpoint_files import flush, remove, step_of
 
 _NOTE = ".setting-aside.json"
 
@@ -50,7 +50,7 @@ def set_aside(folder: Path, *, after: int | None, beside: Sequence[Path] = ()) -
         with suppress(FileNotFoundError):
             (target / file.name).write_bytes(file.read_bytes())
     write_whole(folder / _NOTE, json.dumps({"to": os.path.relpath(target, folder), "names": foreign}))
-    _flush(folder)
+    flush(folder)
     finish_setting_aside(folder)
     return target, foreign
 
@@ -63,8 +63,8 @@ def finish_setting_aside(folder: Path) -> None:
         with suppress(FileNotFoundError):
             (folder / name).rename(target / name)
     if names:
-        _flush(target)
-        _flush(folder)
+        flush(target)
+        flush(folder)
     (folder / _NOTE).unlink(missing_ok=True)
 
 
@@ -97,11 +97,3 @@ def _new_folder(folder: Path) -> Path:
             number += 1
         else:
             return target
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
