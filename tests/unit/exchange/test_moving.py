@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -387,15 +386,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, form):
     with in_one_process() as backend:
         replica = backend.replicate(nn.Linear(300, 300), None)
         LoopState(backend, replica).save(Checkpoints(tmp_path / "run" / "checkpoints"), 1)
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     (tmp_path / "there").mkdir()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # write() fails as on a full disk
-        with pytest.raises(CheckpointError, match="could not write"):
-            export_checkpoint(tmp_path / "run", tmp_path / "there" / "out", form=form)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(10_000), pytest.raises(CheckpointError, match="could not write"):
+        export_checkpoint(tmp_path / "run", tmp_path / "there" / "out", form=form)
     assert list((tmp_path / "there").iterdir()) == []
 
 

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
-import signal
 
 import pytest
+from disk import full_disk
 
 from hvdtrain.errors import OutputError
 from hvdtrain.observe.jsonl import JsonlLogger
@@ -101,15 +100,10 @@ def test_records_wait_while_a_disk_is_full_and_none_is_cut(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     logger = JsonlLogger(path)
     logger.log_step(record(1))
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+    with full_disk(path.stat().st_size + 20):
         logger.log_step(record(2))
         logger.log_step(record(3))
         assert [entry["step"] for entry in lines(path)] == [1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     logger.log_step(record(4))
     logger.close()
     assert [entry["step"] for entry in lines(path)] == [1, 2, 3, 4]

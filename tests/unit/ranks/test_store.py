@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -186,6 +187,7 @@ def test_it_knows_which_rank_has_ended_and_how_if_it_still_can_be_seen(local, en
     watching = local.rank(0)
     pid = os.fork()
     if pid == 0:
+        faulthandler.disable()  # pytest's, which would print this process's end as its own
         kept = RemoteStore(watching.address, local.secret, 1, answer_s=10.0)
         if os.fork() == 0:  # a child of the rank, as loader processes are, which outlives it
             time.sleep(3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +9,7 @@ import time
 
 import pytest
 import torch
+from disk import full_disk
 from torch import nn
 
 import hvdtrain
@@ -104,28 +103,20 @@ def test_memory_is_taken_once(tmp_path):
     assert torch.equal(third[0]["a"], torch.ones(4))
 
 
-@pytest.fixture
-def full_disk():
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # write() fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("told", ["settle", "save"])
-def test_a_full_disk_is_told_once_and_leaves_the_earlier_ones(tmp_path, alone, full_disk, told):
+def test_a_full_disk_is_told_once_and_leaves_the_earlier_ones(tmp_path, alone, told):
     checkpoints, model = AsyncCheckpoints(tmp_path), nn.Linear(300, 300)
     save(checkpoints, alone, 1, model)
     checkpoints.settle(alone)
     assert not checkpoints.failed()
-    full_disk()
-    save(checkpoints, alone, 2, model)
-    end = time.monotonic() + 30
-    while not checkpoints.failed():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    with pytest.raises(CheckpointError, match=r"could not write .*step-00000002"):
-        checkpoints.settle(alone) if told == "settle" else save(checkpoints, alone, 3, model)
+    with full_disk(10_000):
+        save(checkpoints, alone, 2, model)
+        end = time.monotonic() + 30
+        while not checkpoints.failed():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match=r"could not write .*step-00000002"):
+            checkpoints.settle(alone) if told == "settle" else save(checkpoints, alone, 3, model)
     assert not checkpoints.failed()
     checkpoints.settle(alone)
     assert [path.name for path in tmp_path.glob("*step*")] == ["step-00000001"]

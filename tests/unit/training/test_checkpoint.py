@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 
 import pytest
 import torch
+from disk import small_disk
 from torch import nn
 
 from hvdtrain.errors import CheckpointError
@@ -141,25 +141,6 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path, alone):
         load(alone, tmp_path / "nevr", nn.Linear(1, 1))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one MiB; where this user may not mount one, a limit of what a file may hold."""
-    if (
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False, capture_output=True
-        ).returncode
-        == 0
-    ):
-        yield tmp_path
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-        return
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
-    yield tmp_path
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 # What fills the disk: a file of the checkpoint, at each of its places.
 FILLING = {
     "the model": ({"w": torch.ones(10**6)}, {}, {}),
@@ -170,19 +151,20 @@ FILLING = {
 
 
 @pytest.mark.parametrize("what", FILLING)
-def test_a_full_disk_is_said_and_leaves_the_earlier_ones(small_disk, alone, what):
-    checkpoints, (model, training, rank_state) = Checkpoints(small_disk), FILLING[what]
-    save(checkpoints, alone, 1, nn.Linear(3, 3))
-    for _ in range(2):
-        with pytest.raises(
-            CheckpointError, match=r"could not write .*step-00000002: .*Earlier checkpoints are unharmed"
-        ):
-            checkpoints.save(alone, step=2, model=model, training=training, rank_state=rank_state)
-        assert [p.name for p in small_disk.iterdir() if p.name != ".lock"] == ["step-00000001"]
-    assert checkpoints.latest().step == 1
-    save(checkpoints, alone, 2, nn.Linear(3, 3))
-    assert checkpoints.latest().step == 2
-    checkpoints.release()
+def test_a_full_disk_is_said_and_leaves_the_earlier_ones(tmp_path, alone, what):
+    checkpoints, (model, training, rank_state) = Checkpoints(tmp_path), FILLING[what]
+    with small_disk(tmp_path):
+        save(checkpoints, alone, 1, nn.Linear(3, 3))
+        for _ in range(2):
+            with pytest.raises(
+                CheckpointError, match=r"could not write .*step-00000002: .*Earlier checkpoints are unharmed"
+            ):
+                checkpoints.save(alone, step=2, model=model, training=training, rank_state=rank_state)
+            assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["step-00000001"]
+        assert checkpoints.latest().step == 1
+        save(checkpoints, alone, 2, nn.Linear(3, 3))
+        assert checkpoints.latest().step == 2
+        checkpoints.release()
 
 
 WRITER = """
