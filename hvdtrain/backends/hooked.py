@@ -72,7 +72,7 @@ class HookedReplica(Replica):
     # Whether the engine matches operations by their order, not by name: packs are then sent in the same on every rank.
     _by_order = False
     _own_hooks = 1
-    sends_from_hooks = True
+    owns_hooks = True
 
     def __init__(
         self,
