@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvdtrain.backends.agreement import empty_sparse
-from hvdtrain.backends.hooked import sparse_parameters
 from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.sparse import dense_embeddings, empty_sparse, sparse_parameters
 from hvdtrain.backends.weighting import Tally
 
 # The replica has already copied rank 0's state; torch 2.4 cannot be told so.
@@ -39,6 +38,9 @@ class _WithTally(nn.Module):
         self.tally = nn.Parameter(
             torch.zeros(Tally.SIZE, dtype=torch.float64 if wide else torch.float32, device=device)
         )
+        self.dense = nn.ParameterList(
+            dense_embeddings(module)
+        )  # DDP takes a weight for what its first owner makes of it
         self.module = module
 
 

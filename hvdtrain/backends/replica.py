@@ -29,6 +29,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.keeper import Keeper, differ, nothing_added, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
+from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting
 from hvdtrain.errors import ConfigError, TrainingError
@@ -542,4 +543,6 @@ def _explained(error: RuntimeError) -> TrainingError | None:
             "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
             "checkpointing does that: pass use_reentrant=False"
         )
+    if "access storage of SparseTensorImpl" in text or "Expected variable to have sparse gradient" in text:
+        return unexpected("a parameter")
     return None
