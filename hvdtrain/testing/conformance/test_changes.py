@@ -235,3 +235,34 @@ def test_a_buffer_of_one_place_and_a_transposed_one_are_copied(backend):
     backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert not model.one.any()
     assert not model.turned.any()
+
+
+CONVERTED = {
+    "the model and back": lambda model: model.float().double(),
+    "a part and back": lambda model: model[2].float().double(),
+    "other memory": lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("moment", [0, 2])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_parameters_that_are_converted_and_back_are_exchanged_or_refused(backend, kind, moment, unused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), find_unused_parameters=unused)
+    refused = False
+    for step in range(4):
+        if step == moment:
+            CONVERTED[kind](model)
+        try:
+            loss = replica.model(samples(2, 2 * backend.rank)).square().mean()
+            replica.backward(loss, samples=2)
+            replica.step()
+        except TrainingError as error:
+            assert "was converted after replicate()" in str(error)  # noqa: PT017 - every engine may refuse, or do it right
+            refused = True
+            break
+    assert set(backend.all_gather_object(refused)) == {refused}
+    states = backend.all_gather_object([p.tolist() for p in model.parameters()])
+    assert all(state == states[0] for state in states)
