@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 from faulty import TIMEOUT_S, end_of, names
+from slurm import Slurm
+from slurm import missing as slurm_is_missing
 
 ENGINES = {
     "torchrun": "torch",
@@ -15,6 +19,7 @@ ENGINES = {
     "horovodrun-mpi": "horovod",
     "spawn": "torch",
 }
+SRUN_ENGINE = "torch"  # needs no PMIx of Slurm's
 DEATHS = ("os-exit-0", "os-exit-3", "kill", "segv")
 WORDS = {  # what is read of an exception, once
     "exception": "ValueError: planted",
@@ -22,6 +27,9 @@ WORDS = {  # what is read of an exception, once
     "silent": r"Silent",
     "large": "ValueError: planted",
     "no-exception": "Unpicklable: planted",
+    "group": "planted",
+    "chain": "planted",
+    "full-disk": "File too large|could not write",
 }
 FAULTS = (*DEATHS, "exit-0", "exit-3", "stop", *WORDS)
 MOMENTS = ("before", "step", "evaluation", "saving")
@@ -42,7 +50,25 @@ STALL_S = TIMEOUT_S + 10 + 20
 
 @pytest.mark.parametrize(("launcher", "fault", "culprit", "moment"), CELLS)
 def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path):
-    outcome = end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path)
+    check(end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path), fault, culprit)
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    reason = slurm_is_missing()
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="hvd-slurm-") as folder, Slurm(Path(folder) / "s") as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "culprit", "moment"), list(itertools.product(FAULTS, (0, 1), MOMENTS)))
+def test_a_fault_under_srun_ends_all_and_is_named(slurm, fault, culprit, moment, tmp_path):
+    check(end_of("srun", SRUN_ENGINE, fault, culprit, moment, tmp_path, slurm.environment), fault, culprit)
+
+
+def check(outcome, fault, culprit):
     output = outcome.ended.output
     assert outcome.ended.code not in (0, None), output
     # One that is stopped before it came cannot be told from one that takes its time.
