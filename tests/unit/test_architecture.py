@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
-    ["version", "errors"],
+    ["version", "errors", "horovod_modules"],
     ["topology", "memory", "file_lock", "folder_lock", "settings.wording", "settings.yaml_bounds"],
     ["settings.yaml_text"],
     ["settings.options"],
@@ -83,9 +83,15 @@ STAIRS = [
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
+    ["migrate.remarks", "migrate.source", "migrate.pattern", "migrate.layout"],
+    ["migrate.calls", "migrate.steps", "migrate.imports"],
+    ["migrate.wrapping"],
+    ["migrate.shared_names"],
+    ["migrate.own_loop"],
+    ["migrate.migrating"],
     ["cli.voice"],
     ["cli.places"],
-    ["cli.commands", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file"],
+    ["cli.commands", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file", "cli.migrate"],
     ["cli"],
     ["__main__"],
     ["testing.plugin", "testing.threads", "testing.__main__", "testing.conformance.test_forward", "testing.conformance.test_changes", "testing.conformance.test_slips", "testing.conformance.test_collectives", "testing.conformance.test_groups", "testing.conformance.test_master",
@@ -99,6 +105,7 @@ PUBLIC_DOORS = {
     "",
     "data",
     "launch",
+    "migrate",
     "ranks",
     "backends.hvd",
     "horovod_build",
