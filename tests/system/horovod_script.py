@@ -2,12 +2,11 @@
 
 import argparse
 
+import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
-
-import horovod.torch as hvd
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=2)
@@ -31,7 +30,9 @@ def train(model, optimizer, loader, sampler, epoch):
 
 def evaluate(model, x, y):
     loss = hvd.allreduce(F.mse_loss(model(x), y).detach(), name="loss")
-    worst = hvd.allreduce(F.mse_loss(model(x[hvd.rank() :: hvd.size()]), y[hvd.rank() :: hvd.size()]).detach(), op=hvd.Max)
+    worst = hvd.allreduce(
+        F.mse_loss(model(x[hvd.rank() :: hvd.size()]), y[hvd.rank() :: hvd.size()]).detach(), op=hvd.Max
+    )
     return loss.item(), worst.item()
 
 
