@@ -97,7 +97,7 @@ class Exchange:
         self.names[id(parameter)] = name
         self._parameters.append(parameter)
         self._layouts.clear()
-        if not self.active:
+        if not self.active or not (parameter.is_floating_point() or parameter.is_complex()):
             return
         trained = parameter.requires_grad
         parameter.requires_grad_(True)  # a hook is refused on one that is frozen, and it may be unfrozen later

@@ -38,11 +38,7 @@ def start(
     **details: Any,
 ) -> int:
     """Ask for an operation and return its handle."""
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"hvd.{kind} takes tensors, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise ValueError(f"hvd.{kind} takes dense tensors, got {tensor.layout}; see hvd.sparse_allreduce_async")
+    _check_dense(kind, tensors)
     controller = state.controller_of(process_set, f"hvd.{kind}")
     request = Request(
         form(kind, name, tensors, **details), tensors=list(tensors), outputs=list(outputs), splits=list(splits)
@@ -50,6 +46,14 @@ def start(
     if name is None:
         request.number = state.next_number(process_set, kind)
     return begin(controller, request, finish, waited_for=waited_for)
+
+
+def _check_dense(kind: str, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"hvd.{kind} takes tensors, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"hvd.{kind} takes dense tensors, got {tensor.layout}; see hvd.sparse_allreduce_async")
 
 
 # -- allreduce ----------------------------------------------------------------------------------------------------------------
@@ -70,6 +74,7 @@ def reduce_async(
     """Start to reduce tensors; ``outputs`` None for new ones."""
     kind = "grouped_allreduce" if grouped else "allreduce"
     valid(op)
+    _check_dense(kind, tensors)
     for tensor in tensors:
         _check_reduction(kind, tensor, op)
     if op == Adasum:
@@ -85,8 +90,6 @@ def reduce_async(
 
 
 def _check_reduction(kind: str, tensor: Tensor, op: int) -> None:
-    if not isinstance(tensor, Tensor):
-        return  # said later
     if tensor.dtype == torch.bool and op in (Average, Adasum):
         raise ValueError(f"hvd.{kind}: hvd.{NAMES[op]} of bool is undefined; convert it: tensor.float()")
     if tensor.is_complex() and op not in (Average, Sum):
@@ -221,8 +224,9 @@ def sparse_allreduce_async(
 
 
 def _check_rows(kind: str, tensors: Sequence[Tensor]) -> None:
+    _check_dense(kind, tensors)
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() == 0:
+        if tensor.dim() == 0:
             raise HorovodInternalError(
                 f"hvd.{kind} needs tensors with a first dimension, got a scalar; use tensor.reshape(1)"
             )
@@ -388,4 +392,6 @@ def join(device: int = -1) -> int:
         The rank that joined last.
     """
     controller = state.controller_of(global_process_set, "hvd.join")
-    return controller.join(Request(form("join", None, [])))
+    last = controller.join(Request(form("join", None, [])))
+    state.count_anew()
+    return last

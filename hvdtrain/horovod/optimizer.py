@@ -6,7 +6,6 @@ schedulers made before go on working, and nothing is lost or reset.
 
 from __future__ import annotations
 
-import copyreg
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +61,11 @@ class _Distributed(_Base):  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         """Pickles and copies are ordinary optimizers."""
-        return copyreg.__newobj__, (type(self).__mro__[-self._depth],), self.__getstate__()  # type: ignore[attr-defined]
+        return _plain, (type(self).__mro__[-self._depth],), self.__getstate__()
+
+
+def _plain(kind: type[Optimizer]) -> Optimizer:
+    return kind.__new__(kind)
 
 
 class _DistributedOptimizer(_Distributed):

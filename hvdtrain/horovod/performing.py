@@ -232,7 +232,8 @@ def _all_gather_object(communicator: Communicator, request: Request) -> list[Ten
 
 def _all_to_all(communicator: Communicator, request: Request) -> tuple[Tensor, list[int]]:
     (tensor,) = request.tensors
-    received = communicator.all_to_all(list(tensor.detach().contiguous().split(request.splits)))
+    named = tensor.detach()[: sum(request.splits)].contiguous()
+    received = communicator.all_to_all(list(named.split(request.splits)))
     return torch.cat(received), [part.shape[0] for part in received]
 
 

@@ -29,6 +29,8 @@ from hvdtrain.launch.environment import given
 
 _NOT_YET = "hvd.init() has not been called (or hvd.shutdown() has); call it first, on every rank"
 
+_JOINS_TOLD_APART, _MOST_NUMBERS = 2**7, 2**24  # a number travels in 31 bits
+
 
 @dataclass(slots=True)
 class Job:
@@ -48,6 +50,7 @@ class Job:
     sets: dict[int, ProcessSet] = field(default_factory=dict)
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     counts: dict[tuple[int, str], itertools.count[int]] = field(default_factory=dict)
+    joins: int = 0
 
 
 @dataclass(slots=True)
@@ -266,8 +269,19 @@ def controller_of(process_set: ProcessSet, what: str) -> Controller:
 
 
 def next_number(process_set: ProcessSet, kind: str) -> int:
-    """The number of a call without a name: counted by kind, in each process set."""
-    return next(job().counts.setdefault((process_set.process_set_id or 0, kind), itertools.count(1)))
+    """The number of a call without a name: counted by kind in each process set, and anew after each `hvd.join`."""
+    running = job()
+    key = (process_set.process_set_id or 0, kind)
+    count = next(running.counts.setdefault(key, itertools.count(1)))
+    return (running.joins % _JOINS_TOLD_APART) * _MOST_NUMBERS + count % _MOST_NUMBERS
+
+
+def count_anew() -> None:
+    """All ranks have joined, and some of them have made calls that others have not."""
+    running = job()
+    running.joins += 1
+    for key in [key for key in running.counts if key[0] == 0]:
+        del running.counts[key]
 
 
 def next_optimizer() -> int:
