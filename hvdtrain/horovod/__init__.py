@@ -76,6 +76,8 @@ from hvdtrain.horovod.state import remove_process_set as remove_process_set
 from hvdtrain.horovod.state import shutdown as shutdown
 from hvdtrain.horovod.state import size as size
 from hvdtrain.horovod.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
+from hvdtrain.horovod.tracing import start_timeline as start_timeline
+from hvdtrain.horovod.tracing import stop_timeline as stop_timeline
 
 
 def __getattr__(name: str) -> Any:

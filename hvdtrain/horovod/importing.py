@@ -59,6 +59,10 @@ class StandIn(ModuleType):
         why = "" if whole in MODULES else why_not_offered(whole)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}" + (f". {why}" if why else ""))
 
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Travels as its name: a function that uses it may be sent to other processes."""
+        return importlib.import_module, (self.__name__,)
+
     def __dir__(self) -> list[str]:
         ours = importlib.import_module(MODULES[self.__name__])
         return sorted({*super().__dir__(), *(name for name in dir(ours) if not name.startswith("_"))})

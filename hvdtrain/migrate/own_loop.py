@@ -50,9 +50,14 @@ def own_loop(module: cst.Module) -> tuple[cst.Module, list[Remark]]:
     if obstacles:
         return moved, obstacles
     wrap = wrapping(tree, pattern, pattern.wraps[0]) if pattern.wraps else None
+    if pattern.wraps and wrap is None:
+        text = "the loop stays as it is: which model is this? Write named_parameters=model.named_parameters()"
+        return moved, [Remark(line=tree.line(pattern.wraps[0]), text=text, page=OWN_LOOP_PAGE)]
     rewriter = _Rewriter(tree, pattern, wrap)
     new = tree.wrapper.module.visit(rewriter)
     remarks = [*rewriter.remarks, *(wrap.remarks if wrap else [])]
+    if wrap is not None:
+        remarks += _missing(tree, wrap, rewriter)
     return with_import(new, keep=any(remark.yours for remark in remarks)), remarks
 
 
@@ -82,12 +87,27 @@ def _obstacles(tree: Tree, pattern: Pattern) -> list[Remark]:
     return found
 
 
+def _missing(tree: Tree, wrap: Wrapping, rewriter: _Rewriter) -> list[Remark]:
+    """A backward pass or a step that was looked for and not found, so that it must have another name."""
+    said = any(remark.yours for remark in rewriter.remarks)
+    found = []
+    for count, what, ours in (
+        (rewriter.backwards, "loss.backward()", "backward(loss, samples=...)"),
+        (rewriter.steps, f"{wrap.optimizer}.step()", "step()"),
+    ):
+        if not count and not said:
+            text = f"no {what} was found in this file; {wrap.replica}.{ours} takes its place, wherever it is"
+            found.append(Remark(line=tree.line(wrap.statement), text=text, page=OWN_LOOP_PAGE))
+    return found
+
+
 class _Rewriter(cst.CSTTransformer):
     def __init__(self, tree: Tree, pattern: Pattern, wrap: Wrapping | None) -> None:
         super().__init__()
         self._tree, self._pattern, self._wrap = tree, pattern, wrap
         self._backend = _free("backend", pattern)
         self.remarks: list[Remark] = []
+        self.backwards = self.steps = 0
         self._loaders = _wrapped_loaders(pattern)
         self._loops: list[cst.For] = []
         self._silent: set[cst.CSTNode] = set(wrap.dropped if wrap else ())
@@ -248,6 +268,7 @@ class _Rewriter(cst.CSTTransformer):
             text = "how many samples has the batch? Write replica.backward(loss, samples=...) here"
             self._remark(original, text, OWN_LOOP_PAGE)
             return updated
+        self.backwards += 1
         return _instead(updated, f"{self._wrap.replica}.backward({loss}, samples=len({batch}))")
 
     def _batch(self, backward: cst.CSTNode) -> str:
@@ -297,6 +318,7 @@ class _Rewriter(cst.CSTTransformer):
         if not deeper and (here or not self._in_branch(original)):
             new = rewritten(body, wrap.optimizer, wrap.replica, here[-1] + 1 if here else 0)
             if new is not None:
+                self.steps += 1
                 for note in new[1]:
                     self._remark(node, note, OWN_LOOP_PAGE, yours=False)
                 return new[0]
@@ -314,9 +336,12 @@ class _Rewriter(cst.CSTTransformer):
 
     def _opened(self, body: list[cst.BaseStatement]) -> Sequence[cst.BaseStatement]:
         """What follows hvd.init() goes into the backend's `with`."""
+        device = "" if {"cuda", "device"} & set(self._pattern.names) else 'device="cpu"'
         for index, line in enumerate(body):
             if isinstance(line, cst.SimpleStatementLine) and code(line).strip().endswith(_BEGIN):
-                item = cst.WithItem(cst.parse_expression("hvdtrain.init()"), cst.AsName(cst.Name(self._backend)))
+                item = cst.WithItem(
+                    cst.parse_expression(f"hvdtrain.init({device})"), cst.AsName(cst.Name(self._backend))
+                )
                 rest = cst.IndentedBlock(body[index + 1 :]).visit(BlankLines())
                 opened = cst.With(items=[item], body=cst.ensure_type(rest, cst.IndentedBlock))
                 return [*body[:index], opened.with_changes(leading_lines=line.leading_lines)]

@@ -49,6 +49,8 @@ def wrapping(tree: Tree, pattern: Pattern, statement: cst.SimpleStatementLine) -
         return None
     name, call = bound[0], cst.ensure_type(bound[1], cst.Call)
     model = _model(tree, pattern, call)
+    if not model:
+        return None
     owner, _, _ = name.rpartition(".")
     replica = "replica" if "replica" not in pattern.names else "hvd_replica"
     wrap = Wrapping(
@@ -58,10 +60,6 @@ def wrapping(tree: Tree, pattern: Pattern, statement: cst.SimpleStatementLine) -
         replica=f"{owner}.{replica}" if owner else replica,
         replicate_at=statement,
     )
-    if not model:
-        text = "which model is this? Write named_parameters=model.named_parameters()"
-        wrap.remarks.append(Remark(line=tree.line(statement), text=text, page=OWN_LOOP_PAGE))
-        return None
     _read_arguments(tree, call, wrap)
     _place_broadcasts(tree, pattern, wrap)
     return wrap
