@@ -314,7 +314,7 @@ class _Rewriter(cst.CSTTransformer):
             return body
         node = original.body[steps_of(original.body, wrap.optimizer)[0].index]
         here = [i for i, line in enumerate(body) if f"{wrap.replica}.backward(" in code(line)]
-        deeper = bool(here) and isinstance(body[here[-1]], cst.For | cst.While)
+        deeper = len(here) > 1 or (bool(here) and isinstance(body[here[-1]], cst.For | cst.While))
         if not deeper and (here or not self._in_branch(original)):
             new = rewritten(body, wrap.optimizer, wrap.replica, here[-1] + 1 if here else 0)
             if new is not None:
