@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from hvdtrain.errors import OutputError
@@ -126,3 +126,5 @@ def performing(requests: Sequence[Request | None]) -> Iterator[None]:
     except OSError as error:  # a full disk does not end the training
         _Recording.timeline = None
         _log.warning("the timeline ends here: %s", error)
+        with suppress(OutputError):
+            recording.close()

@@ -30,9 +30,7 @@ def train(model, optimizer, loader, sampler, epoch):
 
 def evaluate(model, x, y):
     loss = hvd.allreduce(F.mse_loss(model(x), y).detach(), name="loss")
-    worst = hvd.allreduce(
-        F.mse_loss(model(x[hvd.rank() :: hvd.size()]), y[hvd.rank() :: hvd.size()]).detach(), op=hvd.Max
-    )
+    worst = hvd.allreduce((model(x) - y).detach().abs().max(), op=hvd.Max)
     return loss.item(), worst.item()
 
 
@@ -48,7 +46,7 @@ def main():
     sampler = DistributedSampler(data, num_replicas=hvd.size(), rank=hvd.rank(), shuffle=False)
     loader = DataLoader(data, batch_size=24 // hvd.size(), sampler=sampler)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * hvd.size(), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
