@@ -7,6 +7,9 @@ results differ, and why.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from hvdtrain.errors import HorovodInternalError as HorovodInternalError
 from hvdtrain.horovod.compression import Compression as Compression
 from hvdtrain.horovod.features import ccl_built as ccl_built
@@ -59,6 +62,7 @@ from hvdtrain.horovod.reductions import Max as Max
 from hvdtrain.horovod.reductions import Min as Min
 from hvdtrain.horovod.reductions import Product as Product
 from hvdtrain.horovod.reductions import Sum as Sum
+from hvdtrain.horovod.running import run as run
 from hvdtrain.horovod.state import add_process_set as add_process_set
 from hvdtrain.horovod.state import cross_rank as cross_rank
 from hvdtrain.horovod.state import cross_size as cross_size
@@ -72,3 +76,12 @@ from hvdtrain.horovod.state import remove_process_set as remove_process_set
 from hvdtrain.horovod.state import shutdown as shutdown
 from hvdtrain.horovod.state import size as size
 from hvdtrain.horovod.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
+from hvdtrain.horovod.tracing import start_timeline as start_timeline
+from hvdtrain.horovod.tracing import stop_timeline as stop_timeline
+
+
+def __getattr__(name: str) -> Any:
+    """``hvd.elastic``, loaded when it is first used."""
+    if name == "elastic":
+        return importlib.import_module("hvdtrain.horovod.elastic")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ import torch
 
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.errors import HorovodInternalError
+from hvdtrain.horovod import timeline
 from hvdtrain.horovod.ledger import JOIN, LEAVE, Key, Ledger, Message, Outcome
 from hvdtrain.horovod.performing import Agreed, perform
 from hvdtrain.horovod.requests import Request
@@ -211,7 +212,8 @@ class Controller:
             ]
             more = f" and {len(called) - 1} more" if len(called) > 1 else ""
             try:
-                with self._communicator.region(f"{_LABEL}, performed", f"{called[0]}{more} over {self._name}"):
+                region = self._communicator.region(f"{_LABEL}, performed", f"{called[0]}{more} over {self._name}")
+                with timeline.performing([one.request for one in batch]), region:
                     perform(self._communicator, batch)
             except Exception as error:
                 for one in batch:
