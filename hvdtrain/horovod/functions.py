@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
@@ -71,17 +72,20 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int, model: Any =
 
 
 class _FromRoot:
-    """Broadcasts as `copy_optimizer` wants them, from any rank, matched by number."""
+    """Broadcasts as `copy_optimizer` wants them, from any rank; named, because Horovod would name an object by its type."""
 
     def __init__(self, root_rank: int) -> None:
         self._root_rank = root_rank
+        self._numbers = itertools.count()
         self.wire = SimpleNamespace(rank=0 if state.rank() == root_rank else 1)
 
     def broadcast_object(self, obj: Any) -> Any:
-        return broadcast_object(obj, self._root_rank)
+        return broadcast_object(obj, self._root_rank, name="optimizer's outline")
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        copied: Tensor = synchronize(broadcast_async_(tensor.clone(), self._root_rank))
+        copied: Tensor = synchronize(
+            broadcast_async_(tensor.clone(), self._root_rank, f"optimizer's state {next(self._numbers)}")
+        )
         return copied
 
 
