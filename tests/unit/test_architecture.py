@@ -99,7 +99,7 @@ STAIRS = [
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
     ["migrate.remarks", "migrate.source", "migrate.pattern", "migrate.layout"],
-    ["migrate.calls", "migrate.steps", "migrate.imports"],
+    ["migrate.calls", "migrate.steps", "migrate.imports", "migrate.reach"],
     ["migrate.wrapping"],
     ["migrate.shared_names"],
     ["migrate.own_loop"],
