@@ -43,7 +43,7 @@ STAIRS = [
     ["backends.messages"],
     ["backends.communicator"],
     ["backends.group"],
-    ["backends.agreement", "backends.weighting"],
+    ["backends.agreement", "backends.weighting", "backends.sparse"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],
     ["backends.reducer", "backends.base"],
