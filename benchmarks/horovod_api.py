@@ -94,7 +94,15 @@ def main() -> None:
             for engine, values in found.items()
         }
         print(name, figures[name], flush=True)
-    text = json.dumps({"benchmark": "horovod_api", "world_size": args.ranks, "machine": machine(), "rounds": args.rounds, "figures": figures})
+    text = json.dumps(
+        {
+            "benchmark": "horovod_api",
+            "world_size": args.ranks,
+            "machine": machine(),
+            "rounds": args.rounds,
+            "figures": figures,
+        }
+    )
     if args.out:
         Path(args.out).write_text(text + "\n")
     print(text)
