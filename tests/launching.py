@@ -80,12 +80,17 @@ def horovodrun_mpi(ranks: int, *argv: str) -> list[str]:
     return [str(BIN / "horovodrun"), "--mpi", "-np", str(ranks), sys.executable, *argv]
 
 
+def srun(ranks: int, *argv: str) -> list[str]:
+    return ["srun", "--quiet", "-N1", f"-n{ranks}", sys.executable, *argv]
+
+
 LAUNCHERS = {
     "python": python,
     "torchrun": torchrun,
     "mpirun": mpirun,
     "horovodrun-gloo": horovodrun_gloo,
     "horovodrun-mpi": horovodrun_mpi,
+    "srun": srun,
 }
 
 

@@ -92,29 +92,6 @@ def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, opt
         copy_optimizer(communicator, optimizer)
 
 
-def empty_sparse(parameter: nn.Parameter) -> Tensor:
-    """A sparse gradient without a row."""
-    return torch.sparse_coo_tensor(
-        torch.empty((1, 0), dtype=torch.int64, device=parameter.device),
-        parameter.new_empty((0, *parameter.shape[1:])),
-        parameter.shape,
-        check_invariants=False,
-    )
-
-
-def sum_sparse(communicator: Communicator, parameter: nn.Parameter) -> Tensor:
-    """Sum a sparse gradient over the ranks, some of which may have none."""
-    grad = parameter.grad
-    if grad is None:
-        grad = empty_sparse(parameter)
-    if not grad.is_sparse:
-        grad = grad.to_sparse(1)
-    grad = grad.coalesce()
-    indices = torch.cat(communicator.all_gather(grad.indices().t().contiguous())).t()
-    values = torch.cat(communicator.all_gather(grad.values()))
-    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False).coalesce()
-
-
 def _describe(module: nn.Module, optimizer: Optimizer | None, contents: set[int]) -> list[_Row]:
     rows = [
         (

@@ -17,7 +17,7 @@ from hvdtrain.backends.reducer import ReducerReplica
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
-from hvdtrain.launch import algorithms
+from hvdtrain.launch import algorithms, listening
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import settle
 from hvdtrain.ranks.engine_store import EngineStore
@@ -100,7 +100,7 @@ class TorchBackend(Backend):
 
     def _init_process_group(self, meeting: Meeting) -> None:
         topology = self.topology
-        settle(self._engine_settings)
+        settle({**listening.gloo(topology), **self._engine_settings})
         more: dict[str, Any] = {"device_id": self.device} if self.process_group == "nccl" else {}
         dist.init_process_group(
             self.process_group,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.agreement import sum_sparse
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.sparse import sparse_parameters, sum_sparse, unexpected
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
 from hvdtrain.errors import TrainingError
@@ -72,7 +72,7 @@ class HookedReplica(Replica):
     # Whether the engine matches operations by their order, not by name: packs are then sent in the same on every rank.
     _by_order = False
     _own_hooks = 1
-    sends_from_hooks = True
+    owns_hooks = True
 
     def __init__(
         self,
@@ -292,20 +292,8 @@ def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(found.values())
 
 
-def sparse_parameters(module: nn.Module) -> set[int]:
-    """Parameters whose gradients are sparse; known beforehand, so that a rank without a gradient knows it too."""
-    return {
-        id(part.weight)
-        for part in module.modules()
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
-    }
-
-
 def _dense(parameter: nn.Parameter, names: dict[int, str]) -> Tensor:
     assert parameter.grad is not None
     if parameter.grad.is_sparse:
-        raise TrainingError(
-            f"the gradient of {names[id(parameter)]!r} is sparse, which only nn.Embedding and nn.EmbeddingBag with sparse=True may "
-            "have: other ranks could not know. Use sparse=False"
-        )
+        raise unexpected(repr(names[id(parameter)]))
     return parameter.grad

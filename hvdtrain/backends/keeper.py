@@ -12,12 +12,16 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.watched import Watched
 from hvdtrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 _log = logging.getLogger(__name__)
 _LOOKS = 10  # steps in which it is seen whether gradients are kept: who does so does so from the start
@@ -42,6 +46,7 @@ class Keeper:
         self._made: State | None = None  # as the last backward pass of this step left them
         self._lent: list[Tensor] = []  # those of the last step
         self._looks = _LOOKS
+        self._ear = _Ear()
 
     def state(self) -> State:
         """Return each gradient and its version, to be compared by `differ`."""
@@ -62,14 +67,40 @@ class Keeper:
     def lend(self, reused: bool) -> None:
         """The user has the averaged gradients now; ``reused`` if the next step's will be where they are."""
         made, self._made = self._made, None
+        self._ear.heard = None
         if reused and self._looks and made is not None:
             self._looks -= 1
             # Into an engine's buffer. The last list stays: where buffers stay too, Python need not make these objects anew.
             self._lent = [g for g in made[0] if g is not None and g._is_view()]
 
-    def release(self) -> None:
-        """The engine has other buffers now."""
+    def follow(self) -> None:
+        """Other parameters are watched now, and the engine has other buffers."""
         self._lent, self._looks = [], max(self._looks, 3)
+        if self._ear.attached:
+            self.listen()
+
+    def listen(self) -> None:
+        """The user's own code follows: hear the gradients that other backward passes make meanwhile."""
+        self._ear.attach(self._watched.trained)
+
+    def refuse_late(self) -> None:
+        """Use the averaged gradients.
+
+        Raises:
+            TrainingError: A backward pass has added to one since.
+        """
+        if why := self.why_late():
+            raise TrainingError(why)
+
+    def why_late(self) -> str:
+        """Say which of the averaged gradients a backward pass has added to; "" if none."""
+        if self._ear.heard is None:
+            return ""
+        return (
+            f"a backward pass after the exchange has made a gradient of {self._name_of(self._ear.heard)!r} that the other ranks do not have: "
+            "loss.backward() was called between replica.reduce_gradients() and the optimizer's step. Add the losses, "
+            "replica.backward(loss_1 + loss_2, samples=...), or call replica.clear() and begin the step anew"
+        )
 
     def refuse_foreign(self) -> None:
         """Begin a step: nothing may be there but zeros, which are cleared.
@@ -116,10 +147,11 @@ class Keeper:
             TrainingError: A parameter has one more.
         """
         hooks = list(map(_HOOKS, self._watched.trained))
+        own += self._ear.attached
         if not any(hooks) or (own and None not in hooks and max(map(len, hooks)) <= own):
             return
         several = [p for p, of in zip(self._watched.trained, hooks, strict=True) if len(of or ()) > own]
-        hooked = next((p for p in several if not all(map(_sends, p._post_accumulate_grad_hooks.values()))), None)
+        hooked = next((p for p in several if not all(map(_is_ours, p._post_accumulate_grad_hooks.values()))), None)
         if hooked is not None:
             raise TrainingError(
                 f"{self._name_of(hooked)!r} has a register_post_accumulate_grad_hook of yours, which would run while gradients leave, on what "
@@ -139,9 +171,38 @@ class Keeper:
             )
 
 
-def _sends(hook: object) -> bool:
+class _Ear:
+    """Hears the gradients that are completed while nobody should complete any, wherever a loss came from.
+
+    Attributes:
+        heard: The last parameter that got one.
+        attached: Whether there is a hook on each parameter.
+    """
+
+    owns_hooks = True
+
+    def __init__(self) -> None:
+        self.heard: nn.Parameter | None = None
+        self.attached = False
+        self._on: list[nn.Parameter] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, parameters: list[nn.Parameter]) -> None:
+        """Listen to these parameters, and no others, from now on."""
+        if parameters is self._on:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._hear) for p in parameters]
+        self._on, self.attached = parameters, True
+
+    def _hear(self, parameter: Tensor) -> None:
+        self.heard = parameter  # type: ignore[assignment]
+
+
+def _is_ours(hook: object) -> bool:
     """Whether a hook is a replica's own."""
-    return getattr(getattr(hook, "__self__", None), "sends_from_hooks", False)
+    return getattr(getattr(hook, "__self__", None), "owns_hooks", False)
 
 
 @contextmanager

@@ -78,6 +78,8 @@ def check_parameters(
                 f"{name!r} has no shape yet: it belongs to a lazy module; run the model once on a sample batch, on every rank, before "
                 "the optimizer is made and the model replicated"
             )
+        if why := _why_not_copied(tensor):
+            raise ConfigError(f"{name!r} {why} replicate() copies rank 0's numbers into it, in place")
     if not trained:
         raise ConfigError("the model has no parameter that requires grad: there is nothing to train")
     for name, parameter in module.named_parameters():
@@ -95,6 +97,19 @@ def check_parameters(
                     "model's, so its gradient would never be exchanged; put it into the model (a loss with parameters too), or "
                     "make the optimizer after the model has been moved or replaced"
                 )
+
+
+def _why_not_copied(tensor: torch.Tensor) -> str:
+    """Why numbers cannot be written into a tensor, with the remedy; "" if they can."""
+    if tensor.layout != torch.strided:
+        return (
+            f"has the layout {tensor.layout}; register it dense (.to_dense()), or keep it out of the model's buffers:"
+        )
+    if tensor.is_inference():
+        return "was made under torch.inference_mode(); make the model outside it, or clone() the tensor there:"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: several of its elements share one place in memory; register a .clone() of it:"
+    return ""
 
 
 def guard_steps(optimizer: Optimizer, guard: Guard) -> None:

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvdtrain.backends.agreement import empty_sparse
-from hvdtrain.backends.hooked import sparse_parameters
 from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.sparse import dense_embeddings, empty_sparse, sparse_parameters
 from hvdtrain.backends.weighting import Tally
+from hvdtrain.errors import TrainingError
 
 # The replica has already copied rank 0's state; torch 2.4 cannot be told so.
 _NO_COPY_OF_STATE: dict[str, Any] = (
@@ -39,6 +39,9 @@ class _WithTally(nn.Module):
         self.tally = nn.Parameter(
             torch.zeros(Tally.SIZE, dtype=torch.float64 if wide else torch.float32, device=device)
         )
+        self.dense = nn.ParameterList(
+            dense_embeddings(module)
+        )  # DDP takes a weight for what its first owner makes of it
         self.module = module
 
 
@@ -78,7 +81,10 @@ class ReducerReplica(Replica):
         self._end_of_backward()
 
     def _finish(self, empty: bool) -> Tensor:
-        if not self._complete():  # DDP would notice at the next step, with the other ranks waiting
+        complete = self._complete()
+        if not complete or (self.options.find_unused_parameters and not self.options.static_graph):
+            self._refuse_strays()
+        if not complete:  # DDP would notice at the next step, with the other ranks waiting
             raise self._unused_error(
                 [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
             )
@@ -122,6 +128,16 @@ class ReducerReplica(Replica):
         except RuntimeError:
             return False
         return True
+
+    def _refuse_strays(self) -> None:
+        """Refuse gradients that the reducer's hooks did not see: torch forgets them where a parameter gets another type."""
+        for name, parameter in self.module.named_parameters():
+            grad = parameter.grad
+            if grad is not None and not grad.is_sparse and parameter.requires_grad and not grad._is_view():
+                raise TrainingError(
+                    f"{name!r} was converted after replicate() (by .to(), .float(), .double(), or .data = ...), and back: its gradient was not "
+                    "exchanged. Convert a copy of the model, or call backend.replicate(model, optimizer) again"
+                )
 
     def _send_early_ones(self, loss: Tensor) -> None:
         """Send gradients that only earlier micro-batches have made, for which no hook came in this pass."""

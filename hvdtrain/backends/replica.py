@@ -29,6 +29,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.keeper import Keeper, differ, nothing_added, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
+from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting
 from hvdtrain.errors import ConfigError, TrainingError
@@ -215,36 +216,10 @@ class Replica(ABC):
         """Complete the exchange: every ``.grad`` is the gradient averaged over the samples of the global batch.
 
         A parameter that no rank used keeps ``.grad is None``. On a rank without a sample in this step this is the only
-        call before `step`.
+        call before `step`. Until then the gradients may be changed by hand, the same on every rank, and by no backward pass.
         """
-        if self._is_over():
-            self._begin_step()
-        if self._phase in (_Phase.EXCHANGED, _Phase.STEPPED):
-            return
-        self._refuse_interrupted()
-        empty = self._weighting.empty
-        if self._phase is _Phase.EMPTY:
-            self._keeper.refuse_foreign()
-        self._keeper.refuse_changes()
-        if self._phase is not _Phase.LEAVING:
-            self._follow_changes()
-            self._settle_unit()
-            self._weighting.close()
-            with self._exchanging():
-                self._send_after(self._weighting.tally, empty)
-        for parameter in self._watched.frozen:
-            if parameter.grad is not None:
-                raise TrainingError(
-                    f"{self._name(parameter)!r} was frozen after the forward pass of this step, and has a gradient that was not exchanged; "
-                    "freeze before the forward pass, or call replica.clear() first"
-                )
-        with self._exchanging():
-            summed = self._finish(empty)
-        if empty or self._weighting.tally.uncounted or summed.device.type == "cpu":  # else a GPU need not be waited for
-            self._scale(Tally.of(summed.tolist()))
-        self._keeper.lend(self._reuses_gradients)
-        self._phase = _Phase.EXCHANGED
-        self._left_gradients = self._any_gradient()
+        self._exchange()
+        self._keeper.listen()
 
     def step(
         self,
@@ -268,7 +243,8 @@ class Replica(ABC):
             The gradient norm, if it was computed, and whether the update was skipped.
         """
         optimizer = self.optimizer
-        self.reduce_gradients()
+        self._exchange()
+        self._keeper.refuse_late()
         if not self._any_gradient():
             scaler = None  # no rank had a sample: there is nothing to unscale
         if scaler is not None:
@@ -298,6 +274,10 @@ class Replica(ABC):
         After the step's last `backward`, whose gradients are on their way to all ranks, every rank must call it.
         """
         self._refuse_interrupted()
+        if self._phase is _Phase.EXCHANGED and self._optimizer is None and self._any_gradient():
+            late, self._phase = self._keeper.why_late(), _Phase.STEPPED
+            if late:  # they were used before, or are lost
+                raise TrainingError(late)
         if self._phase is _Phase.LEAVING:
             with self._exchanging():
                 self._finish(False)
@@ -336,10 +316,7 @@ class Replica(ABC):
         After parts were added to the model that are not alike on all ranks, call it before the forward pass.
         """
         if self._watched.changed():
-            self._watched.take()
-            check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
-            check_same_structure(self._gather, self.module, self._optimizer)
-            self._set_up()
+            self._take(self._watched.take(), copied=True)
         copy_state_from_rank_zero(self._backend, self.module, self._optimizer)
 
     def sync_buffers(self) -> None:
@@ -373,8 +350,11 @@ class Replica(ABC):
 
     def why_no_step(self) -> str:
         """Why the optimizer must not step now; "" if it may."""
-        if self._phase is _Phase.EXCHANGED or not self._backend.running or not self._any_gradient():
+        late = self._keeper.why_late() if self._phase is _Phase.EXCHANGED else ""
+        if (self._phase is _Phase.EXCHANGED and not late) or not self._backend.running or not self._any_gradient():
             return ""
+        if late:
+            return late
         if self._phase is _Phase.STEPPED:
             return (
                 "optimizer.step() on gradients that were there before, or were not exchanged with the other ranks; call "
@@ -409,6 +389,37 @@ class Replica(ABC):
 
     def _exchanging(self) -> AbstractContextManager[None]:
         return self._backend.region("gradients", f"gradient exchange of step {self._steps}")
+
+    def _exchange(self) -> None:
+        """Complete the exchange of this step, if it is not yet."""
+        if self._is_over():
+            self._begin_step()
+        if self._phase in (_Phase.EXCHANGED, _Phase.STEPPED):
+            return
+        self._refuse_interrupted()
+        empty = self._weighting.empty
+        if self._phase is _Phase.EMPTY:
+            self._keeper.refuse_foreign()
+        self._keeper.refuse_changes()
+        if self._phase is not _Phase.LEAVING:
+            self._follow_changes()
+            self._settle_unit()
+            self._weighting.close()
+            with self._exchanging():
+                self._send_after(self._weighting.tally, empty)
+        for parameter in self._watched.frozen:
+            if parameter.grad is not None:
+                raise TrainingError(
+                    f"{self._name(parameter)!r} was frozen after the forward pass of this step, and has a gradient that was not exchanged; "
+                    "freeze before the forward pass, or call replica.clear() first"
+                )
+        with self._exchanging():
+            summed = self._finish(empty)
+        if empty or self._weighting.tally.uncounted or summed.device.type == "cpu":  # else a GPU need not be waited for
+            self._scale(Tally.of(summed.tolist()))
+        self._keeper.lend(self._reuses_gradients)
+        self._phase = _Phase.EXCHANGED
+        self._left_gradients = self._any_gradient()
 
     def _begin_step(self) -> None:
         self._phase = _Phase.EMPTY
@@ -491,11 +502,15 @@ class Replica(ABC):
         self._keeper.refuse_hooks(self._own_hooks)
         if not self._watched.changed():
             return
-        self._keeper.release()
-        new = self._watched.take()
+        self._take(self._watched.take(), copied=False)
+        self._keeper.refuse_hooks(self._own_hooks)
+
+    def _take(self, new: list[nn.Parameter], *, copied: bool) -> None:
+        """Train what was found; parameters that are ``new`` must be alike already unless they are going to be copied."""
+        self._keeper.follow()
         check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
-        # The forward pass has used the new ones, so it is too late to copy them.
-        check_same_structure(self._gather, self.module, self._optimizer, new)
+        # Where the forward pass has used the new ones it is too late to copy them.
+        check_same_structure(self._gather, self.module, self._optimizer, () if copied else new)
         self._set_up()
 
     def _unused_error(self, names: list[str]) -> TrainingError:
@@ -528,4 +543,6 @@ def _explained(error: RuntimeError) -> TrainingError | None:
             "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
             "checkpointing does that: pass use_reentrant=False"
         )
+    if "access storage of SparseTensorImpl" in text or "Expected variable to have sparse gradient" in text:
+        return unexpected("a parameter")
     return None

@@ -7,8 +7,7 @@ before each exchange, so it costs comparisons of flat lists and no walk over the
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +16,11 @@ from torch import nn
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+# Asked of every module and parameter before each exchange: loops in C.
+_CHILDREN = operator.attrgetter("_modules")
+_PARAMETERS = operator.attrgetter("_parameters")
 _KIND = operator.attrgetter("requires_grad", "dtype")
+_GRADIENT = operator.attrgetter("grad")
 _Seen = tuple[list[object], list[tuple[bool, torch.dtype]]]  # who is there, and how
 
 
@@ -61,20 +64,12 @@ class Watched:
 
     def _look(self) -> _Seen:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        objects: list[object] = list(chain.from_iterable(map(_children, self._modules)))
-        objects += chain.from_iterable(map(_parameters, self._modules))
+        objects: list[object] = list(chain.from_iterable(map(dict.values, map(_CHILDREN, self._modules))))
+        objects += chain.from_iterable(map(dict.values, map(_PARAMETERS, self._modules)))
         for group in groups:
             objects += group["params"]
         return objects, list(map(_KIND, self._own))
 
     def any_gradient(self) -> bool:
         """Whether any parameter that is trained has a gradient."""
-        return any(p.grad is not None for p in self.trained)
-
-
-def _children(module: nn.Module) -> Iterable[object]:
-    return module._modules.values()
-
-
-def _parameters(module: nn.Module) -> Iterable[object]:
-    return module._parameters.values()
+        return not all(map(operator.is_, map(_GRADIENT, self.trained), repeat(None)))

@@ -31,6 +31,7 @@ from hvdtrain.migrate.pattern import (
     method,
     only,
 )
+from hvdtrain.migrate.reach import outside
 from hvdtrain.migrate.remarks import API_PAGE, COLLECTIVES_PAGE, OWN_LOOP_PAGE, Remark
 from hvdtrain.migrate.shared_names import used_elsewhere
 from hvdtrain.migrate.steps import code, is_skipping, rewritten, steps_of
@@ -72,6 +73,9 @@ def _obstacles(tree: Tree, pattern: Pattern) -> list[Remark]:
     found = []
     if tree.conditional(pattern.inits[0]):
         text = "the loop stays as it is: hvd.init() stands under a condition, and `with hvdtrain.init()` holds what follows"
+        found.append(Remark(line=tree.line(pattern.inits[0]), text=text, page=OWN_LOOP_PAGE))
+    elif outside(tree, pattern):
+        text = "the loop stays as it is: hvd.init() stands in a function that ends before the work begins; call it where the work is"
         found.append(Remark(line=tree.line(pattern.inits[0]), text=text, page=OWN_LOOP_PAGE))
     for call in pattern.wrap_calls:
         line = tree.parent(tree.parent(call) or call)

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
-from hvdtrain.launch import algorithms
+from hvdtrain.launch import algorithms, listening
 from hvdtrain.launch.cores import yielding
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given, not_given, settle, variables
@@ -62,7 +62,8 @@ def load(detection: Detection | None = None, all_reduce: str = "auto") -> Module
         raise BackendUnavailable(reason)
     if "mpi4py.MPI" not in sys.modules and detection is not None:
         settle(not_given(yielding(detection.topology)))
-        with algorithms.mpi(all_reduce, detection.topology) as tuning, variables(tuning):
+        closed = listening.mpi(detection.topology)
+        with algorithms.mpi(all_reduce, detection.topology) as tuning, variables({**tuning, **closed}):
             MPI = _start()
         _Started.family = all_reduce
     else:

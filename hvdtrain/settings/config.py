@@ -355,6 +355,12 @@ class TrainConfig:
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
                 "--run-dir alone suffices for one that stays"
             )
+        if self.checkpoint_url is not None and re.match(r"[^/]*//[^/@]*:[^/@]*@", self.checkpoint_url):
+            shown = re.sub(r"//[^/@]*@", "//...@", self.checkpoint_url, count=1)
+            raise ConfigError(
+                f"--checkpoint-url {shown} holds a password, which everybody would read in the run folder's config.yaml and in "
+                "the process list; give it as the file system's own variables or fsspec's configuration files do"
+            )
         if self.data_parallel and self.backend not in ("auto", "local"):
             raise ConfigError(
                 f"--data-parallel is one process with several GPUs, which --backend {self.backend} is not; "

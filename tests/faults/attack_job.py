@@ -1,5 +1,6 @@
-"""A job that works for some seconds, so that it can be attacked meanwhile: ``attack_job.py BACKEND SECONDS FOLDER``."""
+"""A job that works until it is told to stop, so that it can be attacked meanwhile: ``attack_job.py BACKEND FOLDER``."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,14 +9,22 @@ import torch
 
 import hvdtrain
 
+TIMEOUT_S = 30
+LONGEST_S = 120
+
 
 def main():
-    backend_name, seconds, folder = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
-    with hvdtrain.init(backend_name, device="cpu", timeout_s=60) as backend:
-        (folder / f"running-{backend.rank}").touch()
-        end = time.monotonic() + seconds
-        while not backend.all_gather_object(time.monotonic() > end)[0]:
+    backend_name, folder = sys.argv[1], Path(sys.argv[2])
+    with hvdtrain.init(backend_name, device="cpu", timeout_s=TIMEOUT_S) as backend:
+        beside = folder / f"beside-{backend.rank}"
+        beside.write_text(str(os.getpid()))
+        beside.rename(folder / f"running-{backend.rank}")
+        end = time.monotonic() + LONGEST_S
+        steps = 0
+        while not backend.all_gather_object((folder / "stop").exists() or time.monotonic() > end)[0]:
             backend.all_reduce(torch.ones(3))
+            steps += 1
+            (folder / f"steps-{backend.rank}").write_text(f"{steps}\n")
             time.sleep(0.05)
         rank = backend.rank
     print(f"rank {rank} done")

@@ -33,7 +33,15 @@ class Outcome:
     left: list[str]
 
 
-def end_of(launcher: str, backend: str, fault: str, culprit: int, moment: str, folder: Path) -> Outcome:
+def end_of(
+    launcher: str,
+    backend: str,
+    fault: str,
+    culprit: int,
+    moment: str,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+) -> Outcome:
     """Run the job to its end, in a temporary folder of its own."""
     reason = missing("python" if launcher == "spawn" else launcher, backend)
     if reason:
@@ -42,7 +50,7 @@ def end_of(launcher: str, backend: str, fault: str, culprit: int, moment: str, f
     temporary = tempfile.mkdtemp(prefix="hf-")  # short: it will hold a socket
     try:
         argv = [sys.executable, JOB, "spawn", *words[1:]] if launcher == "spawn" else LAUNCHERS[launcher](2, *words)
-        ended = run(argv, timeout_s=STARTUP_S + 60, cwd=folder, TMPDIR=temporary)
+        ended = run(argv, timeout_s=STARTUP_S + 60, cwd=folder, **{**(environment or {}), "TMPDIR": temporary})
         now = time.time()
         noted = folder / "fault"
         seconds = now - float(noted.read_text()) if noted.exists() else float("nan")

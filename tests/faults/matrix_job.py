@@ -5,6 +5,7 @@ When it does, it notes the time in the folder. With the launcher "spawn" before 
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import os
 import resource
@@ -26,6 +27,32 @@ class Silent(Exception):
 class Unpicklable(BaseException):
     def __reduce__(self):
         raise TypeError("not to be pickled")
+
+
+class Group(Exception):
+    """Stands for ExceptionGroup where Python has none yet."""
+
+
+def grouped():
+    inner = ValueError("planted")
+    inner.__cause__ = cause = KeyError("a cause that is its own")
+    cause.__cause__ = inner
+    of = getattr(builtins, "ExceptionGroup", None)
+    return of("several", [inner, OSError("another")]) if of else Group("planted")
+
+
+def chained():
+    error = ValueError("planted")
+    for depth in range(3000):
+        deeper = ValueError(f"planted, {depth} causes deep")
+        deeper.__cause__, error = error, deeper
+    return error
+
+
+def fill_the_disk():
+    """From now on no file of this rank can grow, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 def out_of_memory():
@@ -53,6 +80,9 @@ FAULTS = {
     "memory": out_of_memory,
     "silent": lambda: fail(Silent()),
     "large": lambda: fail(ValueError("planted" + "x" * 20_000_000)),
+    "group": lambda: fail(grouped()),
+    "chain": lambda: fail(chained()),
+    "full-disk": fill_the_disk,
     "no-exception": lambda: fail(Unpicklable("planted")),
 }
 

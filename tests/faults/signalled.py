@@ -125,7 +125,7 @@ def job(
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [env.get("PYTHONPATH")])])
     argv = [
-        *("env", "--default-signal=HUP"),  # whatever nohup these tests run under
+        *("env", "--default-signal=HUP,INT"),  # whatever nohup these tests run under
         *before,
         *STARTS[launcher](
             ranks, "-m", "hvdtrain", "--backend", backend, "--run-dir", str(folder / "run"), "--epochs", "10000",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 from faulty import TIMEOUT_S, end_of, names
+from slurm import Slurm
+from slurm import missing as slurm_is_missing
 
 ENGINES = {
     "torchrun": "torch",
@@ -15,6 +19,7 @@ ENGINES = {
     "horovodrun-mpi": "horovod",
     "spawn": "torch",
 }
+SRUN_ENGINE = "torch"  # needs no PMIx of Slurm's
 DEATHS = ("os-exit-0", "os-exit-3", "kill", "segv")
 WORDS = {  # what is read of an exception, once
     "exception": "ValueError: planted",
@@ -22,6 +27,9 @@ WORDS = {  # what is read of an exception, once
     "silent": r"Silent",
     "large": "ValueError: planted",
     "no-exception": "Unpicklable: planted",
+    "group": "planted",
+    "chain": "planted",
+    "full-disk": "File too large|could not write",
 }
 FAULTS = (*DEATHS, "exit-0", "exit-3", "stop", *WORDS)
 MOMENTS = ("before", "step", "evaluation", "saving")
@@ -32,7 +40,9 @@ SAMPLE = [  # one of each kind, each launcher, both ranks, all moments
     ("spawn", "segv", 0, "step"),
     ("mpirun", "exit-0", 1, "before"),
 ]
-ALL = list(itertools.product(ENGINES, FAULTS, (0, 1), MOMENTS))
+# Rank 0 writes, so that another rank's disk may be full.
+KINDS = [cell for cell in itertools.product(FAULTS, (0, 1), MOMENTS) if (cell[0], cell[1]) != ("full-disk", 1)]
+ALL = [(launcher, *cell) for launcher in ENGINES for cell in KINDS]
 CELLS = [*SAMPLE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ALL if cell not in SAMPLE)]
 # A launcher ends all ranks at the first that ends, a store that sees a rank end tells within seconds, and ranks that never
 # came are looked for; on a busy machine all of it takes longer.
@@ -41,8 +51,30 @@ STALL_S = TIMEOUT_S + 10 + 20
 
 
 @pytest.mark.parametrize(("launcher", "fault", "culprit", "moment"), CELLS)
-def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path):
+def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path, record_property):
     outcome = end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path)
+    record_property("seconds", round(outcome.seconds, 1))  # for --junitxml
+    check(outcome, fault, culprit)
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    reason = slurm_is_missing()
+    if reason:
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="hvd-slurm-") as folder, Slurm(Path(folder) / "s") as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "culprit", "moment"), KINDS)
+def test_a_fault_under_srun_ends_all_and_is_named(slurm, fault, culprit, moment, tmp_path, record_property):
+    outcome = end_of("srun", SRUN_ENGINE, fault, culprit, moment, tmp_path, slurm.environment)
+    record_property("seconds", round(outcome.seconds, 1))
+    check(outcome, fault, culprit)
+
+
+def check(outcome, fault, culprit):
     output = outcome.ended.output
     assert outcome.ended.code not in (0, None), output
     # One that is stopped before it came cannot be told from one that takes its time.

@@ -17,7 +17,7 @@ from hvdtrain.backends.hvd.library import hvd
 from hvdtrain.backends.hvd.stamp import installed, short_library
 from hvdtrain.backends.hvd.waiting import Waiter
 from hvdtrain.errors import LaunchError
-from hvdtrain.launch import algorithms
+from hvdtrain.launch import algorithms, listening
 from hvdtrain.launch.cores import bound_to_one_core, yielding
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import not_given, settle, variables
@@ -131,7 +131,7 @@ class Joining:
         family = "auto" if self._gpu or self._over_gloo else self._all_reduce
         with (
             algorithms.mpi(family, topology) as tuning,
-            variables({**tuning, **way, **preferred, **self._asked}),
+            variables({**tuning, **listening.mpi(topology), **way, **preferred, **self._asked}),
         ):
             waiter.call(hvd.init, "hvd.init()", LaunchError)
         _compare(self._detection)

@@ -200,3 +200,69 @@ def test_a_replica_needs_no_optimizer(backend):
         replica.step()
     replica.clear()
     assert all(p.grad is None for p in net.parameters())
+
+
+def inference_buffer():
+    with torch.inference_mode():
+        return torch.ones(2)
+
+
+UNWRITABLE = {
+    "expanded": (lambda: torch.ones(1).expand(3), r"'extra' is expanded.*clone\(\)"),
+    "expanded in part": (lambda: torch.ones(2, 1).expand(2, 3), r"'extra' is expanded"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), r"'extra' has the layout torch.sparse_coo; register it dense"),
+    "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"'extra' has the layout torch.sparse_csr"),
+    "of inference mode": (inference_buffer, r"'extra' was made under torch.inference_mode"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_a_buffer_that_cannot_be_written_is_refused_before_anything_is_copied(backend, kind):
+    make, message = UNWRITABLE[kind]
+    model = nn.Linear(2, 2)
+    model.register_buffer("extra", make())
+    before = model.weight.clone()
+    with pytest.raises(ConfigError, match=message):
+        backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, before)
+
+
+def test_a_buffer_of_one_place_and_a_transposed_one_are_copied(backend):
+    model = nn.Linear(2, 2)
+    model.register_buffer("one", torch.full((1,), float(backend.rank)).expand(1, 1))
+    model.register_buffer("turned", torch.full((2, 3), float(backend.rank)).t())
+    backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert not model.one.any()
+    assert not model.turned.any()
+
+
+CONVERTED = {
+    "the model and back": lambda model: model.float().double(),
+    "a part and back": lambda model: model[2].float().double(),
+    "other memory": lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+}
+
+
+@pytest.mark.parametrize("unused", [False, True])
+@pytest.mark.parametrize("moment", [0, 2])
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_parameters_that_are_converted_and_back_are_exchanged_or_refused(backend, kind, moment, unused):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), find_unused_parameters=unused)
+    refused = False
+    for step in range(4):
+        if step == moment:
+            CONVERTED[kind](model)
+        try:
+            loss = replica.model(samples(2, 2 * backend.rank)).square().mean()
+            replica.backward(loss, samples=2)
+            replica.step()
+        except TrainingError as error:
+            assert "was converted after replicate()" in str(error)  # noqa: PT017 - every engine may refuse, or do it right
+            refused = True
+            break
+    assert set(backend.all_gather_object(refused)) == {refused}
+    states = backend.all_gather_object([p.tolist() for p in model.parameters()])
+    assert all(state == states[0] for state in states)

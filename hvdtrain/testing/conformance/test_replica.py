@@ -273,6 +273,59 @@ def test_sparse_gradients_are_averaged(backend):
     assert abs(norm - float(alone.weight.grad.to_dense().norm())) < 1e-12
 
 
+class TiedEmbedding(nn.Module):
+    """A sparse embedding whose weight another part uses too."""
+
+    def __init__(self, first):
+        super().__init__()
+        parts = {"embedding": nn.Embedding(10, 3, sparse=True), "head": nn.Linear(3, 10, bias=False)}
+        for name in [first, *(set(parts) - {first})]:
+            self.add_module(name, parts[name])
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+@pytest.mark.parametrize("first", ["embedding", "head"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_sparse_embedding_that_is_tied_to_a_head_has_dense_gradients(backend, first, optimizer):
+    torch.manual_seed(0)
+    n = backend.world_size
+    model = TiedEmbedding(first).double()
+    alone = copy.deepcopy(model)
+    alone_optimizer = optimizer(alone.parameters(), lr=0.1)
+    replica = backend.replicate(model, optimizer(model.parameters(), lr=0.1))
+    for _ in range(3):
+        alone_optimizer.zero_grad()
+        for rank in range(n):
+            (alone(torch.tensor([rank, rank + 3])).square().mean() / n).backward()
+        alone_optimizer.step()
+        loss = replica.model(torch.tensor([backend.rank, backend.rank + 3])).square().mean()
+        replica.backward(loss, samples=2)
+        replica.step()
+    torch.testing.assert_close(model.embedding.weight, alone.embedding.weight, **CLOSE)
+    assert model.head.weight is model.embedding.weight
+
+
+UNEXPECTED = {
+    "functional": lambda: (nn.ParameterDict({"weight": nn.Parameter(torch.ones(10, 3))}), "weight"),
+    "tied, and the embedding alone": lambda: (TiedEmbedding("embedding"), "embedding.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", UNEXPECTED)
+def test_a_sparse_gradient_that_other_ranks_could_not_expect_is_refused(backend, kind):
+    if backend.world_size == 1:
+        pytest.skip("one rank exchanges nothing")
+    model, name = UNEXPECTED[kind]()
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    weight = dict(model.named_parameters())[name]
+    loss = nn.functional.embedding(torch.tensor([1, 2]), weight, sparse=True).square().mean()
+    with pytest.raises(TrainingError, match=r"is sparse, which only nn\.Embedding.*sparse=False"):
+        replica.backward(loss, samples=2)
+
+
 class WithBuffers(nn.Module):
     def __init__(self, rank):
         super().__init__()

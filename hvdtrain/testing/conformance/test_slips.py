@@ -48,6 +48,81 @@ def test_a_plain_backward_pass_is_refused(backend, end):
     assert all(state == states[0] for state in states)
 
 
+PLAIN_AFTER = {
+    "one more": lambda replica, backend: loss_of(replica.model, backend).backward(),
+    "through a part": lambda replica, backend: (
+        replica.model[2](samples(2, backend.rank)[:, :1].expand(2, 5)).sum().backward()
+    ),
+    "instead": lambda replica, backend: (replica.model.zero_grad(), loss_of(replica.model, backend).backward()),
+    "after clipping": lambda replica, backend: (
+        nn.utils.clip_grad_norm_(replica.model.parameters(), 0.1),
+        loss_of(replica.model, backend).backward(),
+    ),
+}
+ENDS = {
+    "step": lambda replica: replica.step(),
+    "the optimizer's own": lambda replica: replica.optimizer.step(),
+    "a scaler's": lambda replica: replica.step(scaler=torch.amp.GradScaler("cpu", init_scale=1.0)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("plain", PLAIN_AFTER)
+def test_a_plain_backward_pass_after_the_exchange_is_refused(backend, plain, end):
+    model = made() if end != "a scaler's" else made().float()
+    dtype = next(model.parameters()).dtype
+    model.register_forward_pre_hook(lambda module, args: args[0].to(dtype))
+    model[2].register_forward_pre_hook(lambda module, args: args[0].to(dtype))
+    replica = replicate(backend, model)
+    for step in range(2):  # the first step, and one in which everything is in place
+        replica.backward(loss_of(replica.model, backend), samples=2)
+        replica.reduce_gradients()
+        before = copy.deepcopy(model.state_dict())
+        PLAIN_AFTER[plain](replica, backend)
+        with pytest.raises(TrainingError, match=r"after the exchange.*replica\.clear\(\)"):
+            ENDS[end](replica)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), step
+        replica.clear()
+        replica.backward(loss_of(replica.model, backend), samples=2)
+        replica.reduce_gradients()
+        x = torch.ones(1, 4, dtype=dtype, requires_grad=True)
+        torch.autograd.grad(replica.model(x).sum(), x)  # touches no gradient of the model's
+        nn.utils.clip_grad_value_(model.parameters(), 0.05)
+        replica.step()
+    states = backend.all_gather_object([p.tolist() for p in model.parameters()])
+    assert all(state == states[0] for state in states)
+
+
+def test_a_plain_backward_pass_after_the_exchange_is_refused_without_an_optimizer(backend):
+    replica = backend.replicate(made(), None)
+    for _ in range(2):
+        replica.backward(loss_of(replica.model, backend), samples=2)
+        replica.reduce_gradients()
+        loss_of(replica.model, backend).backward()
+        with pytest.raises(TrainingError, match="after the exchange"):
+            replica.clear()
+        replica.clear()
+
+
+def test_a_hook_of_the_users_is_found_beside_the_replicas_own(backend):
+    model = made()
+    replica = replicate(backend, model)
+    replica.backward(loss_of(replica.model, backend), samples=2)
+    replica.reduce_gradients()
+    replica.step()
+    model.append(nn.Linear(2, 2).double())
+    replica.optimizer.add_param_group({"params": model[3].parameters()})
+    replica.copy_from_rank_zero()
+    for parameter in (model[0].weight, model[3].weight):
+        handle = parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+        with pytest.raises(TrainingError, match="register_post_accumulate_grad_hook of yours"):
+            replica.backward(loss_of(replica.model, backend), samples=2)
+        handle.remove()
+        replica.clear()
+    replica.backward(loss_of(replica.model, backend), samples=2)
+    replica.step()
+
+
 CLEARS = {
     "zero_grad before": lambda replica, optimizer: optimizer.zero_grad(),
     "zero_grad to zeros": lambda replica, optimizer: optimizer.zero_grad(set_to_none=False),

@@ -51,7 +51,7 @@ else:
 
 def guarded(tmp_path: Path, how: str, *options: str, before: str = "") -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", "hvdtrain", "guard", *options, sys.executable, "-c", LAUNCHER, how]
-    argv = ["sh", "-c", f'{before} exec "$@"', "sh", *argv] if before else ["env", "--default-signal=HUP", *argv]
+    argv = ["sh", "-c", f'{before} exec "$@"', "sh", *argv] if before else ["env", "--default-signal=HUP,INT", *argv]
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "LAUNCHER": LAUNCHER}
     )

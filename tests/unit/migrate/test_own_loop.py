@@ -203,3 +203,49 @@ def test_what_has_no_effect_any_more_is_said_and_the_script_still_runs():
     given = "model.named_parameters(), compression=hvd.Compression.fp16, op=hvd.Adasum if a else hvd.Average)"
     _, remarks = moved(changed("model.named_parameters())", given))
     assert [(line, yours) for line, _, yours in remarks] == [(10, False), (10, False)]
+
+
+INITS = """\
+import torch
+import horovod.torch as hvd
+
+
+def setup():
+    hvd.init()
+    seed()
+
+
+class Program:
+    def __init__(self):
+        self.model = Net()
+        self.optimizer = hvd.DistributedOptimizer(torch.optim.SGD(self.model.parameters(), lr=hvd.size()))
+
+    def train(self, batches):
+        for x, y in batches:
+            loss = criterion(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+
+
+def main():
+    setup()
+    Program().train(batches)
+"""
+
+
+def test_a_function_that_only_begins_is_no_place_for_a_block_around_the_work():
+    code, remarks = moved(INITS)
+    assert "import hvdtrain.horovod as hvd" in code
+    assert [(line, "function that ends before the work" in text) for line, text, _ in remarks] == [(6, True)]
+
+
+def test_work_in_a_class_that_is_made_after_init_is_inside_the_block():
+    code, remarks = moved(
+        INITS.replace("    setup()\n    Prog", "    hvd.init()\n    Prog").replace(
+            "    hvd.init()\n    seed()", "    seed()"
+        )
+    )
+    assert remarks == []
+    assert "self.replica = backend.replicate(self.model.to(backend.device), self.optimizer)" in code
+    assert "self.replica.backward(loss, samples=len(x))\n            self.replica.step()" in code
+    assert 'def main():\n    global backend\n    with hvdtrain.init(device="cpu") as backend:' in code

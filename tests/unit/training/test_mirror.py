@@ -184,3 +184,17 @@ def test_without_fsspec_the_package_is_named(monkeypatch):
 def test_a_folder_is_no_url(url):
     with pytest.raises(ConfigError, match=r"--checkpoint-url .* is no URL"):
         TrainConfig(checkpoint_url=url)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://me:secret@host/run", "sftp://a.b:c-secret@h:22/x", "webdav+https://:secret@h/x"]
+)
+def test_a_password_does_not_come_into_the_run_folder(url):
+    with pytest.raises(ConfigError, match=r"--checkpoint-url \S+//\.\.\.@\S+ holds a password") as refused:
+        TrainConfig(checkpoint_url=url)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run@2", "sftp://me@host:22/x", "file:///a:b@c/d"])
+def test_an_at_sign_is_no_password(url):
+    assert TrainConfig(checkpoint_url=url).checkpoint_url == url

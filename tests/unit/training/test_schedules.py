@@ -108,7 +108,7 @@ def trainer(alone, schedule, interval, log, checkpoints):
 @pytest.fixture(autouse=True)
 def no_flushing(monkeypatch):
     """Hundreds of small checkpoints: whether they outlive a power cut is not the question here."""
-    monkeypatch.setattr("hvdtrain.training.checkpoint_files._flush", lambda path: None)
+    monkeypatch.setattr("hvdtrain.training.checkpoint_files.flush", lambda path: None)
 
 
 def fit(one, **more):
