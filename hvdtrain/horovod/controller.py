@@ -13,20 +13,21 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.errors import HorovodInternalError
-from hvdtrain.horovod import timeline
+from hvdtrain.horovod import inline, timeline
 from hvdtrain.horovod.ledger import JOIN, LEAVE, Key, Ledger, Message, Outcome
 from hvdtrain.horovod.performing import Agreed, perform
 from hvdtrain.horovod.requests import Request
 
 _MOST = 62  # requests of one message; more wait for the next round
 _HEAD = struct.Struct("=iii")  # flags, known requests, bytes that do not fit
-_MESSAGE_BYTES = _HEAD.size + 8 * _MOST + 4
+_AREA_AT = -(-(_HEAD.size + 8 * _MOST) // 8) * 8
+_MESSAGE_BYTES = _AREA_AT + inline.AREA_BYTES
 _LONGEST_PAUSE_S = 0.02  # between rounds in which nobody says anything new
 _LABEL = "Horovod's operations"
 
@@ -55,6 +56,7 @@ class Controller:
         self._state = threading.Condition()
         self._driving = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._places = inline.Places()
         size = communicator.wire.size
         self._sent, self._heard = bytearray(_MESSAGE_BYTES), bytearray(_MESSAGE_BYTES * size)
         self._out = torch.frombuffer(self._sent, dtype=torch.uint8)
@@ -185,27 +187,29 @@ class Controller:
         try:
             message = self._ledger.compose([(one.text, one.number) for one in told], flags, self._overdue())
             with torch.no_grad():
+                self._put_small(message)
                 with self._communicator.region(_LABEL, self._waits_in()):
                     messages = self._exchange(message)
-                self._obey(self._ledger.hear(messages))
+                places = [self._places.of(self._ledger.asked_in(each)) for each in messages]
+                self._obey(self._ledger.hear(messages), places)
         except BaseException as error:
             self._break(error)
             if not isinstance(error, Exception):
                 raise
             raise HorovodInternalError(self._broken) from error
 
-    def _obey(self, outcome: Outcome) -> None:
+    def _put_small(self, message: Message) -> None:
+        """Write numbers into the message that have room there."""
+        if self._communicator.wire.size == 1 or not message.known:
+            return
+        area = self._out[_AREA_AT:]
+        for key, at in self._places.of(self._ledger.asked_in(message)).items():
+            inline.put(area, at, self._communicator, self._mine[key])
+
+    def _obey(self, outcome: Outcome, places: Sequence[Mapping[Key, int]]) -> None:
         if outcome.trouble:
             raise HorovodInternalError(outcome.trouble)
-        batch = []
-        for decision in outcome.decisions:
-            with self._state:
-                request = self._mine.pop(decision.key, None)
-            if decision.error:
-                if request is not None:
-                    request.fail(HorovodInternalError(decision.error))
-                continue
-            batch.append(Agreed(decision.form, request))
+        batch = self._left_to_do(outcome, places)
         if batch:
             called = [one.request.called for one in batch if one.request is not None] or [
                 "what others do after hvd.join()"
@@ -235,6 +239,24 @@ class Controller:
             self._pause_s = 0.0
         else:
             self._pause_s = min(_LONGEST_PAUSE_S, max(0.0005, self._pause_s * 2))
+
+    def _left_to_do(self, outcome: Outcome, places: Sequence[Mapping[Key, int]]) -> list[Agreed]:
+        """End what has failed and what came with the messages; the rest needs an exchange of its own."""
+        batch = []
+        for decision in outcome.decisions:
+            with self._state:
+                request = self._mine.pop(decision.key, None)
+            if decision.error:
+                if request is not None:
+                    request.fail(HorovodInternalError(decision.error))
+                continue
+            if request is not None and len(places) > 1 and all(decision.key in each for each in places):
+                areas, at = self._in[:, _AREA_AT:].unbind(), [each[decision.key] for each in places]
+                with timeline.performing([request]):
+                    inline.finish(self._communicator, request, areas, at)
+                continue
+            batch.append(Agreed(decision.form, request))
+        return batch
 
     def _exchange(self, message: Message) -> list[Message]:
         wire, rest = self._communicator.wire, message.rest

@@ -115,6 +115,14 @@ class Ledger:
         unknown = tuple((text, number) for text, number in requests if text not in self._numbers)
         return Message(flags, known, unknown, trouble)
 
+    def asked_in(self, message: Message) -> list[tuple[Key, Form]]:
+        """The requests of a message whose forms all ranks know, in its order."""
+        found = []
+        for at, number in message.known:
+            form = self._forms[at]
+            found.append(((form.kind, f"name {form.name}" if form.name is not None else f"number {number}"), form))
+        return found
+
     def hear(self, messages: Sequence[Message]) -> Outcome:
         """Take all ranks' messages of one round, in rank order."""
         outcome = Outcome()

@@ -110,6 +110,21 @@ def _reduce(communicator: Communicator, batch: Sequence[Agreed]) -> None:
             agreed.request.finish(_results(communicator, agreed))
 
 
+def ready_to_reduce(communicator: Communicator, request: Request) -> Tensor:
+    """A copy of a request's only tensor on the CPU, as it is reduced."""
+    tensor = scaled(request.tensors[0].detach(), request.form.detail("prescale"))
+    plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return plain.to("cpu", WIRE_DTYPE[tensor.dtype]).contiguous()
+
+
+def outcome_of(communicator: Communicator, request: Request, total: Tensor) -> Any:
+    """What the caller gets, of what the ranks' only tensors come to."""
+    ((name, shape),) = request.form.tensors
+    out = request.outputs[0] if request.outputs else None
+    part = _Part(request.form, request.tensors[0].detach(), out, (dtype_of(name), shape), total)
+    return _results(communicator, Agreed(request.form, request, [part]))
+
+
 def _send_together(communicator: Communicator, parts: list[_Part]) -> _Sent:
     parts = list(parts)
     op = _wire_op(parts[0])

@@ -66,6 +66,7 @@ STAIRS = [
     ["horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
     ["horovod.requests", "horovod.passing_through"],
     ["horovod.ledger", "horovod.performing", "horovod.timeline"],
+    ["horovod.inline"],
     ["horovod.controller"],
     ["horovod.state"],
     ["horovod.handles", "horovod.features"],
