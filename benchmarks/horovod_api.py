@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 ENGINES = ("horovod", "mpi", "torch")
 STEPS = {"mlp": 40, "resnet18": 12, "small": 100, "many": 40}
 WARM_UP = 8
-REPEATS = 1000
+REPEATS = 300
 
 
 def worker(engine: str, name: str, out: str) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import LOCAL, MPI, TORCH, run
+from launching import HOROVOD_MPIRUN, LOCAL, MPI, TORCH, run
 
 RANKS = Path(__file__).resolve().parents[1] / "ranks_horovod"
 
@@ -69,6 +69,7 @@ def test_a_rank_that_never_asks_is_named_within_the_timeout(tmp_path, launch):
     assert re.search(r"allreduce 'loss' over all 2 ranks.*rank 1", ended.output, re.S), ended.output
 
 
+@pytest.mark.slow
 @both
 def test_ranks_that_wait_for_different_names_are_told_what_the_other_waits_for(tmp_path, launch):
     then = "hvd.allreduce(torch.ones(3), name=f'loss{rank}')"
@@ -87,6 +88,7 @@ def test_the_first_exception_is_what_the_user_reads(tmp_path, launch):
     assert ended.output.count("Traceback (most recent call last)") == 1, ended.output
 
 
+@pytest.mark.slow
 @both
 def test_a_rank_that_shuts_down_fails_what_the_others_ask_for(tmp_path, launch):
     then = """
@@ -147,4 +149,29 @@ for turn in range(2):
     hvd.shutdown()
 """
     ended = run(LOCAL.argv(1, "-c", code))
+    assert ended.code == 0, ended.output
+
+
+@pytest.mark.slow
+def test_on_horovod_itself_the_same_names_reach_the_real_one(tmp_path):
+    then = """
+assert hvd.allreduce(torch.ones(2), op=hvd.Sum).tolist() == [2.0, 2.0]
+assert hvd.synchronize(hvd.allgather_async(torch.ones(1), name="rows")).numel() == 2
+assert hvd.broadcast_object({"rank": rank}, 0) == {"rank": 0}
+only = hvd.add_process_set([1])
+if rank == 1: hvd.barrier(only)
+try:
+    hvd.allreduce(torch.ones(1 + rank), name="different")
+except hvd.HorovodInternalError as error:
+    assert "Mismatched" in str(error)
+model = torch.nn.Linear(3, 1)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+assert type(optimizer).__module__ == "horovod.torch.optimizer"
+hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+model(torch.ones(1, 3) * rank).sum().backward()
+optimizer.step()
+assert hvd.join() in (0, 1)
+"""
+    ended = job(tmp_path, then, HOROVOD_MPIRUN)
     assert ended.code == 0, ended.output
