@@ -10,6 +10,7 @@
     ├── CheckpointError      a checkpoint could not be written, or does not fit
     ├── OutputError          a file of the run's folder could not be written
     ├── CollectiveError      a collective was called wrongly, differently on some ranks, or timed out
+    │   └── HorovodInternalError  the same, of Horovod's API (`hvdtrain.horovod`)
     ├── ModelMismatch        the ranks do not hold the same model or optimizer
     ├── TrainingError        the training itself went wrong
     │   └── NonFiniteLoss    the loss became NaN or infinite
@@ -66,6 +67,10 @@ class OutputError(HvdtrainError):
 
 class CollectiveError(HvdtrainError):
     """A collective got an argument it cannot take, differed between ranks, or timed out."""
+
+
+class HorovodInternalError(CollectiveError, RuntimeError):
+    """An operation of Horovod's API failed: on some ranks it was called differently or not at all, or the engine failed."""
 
 
 class ModelMismatch(HvdtrainError):

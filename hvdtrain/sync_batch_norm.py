@@ -51,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
     normalisation and communicates nothing.
     """
 
-    link: _Link
+    link: Link
 
     @classmethod
     def of(cls, layer: _BatchNorm, communicator: Communicator) -> SyncBatchNorm:
@@ -67,7 +67,7 @@ class SyncBatchNorm(_BatchNorm):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             made.register_buffer(name, getattr(layer, name))
         made.training = layer.training
-        made.link = _Link(communicator)
+        made.link = Link(communicator)
         return made
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -103,17 +103,17 @@ class SyncBatchNorm(_BatchNorm):
         self.running_var.mul_(1 - factor).add_(unbiased.to(self.running_var.dtype), alpha=factor)
 
 
-class _Link:
+class Link:
     """A module's way to the other ranks: copies of the module share it, pickles leave it behind."""
 
     def __init__(self, communicator: Communicator | None = None) -> None:
         self.communicator = communicator
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return self
 
-    def __reduce__(self) -> tuple[Callable[[], _Link], tuple[()]]:
-        return _Link, ()
+    def __reduce__(self) -> tuple[Callable[[], Link], tuple[()]]:
+        return Link, ()
 
 
 class _Normalise(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,21 @@ from hvdtrain.errors import ModelMismatch
 
 if TYPE_CHECKING:
     from hvdtrain.backends.communicator import Communicator
+
+
+class Broadcasts(Protocol):
+    """What `copy_optimizer` asks of a communicator."""
+
+    @property
+    def wire(self) -> Any:
+        """Whose ``rank`` is 0 on the rank that is copied."""
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """A copy of rank 0's object."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """A copy of rank 0's tensor."""
+
 
 _Row = tuple[str, str]  # name, description
 
@@ -74,7 +89,7 @@ def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, opt
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
     if optimizer is not None:
-        _copy_optimizer(communicator, optimizer)
+        copy_optimizer(communicator, optimizer)
 
 
 def _describe(module: nn.Module, optimizer: Optimizer | None, contents: set[int]) -> list[_Row]:
@@ -116,7 +131,7 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def _copy_optimizer(communicator: Communicator, optimizer: Optimizer) -> None:
+def copy_optimizer(communicator: Communicator | Broadcasts, optimizer: Optimizer) -> None:
     """Write rank 0's settings and state into the optimizer's own dictionaries and tensors, where users may hold them.
 
     ``load_state_dict`` would put new ones in their place, and round states to their parameters' type.

@@ -111,6 +111,11 @@ class Member:
         return self.wire.size
 
     @property
+    def key(self) -> bytes:
+        """With which the ranks sign the objects that they send each other; b"" in a world of one."""
+        return self._key
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The world's ranks that form the group, in the group's order."""
         return self.wire.ranks

@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = {
     "export": "hvdtrain.cli.export",
     "import": "hvdtrain.cli.import_file",
     "guard": "hvdtrain.cli.guard",
+    "migrate": "hvdtrain.cli.migrate",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }
 EXIT_INTERRUPTED = 130

@@ -51,8 +51,10 @@ STALL_S = TIMEOUT_S + 10 + 20
 
 
 @pytest.mark.parametrize(("launcher", "fault", "culprit", "moment"), CELLS)
-def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path):
-    check(end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path), fault, culprit)
+def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path, record_property):
+    outcome = end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path)
+    record_property("seconds", round(outcome.seconds, 1))  # for --junitxml
+    check(outcome, fault, culprit)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,10 @@ def slurm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "culprit", "moment"), KINDS)
-def test_a_fault_under_srun_ends_all_and_is_named(slurm, fault, culprit, moment, tmp_path):
-    check(end_of("srun", SRUN_ENGINE, fault, culprit, moment, tmp_path, slurm.environment), fault, culprit)
+def test_a_fault_under_srun_ends_all_and_is_named(slurm, fault, culprit, moment, tmp_path, record_property):
+    outcome = end_of("srun", SRUN_ENGINE, fault, culprit, moment, tmp_path, slurm.environment)
+    record_property("seconds", round(outcome.seconds, 1))
+    check(outcome, fault, culprit)
 
 
 def check(outcome, fault, culprit):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hvdtrain"
 
 # A module may import from its own stair and from those above it in this list.
 STAIRS = [
-    ["version", "errors"],
+    ["version", "errors", "horovod_modules"],
     ["topology", "memory", "file_lock", "folder_lock", "settings.wording", "settings.yaml_bounds"],
     ["settings.yaml_text"],
     ["settings.options"],
@@ -63,6 +63,21 @@ STAIRS = [
     ["backends.hvd.backend"],
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
+    ["horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
+    ["horovod.requests", "horovod.passing_through"],
+    ["horovod.ledger", "horovod.performing", "horovod.timeline"],
+    ["horovod.controller"],
+    ["horovod.state"],
+    ["horovod.handles", "horovod.features"],
+    ["horovod.operations"],
+    ["horovod.gradients", "horovod.functions", "horovod.exchange", "horovod.sync_batch_norm"],
+    ["horovod.optimizer"],
+    ["horovod.elastic.interrupts", "horovod.elastic.sampler", "horovod.importing", "horovod.tracing"],
+    ["horovod.elastic.state"],
+    ["horovod.elastic.running"],
+    ["horovod.elastic"],
+    ["horovod.running", "horovod.stand_in.horovod"],
+    ["horovod"],
     ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file"],
     ["training.checkpoint_files", "training.host_copy", "training.dry_run"],
     ["training.descent", "training.mirror"],
@@ -83,14 +98,21 @@ STAIRS = [
     ["horovod_build.source", "horovod_build.nvidia", "horovod_build.plan"],
     ["horovod_build.compiling"],
     ["horovod_build.installing"],
+    ["migrate.remarks", "migrate.source", "migrate.pattern", "migrate.layout"],
+    ["migrate.calls", "migrate.steps", "migrate.imports", "migrate.reach"],
+    ["migrate.wrapping"],
+    ["migrate.shared_names"],
+    ["migrate.own_loop"],
+    ["migrate.migrating"],
     ["cli.voice"],
     ["cli.places"],
-    ["cli.commands", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file"],
+    ["cli.commands", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file", "cli.migrate"],
     ["cli"],
+    ["horovod.__main__"],
     ["__main__"],
-    ["testing.plugin", "testing.threads", "testing.__main__", "testing.conformance.test_forward", "testing.conformance.test_changes", "testing.conformance.test_slips", "testing.conformance.test_collectives", "testing.conformance.test_groups", "testing.conformance.test_master",
+    ["testing.plugin", "testing.threads", "testing.__main__", "testing.conformance.test_forward", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_slips", "testing.conformance.test_collectives", "testing.conformance.test_groups", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
-     "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_forward",
+     "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_trainer"],
@@ -99,6 +121,7 @@ PUBLIC_DOORS = {
     "",
     "data",
     "launch",
+    "migrate",
     "ranks",
     "backends.hvd",
     "horovod_build",
@@ -278,7 +301,8 @@ def test_a_planted_violation_is_found(tmp_path, module, line, message):
 
 @pytest.mark.parametrize("name", ["torch", "horovod", "mpi4py", "utils", "helpers", "common", "misc", "manager"])
 def test_no_module_has_a_name_that_shadows_or_says_nothing(name):
-    assert not [module for module in modules(PACKAGE) if module.split(".")[-1] == name]
+    named = [module for module in modules(PACKAGE) if module.split(".")[-1] == name]
+    assert named == (["horovod", "horovod.stand_in.horovod"] if name == "horovod" else [])  # ours, under that name
 
 
 @pytest.mark.parametrize(
@@ -291,7 +315,7 @@ def test_importing_does_not_load_torch(module):
 
 def test_no_test_file_is_left_out_or_hides_another():
     tests = PACKAGE.parent / "tests"
-    files = [file for file in tests.rglob("test_*.py") if file.relative_to(tests).parts[0] != "ranks"]
+    files = [file for file in tests.rglob("test_*.py") if not file.relative_to(tests).parts[0].startswith("ranks")]
     assert len({file.name for file in files}) == len(files)  # pytest imports them by name
     configured = (PACKAGE.parent / "pyproject.toml").read_text()
     left_out = ast.literal_eval(re.search(r"^norecursedirs = (\[.*\])", configured, re.M)[1])

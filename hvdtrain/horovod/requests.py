@@ -1,0 +1,148 @@
+"""What one rank asks for: an operation under a name, its tensors, and what all ranks must say alike.
+
+A `Form` is what is compared over the ranks, and travels between them; a `Request` is a form with this rank's tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.horovod.reductions import NAMES
+
+REDUCING = ("allreduce", "grouped_allreduce")
+"""Operations in which a rank that has joined takes part with nothing."""
+
+_FREE_FIRST = ("allgather", "alltoall", "grouped_allgather")  # whose first dimensions may differ between ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """What all ranks must say alike.
+
+    Attributes:
+        kind: "allreduce", ...
+        name: The user's name; None where calls without a name are numbered.
+        tensors: dtype and shape of each; without the first dimension where that may differ.
+        details: Reduction, root, factors: whatever else must be the same.
+    """
+
+    kind: str
+    name: str | None = None
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    details: tuple[tuple[str, Any], ...] = ()
+
+    def text(self) -> str:
+        """As what it travels."""
+        return json.dumps([self.kind, self.name, self.tensors, self.details])
+
+    @classmethod
+    def read(cls, text: str) -> Form:
+        """The form that `text` describes."""
+        kind, name, tensors, details = json.loads(text)
+        return cls(
+            kind=kind,
+            name=name,
+            tensors=tuple((dtype, tuple(shape)) for dtype, shape in tensors),
+            details=tuple((key, value) for key, value in details),
+        )
+
+    def detail(self, key: str) -> Any:
+        """One of the details."""
+        return dict(self.details)[key]
+
+    def called(self, number: int) -> str:
+        """How messages name it."""
+        return f"{self.kind} {self.name!r}" if self.name is not None else f"{self.kind} without a name, number {number}"
+
+    def described(self) -> str:
+        """All that can differ, for people."""
+        first = "..., " if self.kind in _FREE_FIRST else ""
+        said = [f"{dtype} ({first}{', '.join(map(str, shape))})" for dtype, shape in self.tensors]
+        said += [f"{key}={NAMES[value] if key == 'op' else value}" for key, value in self.details]
+        return ", ".join(said) or self.kind
+
+
+def form(kind: str, name: str | None, tensors: Sequence[Tensor], **details: Any) -> Form:
+    """The form of an operation on tensors."""
+    start = 1 if kind in _FREE_FIRST else 0
+    return Form(
+        kind=kind,
+        name=name,
+        tensors=tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)[start:]) for t in tensors),
+        details=tuple(details.items()),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One rank's part in an operation, and its end.
+
+    Attributes:
+        form: What all ranks must say alike.
+        tensors: What goes in.
+        outputs: Where results are to be written, for operations that can say so beforehand.
+        splits: For alltoall: how many rows go to each rank.
+        number: Of a call without a name, counted by kind.
+        result: What came out, once it is over.
+        error: What it failed with.
+    """
+
+    form: Form
+    tensors: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    number: int = 0
+    text: str = ""
+    result: Any = None
+    error: Exception | None = None
+    began: float = 0.0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.text = self.form.text()
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """By which it is matched with the other ranks' requests."""
+        form = self.form
+        return (form.kind, f"name {form.name}" if form.name is not None else f"number {self.number}")
+
+    @property
+    def called(self) -> str:
+        """How messages name it."""
+        return self.form.called(self.number)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, well or badly."""
+        return self._over.is_set()
+
+    def finish(self, result: Any = None) -> None:
+        """End it with a result; only the first end counts."""
+        if not self._over.is_set():
+            self.result = result
+            self._over.set()
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error; only the first end counts."""
+        if not self._over.is_set():
+            self.error = error
+            self._over.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until it is over, or ``timeout_s`` seconds have passed; say whether it is over."""
+        return self._over.wait(timeout_s)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found

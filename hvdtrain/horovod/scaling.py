@@ -1,0 +1,44 @@
+"""Factors before and after a reduction, as Horovod defines them, in arithmetic that neither overflows nor drifts.
+
+Integers are multiplied in float64 and cut; float16 and bfloat16 in float32. An average of floats divides before it is rounded
+to a narrow type, so that float16 60000 + 60000 is not infinite; one of integers is cut towards zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """``tensor`` times ``factor``, in its own dtype; the tensor itself if the factor is 1."""
+    if factor == 1.0:
+        return tensor
+    if tensor.dtype in _NARROW:
+        return (tensor.float() * factor).to(tensor.dtype)
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor * factor
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def scale_(buffer: Tensor, dtype: torch.dtype, factor: float, divisor: int) -> None:
+    """Divide a sum by ``divisor`` and multiply it by ``factor``, in place.
+
+    Args:
+        buffer: The sum, in the dtype in which it was reduced.
+        dtype: What the user has: integers are cut.
+        factor: The user's.
+        divisor: Ranks of an average; 1 for none.
+    """
+    if dtype.is_floating_point or dtype.is_complex:
+        if divisor != 1:
+            buffer.div_(divisor)
+        if factor != 1.0:
+            buffer.mul_(factor)
+        return
+    if divisor != 1:
+        buffer.copy_(torch.div(buffer, divisor, rounding_mode="trunc"))
+    if factor != 1.0:
+        buffer.copy_(buffer.double() * factor)

@@ -1,0 +1,150 @@
+"""Horovod's API under the real launchers: `tests/ranks_horovod` on every engine, and how jobs end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from launching import LOCAL, MPI, TORCH, run
+
+RANKS = Path(__file__).resolve().parents[1] / "ranks_horovod"
+
+
+@pytest.mark.parametrize(
+    ("launch", "ranks"),
+    [(MPI, 2), *(pytest.param(launch, n, marks=pytest.mark.slow) for launch, n in ((LOCAL, 1), (TORCH, 2), (TORCH, 3), (MPI, 3), (MPI, 4)))],
+    ids=str,
+)  # fmt: skip
+def test_every_operation_on_every_rank(launch, ranks):
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
+    said = {"HVDTRAIN_BACKEND": launch.backend, "HVDTRAIN_TIMEOUT_S": "60"}
+    ended = run(launch.argv(ranks, "-m", "pytest", *options, str(RANKS)), timeout_s=240, **said)
+    assert ended.code == 0, ended.output[-8000:]
+    counts = re.findall(r"(\d+) passed", ended.output)
+    assert len(counts) == ranks
+    assert int(counts[0]) > 90
+
+
+SCRIPT = """
+import sys, threading, time, torch
+import hvdtrain.horovod as hvd
+hvd.init()
+rank, size = hvd.rank(), hvd.size()
+hvd.allreduce(torch.ones(1), name="before")
+{then}
+print("rank", rank, "done", flush=True)
+"""
+
+
+def job(tmp_path, then, launch, ranks=2, timeout_s="60"):
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT.format(then=then))
+    own = {"HVDTRAIN_BACKEND": launch.backend, "HVDTRAIN_TIMEOUT_S": timeout_s}
+    return run(launch.argv(ranks, str(file)), timeout_s=90, **own)
+
+
+both = pytest.mark.parametrize("launch", [MPI, pytest.param(TORCH, marks=pytest.mark.slow)], ids=str)
+
+
+@both
+@pytest.mark.parametrize(
+    "then",
+    ["", pytest.param("hvd.shutdown(); hvd.shutdown(); assert not hvd.is_initialized()", marks=pytest.mark.slow)],
+)
+def test_a_script_that_forgets_or_remembers_shutdown_ends_quietly(tmp_path, launch, then):
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+    assert all(f"rank {rank} done" in ended.output for rank in range(2))
+    assert "Error" not in ended.output
+    assert "Warning" not in ended.output.replace("FutureWarning", "")
+
+
+@both
+def test_a_rank_that_never_asks_is_named_within_the_timeout(tmp_path, launch):
+    then = "if rank == 0: hvd.allreduce(torch.ones(3), name='loss')\nelse: time.sleep(60)"
+    ended = job(tmp_path, then, launch, timeout_s="4")
+    assert ended.code != 0
+    assert ended.seconds < 45
+    assert re.search(r"allreduce 'loss' over all 2 ranks.*rank 1", ended.output, re.S), ended.output
+
+
+@both
+def test_ranks_that_wait_for_different_names_are_told_what_the_other_waits_for(tmp_path, launch):
+    then = "hvd.allreduce(torch.ones(3), name=f'loss{rank}')"
+    ended = job(tmp_path, then, launch, timeout_s="3")
+    assert ended.code != 0
+    assert "has waited 3 s for rank" in ended.output, ended.output
+    assert re.search(r"allreduce 'loss(\d)'.*rank \d waits in allreduce 'loss(?!\1)", ended.output), ended.output
+
+
+@both
+def test_the_first_exception_is_what_the_user_reads(tmp_path, launch):
+    then = "if rank == 1: raise KeyError('the cause')\nhvd.allreduce(torch.ones(3))"
+    ended = job(tmp_path, then, launch, ranks=3)
+    assert ended.code != 0
+    assert "KeyError: 'the cause'" in ended.output
+    assert ended.output.count("Traceback (most recent call last)") == 1, ended.output
+
+
+@both
+def test_a_rank_that_shuts_down_fails_what_the_others_ask_for(tmp_path, launch):
+    then = """
+if rank == 0:
+    hvd.shutdown()
+else:
+    try:
+        hvd.allreduce(torch.ones(3), name="late")
+    except hvd.HorovodInternalError as error:
+        print("told:", error, flush=True)
+    hvd.shutdown()
+"""
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+    assert "told: allreduce 'late': rank 0 called hvd.shutdown(), or left the program, without it" in ended.output
+
+
+@pytest.mark.slow
+@both
+def test_it_can_be_initialised_again(tmp_path, launch):
+    then = "for _ in range(2):\n    hvd.shutdown(); hvd.init(); assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size"
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+
+
+@pytest.mark.slow
+@both
+def test_a_rank_that_joins_while_another_ends_a_process_set(tmp_path, launch):
+    then = """
+part = hvd.add_process_set([0])
+if rank == 0:
+    try:
+        hvd.remove_process_set(part)
+    except hvd.HorovodInternalError as error:
+        print("told:", error, flush=True)
+hvd.join()
+"""
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+    assert "needs all ranks, and rank 1 called hvd.join()" in ended.output
+
+
+def test_calls_before_init_and_after_shutdown():
+    code = """
+import torch, hvdtrain.horovod as hvd
+for turn in range(2):
+    for call in (hvd.rank, hvd.size, hvd.join, hvd.barrier, lambda: hvd.allreduce(torch.ones(1)), lambda: hvd.add_process_set([0]),
+                 lambda: hvd.broadcast_object(1), lambda: hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1)], 0.1)), lambda: hvd.poll(1)):
+        try:
+            call()
+        except ValueError as error:
+            assert "hvd.init() has not been called" in str(error), error
+        else:
+            raise SystemExit(f"{call} went through")
+    hvd.shutdown()
+    hvd.init(comm=[0])
+    assert hvd.allreduce(torch.ones(1)).item() == 1
+    hvd.shutdown()
+"""
+    ended = run(LOCAL.argv(1, "-c", code))
+    assert ended.code == 0, ended.output

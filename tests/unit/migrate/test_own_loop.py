@@ -1,0 +1,251 @@
+"""The second form: what the usual pattern becomes, and what is said where a script has not that shape."""
+
+from __future__ import annotations
+
+import libcst as cst
+import pytest
+
+from hvdtrain.migrate.own_loop import own_loop
+
+SCRIPT = """\
+import torch
+import horovod.torch as hvd
+
+hvd.init()
+# Pin the GPU.
+torch.cuda.set_device(hvd.local_rank())
+sampler = torch.utils.data.distributed.DistributedSampler(data, num_replicas=hvd.size(), rank=hvd.rank())
+loader = torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * hvd.size())
+optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+
+for epoch in range(3):
+    sampler.set_epoch(epoch)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+    if hvd.rank() == 0:
+        print(loss)
+"""
+OWN = """\
+import torch
+import hvdtrain
+
+with hvdtrain.init() as backend:
+    sampler = torch.utils.data.distributed.DistributedSampler(data, num_replicas=backend.world_size, rank=backend.rank)
+    loader = backend.loader(torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * backend.world_size)
+    replica = backend.replicate(model.to(backend.device), optimizer)
+
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = criterion(model(x), y)
+            replica.backward(loss, samples=len(x))
+            replica.step()
+        if backend.rank == 0:
+            print(loss)
+"""
+
+
+def moved(script: str) -> tuple[str, list[tuple[int, str, bool]]]:
+    module, remarks = own_loop(cst.parse_module(script))
+    compile(module.code, "script", "exec")
+    return module.code, [(remark.line, remark.text, remark.yours) for remark in remarks]
+
+
+def changed(old: str, new: str) -> str:
+    assert old in SCRIPT
+    return SCRIPT.replace(old, new)
+
+
+def test_the_usual_pattern_becomes_a_loop_of_its_own():
+    assert moved(SCRIPT) == (OWN, [])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("print(hvd.local_size())", "print(backend.local_world_size)"),
+        ("hvd.barrier()", "backend.barrier()"),
+        ("v = hvd.allreduce(t, name='x')", 'v = backend.all_reduce(t, "mean")'),
+        ("v = hvd.allreduce(t, average=False)", 'v = backend.all_reduce(t, "sum")'),
+        ("hvd.allreduce_(t, op=hvd.Max)", 'backend.all_reduce_(t, "max")'),
+        ("v = hvd.allgather(t)", "v = torch.cat(backend.all_gather(t))"),
+        ("v = hvd.broadcast(t, root_rank=2, name='b').item()", "v = backend.broadcast(t, 2).item()"),
+        ("v = hvd.broadcast_object(o)", "v = backend.broadcast_object(o, 0)"),
+        ("v = hvd.allgather_object(o)", "v = backend.all_gather_object(o)"),
+        ("hvd.shutdown()", "backend.stop()"),
+    ],
+)
+def test_single_calls_are_in_a_backends_words(before, after):
+    code, remarks = moved(changed("        print(loss)", f"        {before}"))
+    assert (f"            {after}\n" in code, remarks) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            "optimizer.synchronize()\n        clip_grad_norm_(model.parameters(), 1.0)\n"
+            "        with optimizer.skip_synchronize():\n            optimizer.step()",
+            "replica.step(clip_norm=1.0)",
+        ),
+        (
+            "scaler.unscale_(optimizer)\n        scaler.step(optimizer)\n        scaler.update()",
+            "replica.step(scaler=scaler)",
+        ),
+        (
+            "optimizer.synchronize()\n        norms.append([p.grad.norm() for p in model.parameters()])\n"
+            "        with optimizer.skip_synchronize():\n            optimizer.step()",
+            "replica.reduce_gradients()\n            norms.append([p.grad.norm() for p in model.parameters()])\n"
+            "            optimizer.step()\n            replica.clear()",
+        ),
+    ],
+)
+def test_what_stands_between_backward_and_step_keeps_its_order(before, after):
+    code, remarks = moved(changed("optimizer.step()", before))
+    assert f"            replica.backward(loss, samples=len(x))\n            {after}\n" in code
+    assert [remark for remark in remarks if remark[2]] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("model.named_parameters()", "pairs"),  # the optimizer's own line says which model
+        ("for x, y in loader:", "for batch in loader:\n        x, y = batch[0], batch[1]"),
+        ("for x, y in loader:", "for i, (x, y) in enumerate(tqdm(loader)):"),
+        ("hvd.broadcast_optimizer_state(optimizer, root_rank=0)\n", ""),
+    ],
+)
+def test_other_spellings_of_the_pattern_are_understood(old, new):
+    code, remarks = moved(changed(old, new))
+    assert ("replica.backward(loss, samples=len(x))" in code, remarks) == (True, [])
+
+
+def test_functions_share_what_main_makes():
+    script = """\
+import torch
+from horovod.torch import init, rank, DistributedOptimizer
+
+
+def train(model, optimizer, batches):
+    for x, y in batches:
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+
+def main():
+    \"\"\"The program.\"\"\"
+    init()
+    optimizer = DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1))
+    train(net, optimizer, batches)
+    return rank()
+"""
+    code, remarks = moved(script)
+    assert remarks == []
+    assert '    """The program."""\n    global replica\n' in code
+    assert 'with hvdtrain.init(device="cpu") as backend:\n' in code
+    assert "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\n        replica = backend.replicate(net.to(" in code
+
+
+def test_names_that_the_script_has_are_left_to_it():
+    code, _ = moved(changed("        print(loss)", "        backend, replica = 1, 2"))
+    assert "as hvd_backend:" in code
+    assert "hvd_replica.step()" in code
+
+
+def test_what_rank_0_loads_before_the_broadcast_reaches_the_others():
+    load = "if hvd.rank() == 0:\n    model.load_state_dict(torch.load('c'))\n"
+    code, _ = moved(changed("hvd.broadcast_parameters", f"{load}hvd.broadcast_parameters"))
+    assert code.index("load_state_dict") < code.index("backend.replicate")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "word"),
+    [
+        ("hvd.init()", "if fast:\n    hvd.init()", 5, "stands under a condition"),
+        ("hvd.init()", "hvd.init()\nhvd.init()", 5, "called more than once"),
+        ("hvd.init()", "start()", 1, "not a statement of this file"),
+        ("model.named_parameters())", "model.named_parameters(), op=hvd.Sum)", 10, "op=hvd.Sum"),
+        ("model.named_parameters())", "model.named_parameters(), backward_passes_per_step=2)", 10, "accumulate"),
+        ("root_rank=0)\n\n", "root_rank=1)\n\n", 12, "root_rank=1"),
+        ("loss.backward()", "for part in parts: part.backward()", 10, "no loss.backward()"),
+        ("loss.backward()", "loss.backward()\n        other.backward()", 21, "several backward passes"),
+        (
+            "for x, y in loader:\n        optimizer.zero_grad()\n        loss = criterion(model(x), y)",
+            "for x in loader:\n        loss = model(**x)",
+            18,
+            "how many samples",
+        ),
+        ("loss.backward()", "loss.backward(torch.ones(()))", 19, "with arguments"),
+        ("        optimizer.step()", "        if x:\n            optimizer.step()", 21, "accumulate"),
+        ("optimizer.step()", "opt.step()", 10, "no optimizer.step()"),
+        ("print(loss)", "hvd.alltoall(t)", 22, "hvd.alltoall"),
+        ("print(loss)", "f(hvd.size)", 22, "hvd.size"),
+        ("print(loss)", "hvd.allreduce(t, op=op)", 22, "hvd.allreduce"),
+        ("import torch\n", "import torch\nimport horovod.tensorflow as tf\n", 2, "TensorFlow"),
+    ],
+)
+def test_what_cannot_be_translated_is_named_with_its_line(old, new, line, word):
+    _, remarks = moved(changed(old, new))
+    told = [(line, text) for line, text, yours in remarks if yours]
+    assert [at for at, text in told if word in text] == [line]
+
+
+def test_what_has_no_effect_any_more_is_said_and_the_script_still_runs():
+    given = "model.named_parameters(), compression=hvd.Compression.fp16, op=hvd.Adasum if a else hvd.Average)"
+    _, remarks = moved(changed("model.named_parameters())", given))
+    assert [(line, yours) for line, _, yours in remarks] == [(10, False), (10, False)]
+
+
+INITS = """\
+import torch
+import horovod.torch as hvd
+
+
+def setup():
+    hvd.init()
+    seed()
+
+
+class Program:
+    def __init__(self):
+        self.model = Net()
+        self.optimizer = hvd.DistributedOptimizer(torch.optim.SGD(self.model.parameters(), lr=hvd.size()))
+
+    def train(self, batches):
+        for x, y in batches:
+            loss = criterion(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+
+
+def main():
+    setup()
+    Program().train(batches)
+"""
+
+
+def test_a_function_that_only_begins_is_no_place_for_a_block_around_the_work():
+    code, remarks = moved(INITS)
+    assert "import hvdtrain.horovod as hvd" in code
+    assert [(line, "function that ends before the work" in text) for line, text, _ in remarks] == [(6, True)]
+
+
+def test_work_in_a_class_that_is_made_after_init_is_inside_the_block():
+    code, remarks = moved(
+        INITS.replace("    setup()\n    Prog", "    hvd.init()\n    Prog").replace(
+            "    hvd.init()\n    seed()", "    seed()"
+        )
+    )
+    assert remarks == []
+    assert "self.replica = backend.replicate(self.model.to(backend.device), self.optimizer)" in code
+    assert "self.replica.backward(loss, samples=len(x))\n            self.replica.step()" in code
+    assert 'def main():\n    global backend\n    with hvdtrain.init(device="cpu") as backend:' in code
