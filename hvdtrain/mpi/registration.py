@@ -28,7 +28,7 @@ from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import library
 from hvdtrain.ranks.addresses import own_addresses
 from hvdtrain.ranks.everyone import exchange
-from hvdtrain.ranks.exit import Goodbye, end_all_on_exception, end_hard
+from hvdtrain.ranks.exit import Goodbye, bound_end, end_all_on_exception, end_hard
 from hvdtrain.ranks.rendezvous import Meeting, dial, serve
 from hvdtrain.ranks.torch_store import torch_client, torch_server
 from hvdtrain.ranks.watch import NullWatch, Watch
@@ -131,6 +131,7 @@ def _create(options: Any, backend_options: Any) -> Any:
     is_world = not ranks
     if is_world:
         library.check_world(detection, options.group_rank, options.group_size)
+        bound_end(timeout.total_seconds())  # of MPI_Finalize, which waits for mpirun
         _State.options = own or Options()
         _State.world_ranks = _ranks_in_mpi(
             options.store, options.group_rank, options.group_size, mpi.COMM_WORLD.rank, timeout.total_seconds()

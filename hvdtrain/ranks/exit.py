@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,8 +34,10 @@ class _Ending:
         farewells: Called with the code, last of all.
         prepared: Whether Python will come by here when it ends.
         shows: What shows an exception that nobody caught, once `end_all_on_exception` has taken its place.
+        bound_s: Seconds that the engine's own end may take; None for any.
     """
 
+    bound_s: float | None = None
     code: int | None = None
     farewells: list[Callable[[int], None]] = field(default_factory=list)
     prepared: bool = False
@@ -56,6 +59,12 @@ def prepare(farewell: Callable[[int], None] | None = None) -> None:
     if not _ending.prepared:
         _ending.prepared = True
         atexit.register(_leave)
+
+
+def bound_end(seconds: float) -> None:
+    """Let the kernel end this process (SIGALRM) if the engine's own end takes longer: it is waited for outside of Python."""
+    _ending.bound_s = seconds
+    prepare()
 
 
 def end_hard(code: int) -> None:
@@ -147,6 +156,9 @@ def _leave() -> None:
     """One of the last handlers at exit: those that were registered after it have run before."""
     code = _ending.code
     if code is None:
+        if _ending.bound_s is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, _ending.bound_s)
         return
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

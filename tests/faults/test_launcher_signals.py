@@ -5,13 +5,17 @@ nothing left behind. docs/reliability.md has the same table in words.
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from launching import missing
+from launching import ENVIRONMENT, LAUNCHERS, missing
 from signalled import job
 
 BACKENDS = {
@@ -78,3 +82,58 @@ def test_a_signal_to_the_launcher_is_a_checkpoint_or_an_end_and_leaves_nothing(t
             assert "exit code 75" in running.output  # some launchers end with a code of their own
         if state == LOST:
             assert running.saved() == 0
+
+
+ENDING = """
+import os, sys, time
+import torch
+import hvdtrain
+with hvdtrain.init("mpi", device="cpu", timeout_s=4) as backend:
+    backend.all_reduce(torch.ones(1))
+    print("rank", os.getpid(), flush=True)
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_an_mpirun_that_stands_still_does_not_keep_ranks_that_are_done(tmp_path):
+    reason = missing("mpirun", "mpi")
+    if reason:
+        pytest.skip(reason)
+    argv = LAUNCHERS["mpirun"](2, "-u", "-c", ENDING, str(tmp_path / "end"))
+    with (tmp_path / "out").open("wb") as out:
+        mpirun = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+    try:
+        ranks = wait_for(lambda: re.findall(r"rank (\d+)", (tmp_path / "out").read_text()), 2, 60)
+        os.kill(mpirun.pid, signal.SIGSTOP)
+        (tmp_path / "end").touch()  # the ranks come to MPI_Finalize, which waits for mpirun
+        end = time.monotonic() + 40
+        while [pid for pid in ranks if not has_ended(int(pid))]:
+            assert time.monotonic() < end, "ranks wait for a launcher that stands still"
+            time.sleep(0.2)
+    finally:
+        os.killpg(mpirun.pid, signal.SIGKILL)
+        mpirun.communicate()
+
+
+def wait_for(found, count, limit_s):
+    end = time.monotonic() + limit_s
+    while len(found()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found()
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
