@@ -23,7 +23,7 @@ for name in names:
         compared += 1
 for name in ("Average", "Sum", "Adasum", "Min", "Max", "Product"):
     assert getattr(theirs, name) == getattr(ours, name)
-assert compared > 40, compared
+assert compared > 30, compared
 """
 
 
