@@ -70,6 +70,9 @@ def _obstacles(tree: Tree, pattern: Pattern) -> list[Remark]:
             "hvd.init() is called more than once" if pattern.inits else "hvd.init() is not a statement of this file"
         )
         return [Remark(line=lines[0], text=text, page=API_PAGE)]
+    if not pattern.wrap_calls:
+        text = "the loop stays as it is, with Horovod's API: there is no hvd.DistributedOptimizer in this file"
+        return [Remark(line=tree.line(pattern.inits[0]), text=text, page=API_PAGE)]
     found = []
     if tree.conditional(pattern.inits[0]):
         text = "the loop stays as it is: hvd.init() stands under a condition, and `with hvdtrain.init()` holds what follows"

@@ -172,6 +172,7 @@ def test_what_rank_0_loads_before_the_broadcast_reaches_the_others():
     [
         ("hvd.init()", "if fast:\n    hvd.init()", 5, "stands under a condition"),
         ("hvd.init()", "hvd.init()\nhvd.init()", 5, "called more than once"),
+        ("optimizer = hvd.DistributedOptimizer(", "optimizer = other(", 4, "no hvd.DistributedOptimizer"),
         ("hvd.init()", "start()", 1, "not a statement of this file"),
         ("model.named_parameters())", "model.named_parameters(), op=hvd.Sum)", 10, "op=hvd.Sum"),
         ("model.named_parameters())", "model.named_parameters(), backward_passes_per_step=2)", 10, "accumulate"),
