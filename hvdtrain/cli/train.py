@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdtrain.cli.voice import say
+from hvdtrain.errors import ConfigError
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
@@ -56,8 +57,12 @@ def run(argv: Sequence[str]) -> int:
         say(config_text(config).rstrip())
         return 0
     _configure_logging()
-    if os.getcwd() not in sys.path:  # the console script lacks it, `python -m` has it: --task my_module:MyTask
-        sys.path.append(os.getcwd())
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:  # MKL would end the process without a word of where
+        raise ConfigError("the working directory was deleted; cd to one that is there") from error
+    if here not in sys.path:  # the console script lacks it, `python -m` has it: --task my_module:MyTask
+        sys.path.append(here)
     from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
 
     try:

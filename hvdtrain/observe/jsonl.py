@@ -94,7 +94,10 @@ class JsonlLogger:
     def _open(self) -> int:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
-            lines = self._path.read_text().splitlines() if self._resumed_step else []
+            if not self._path.is_file():  # a FIFO would be waited for, and /dev/zero has no end
+                raise OSError(errno.EINVAL, "there is something there that is no plain file")
+            text = self._path.read_text(encoding="utf-8", errors="replace") if self._resumed_step else ""
+            lines = text.splitlines()
             kept = [line for line in lines if _step(line) <= self._resumed_step]
             write_whole(self._path, "".join(f"{line}\n" for line in kept))
         return _opened(self._path)
@@ -129,5 +132,5 @@ def _opened(path: Path) -> int:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+    except (ValueError, KeyError, TypeError):  # a line cut off by a kill, or damaged
         return math.inf

@@ -27,7 +27,7 @@ def record_text(config: Any) -> str:
 def is_record(path: Path) -> bool:
     """Whether a file is one that :func:`record_text` made, and not a file of the user's."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").startswith(_TITLE)
+        return path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(_TITLE)
     except OSError:
         return False
 
@@ -70,6 +70,8 @@ def what_stays(path: Path, config: Any, *, goes_on: bool) -> str | None:
     if not path.exists():
         return None
     try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise ConfigError("it is no plain file")
         different = differences(path, config)
     except ConfigError as error:
         different = [f"it cannot be compared: {error}"]

@@ -211,10 +211,17 @@ class Checkpoints:
                     "it, or use another --run-dir"
                 ) from None
             except OSError as error:
-                raise CheckpointError(f"nothing can be written in {place}: {error.strerror}") from error
+                raise CheckpointError(
+                    f"nothing can be written in {place}: {error.strerror} ({self._lock_file.name})"
+                ) from error
             if lost:
                 _log.warning("%s was deleted while this run wrote in it; it is made anew, and this run goes on", place)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"no checkpoints can be written in {self.folder}: {error.strerror}; move what is there away, or use another --run-dir"
+            ) from error
         self._tidy()
 
     def release(self) -> None:

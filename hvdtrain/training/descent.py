@@ -47,7 +47,7 @@ def set_aside(folder: Path, *, after: int | None, beside: Sequence[Path] = ()) -
         return None
     target = _new_folder(folder)
     for file in beside:
-        with suppress(FileNotFoundError):
+        if file.is_file():  # a FIFO would be waited for, and a device may have no end
             (target / file.name).write_bytes(file.read_bytes())
     write_whole(folder / _NOTE, json.dumps({"to": os.path.relpath(target, folder), "names": foreign}))
     flush(folder)

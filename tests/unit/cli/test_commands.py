@@ -225,3 +225,10 @@ def test_the_words_of_the_process_are_taken_when_none_are_given(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["hvdtrain", "greet"])
     assert main(None, with_greet) == 0
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["--max-steps", "1"]) == 2
+    assert "the working directory was deleted" in capsys.readouterr().err

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from disk import full_disk
@@ -108,3 +110,25 @@ def test_records_wait_while_a_disk_is_full_and_none_is_cut(tmp_path, caplog):
     logger.close()
     assert [entry["step"] for entry in lines(path)] == [1, 2, 3, 4]
     assert caplog.text.count("its records wait") == 1
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir], ids=["fifo", "device", "folder"]
+)
+def test_what_is_no_plain_file_is_neither_read_nor_waited_for_and_that_is_said(tmp_path, caplog, make):
+    path = tmp_path / "metrics.jsonl"
+    make(path)
+    logger = JsonlLogger(path, resumed_step=1)
+    logger.log_step(record(2))
+    assert "no plain file" in caplog.text
+    with pytest.raises(OutputError, match="1 records could not be written"):
+        logger.close()
+
+
+def test_of_a_damaged_file_the_whole_records_stay(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\x00\x80\n{"step": 2}\n')
+    logger = JsonlLogger(path, resumed_step=2)
+    logger.log_step(record(3))
+    logger.close()
+    assert [entry["step"] for entry in lines(path)] == [1, 2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,11 @@ def test_a_file_that_is_there_is_replaced_only_by_a_new_run_and_only_if_it_is_a_
         assert said == expected
     else:
         assert re.search(expected, said or "")
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_fifo_in_its_place_is_not_waited_for(tmp_path: Path, goes_on: bool) -> None:
+    file = tmp_path / "config.yaml"
+    os.mkfifo(file)
+    said = what_stays(file, build(TrainConfig, Flags()), goes_on=goes_on)
+    assert said == "" if goes_on else said is not None and "no plain file" in said

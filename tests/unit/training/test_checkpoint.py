@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,3 +197,14 @@ def test_a_writer_that_is_killed_leaves_a_whole_checkpoint(tmp_path, alone):
         assert newest is not None
         assert load(alone, newest, nn.Linear(200, 200)) is not None
         assert not list(tmp_path.glob("partial-*"))
+
+
+@pytest.mark.parametrize(
+    "make", [Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere")], ids=["file", "fifo", "link"]
+)
+def test_what_stands_in_the_place_of_the_folder_is_named(tmp_path, make):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.parent.mkdir()
+    make(folder)
+    with pytest.raises(CheckpointError, match=rf"can be written in {folder}: File exists"):
+        Checkpoints(folder).claim()

@@ -107,3 +107,13 @@ def test_where_nothing_can_be_made_beside_it_is_made_inside(folder, alone, monke
     write(folder, alone, 1)
     assert names(folder) == ["aside.1", "step-00000001"]
     assert names(folder / "aside.1") == ["step-00000010"]
+
+
+def test_what_is_no_plain_file_is_not_waited_for_and_not_copied(folder, alone):
+    write(folder, alone, 1)
+    fifo = folder.parent / "metrics.jsonl"
+    os.mkfifo(fifo)
+    (folder.parent / "config.yaml").mkdir()
+    target, moved = descent.set_aside(folder, after=None, beside=(fifo, folder.parent / "config.yaml"))
+    assert moved == ["step-00000001"]
+    assert [path.name for path in target.iterdir()] == moved
