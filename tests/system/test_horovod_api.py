@@ -47,6 +47,7 @@ def job(tmp_path, then, launch, ranks=2, timeout_s="60"):
 both = pytest.mark.parametrize("launch", [MPI, pytest.param(TORCH, marks=pytest.mark.slow)], ids=str)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     "then",
