@@ -23,6 +23,7 @@ from hvdtrain.horovod import inline, timeline
 from hvdtrain.horovod.ledger import JOIN, LEAVE, Key, Ledger, Message, Outcome
 from hvdtrain.horovod.performing import Agreed, perform
 from hvdtrain.horovod.requests import Request
+from hvdtrain.horovod.streams import come_after, reached
 
 _MOST = 62  # requests of one message; more wait for the next round
 _HEAD = struct.Struct("=iii")  # flags, known requests, bytes that do not fit
@@ -76,6 +77,7 @@ class Controller:
             HorovodInternalError: An operation failed before, or the work has ended.
         """
         request.began = time.monotonic()
+        request.ready = reached(request.tensors)
         with self._state:
             self._refuse_if_over(request.called)
             if request.form.name is not None:
@@ -115,6 +117,7 @@ class Controller:
                 self._wake()
         if request.error is not None:
             raise request.error
+        come_after(request.done)
 
     def join(self, request: Request) -> int:
         """Take part with nothing in what the other ranks still do; the rank that joined last, once all have."""
@@ -157,6 +160,9 @@ class Controller:
         self._state.notify_all()
 
     def _run(self) -> None:
+        device = self._communicator.wire.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a new thread begins on the first GPU
         while True:
             with self._state:
                 self._state.wait_for(lambda: self._closed or self._outstanding())
@@ -204,7 +210,9 @@ class Controller:
             return
         area = self._out[_AREA_AT:]
         for key, at in self._places.of(self._ledger.asked_in(message)).items():
-            inline.put(area, at, self._communicator, self._mine[key])
+            request = self._mine[key]
+            come_after(request.ready)
+            inline.put(area, at, self._communicator, request)
 
     def _obey(self, outcome: Outcome, places: Sequence[Mapping[Key, int]]) -> None:
         if outcome.trouble:
@@ -255,6 +263,8 @@ class Controller:
                 with timeline.performing([request]):
                     inline.finish(self._communicator, request, areas, at)
                 continue
+            if request is not None:
+                come_after(request.ready)
             batch.append(Agreed(decision.form, request))
         return batch
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.horovod.reductions import NAMES
+from hvdtrain.horovod.streams import reached
 
 REDUCING = ("allreduce", "grouped_allreduce")
 """Operations in which a rank that has joined takes part with nothing."""
@@ -92,6 +93,8 @@ class Request:
         number: Of a call without a name, counted by kind.
         result: What came out, once it is over.
         error: What it failed with.
+        ready: What must be done on GPUs before it is performed.
+        done: What must be done on GPUs before its results are used.
     """
 
     form: Form
@@ -103,6 +106,8 @@ class Request:
     result: Any = None
     error: Exception | None = None
     began: float = 0.0
+    ready: list[torch.cuda.Event] = field(default_factory=list)
+    done: list[torch.cuda.Event] = field(default_factory=list)
     _over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -128,6 +133,7 @@ class Request:
         """End it with a result; only the first end counts."""
         if not self._over.is_set():
             self.result = result
+            self.done = reached(self.tensors)
             self._over.set()
 
     def fail(self, error: Exception) -> None:

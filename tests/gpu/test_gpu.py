@@ -107,3 +107,36 @@ def test_gpu_tensors_go_through_mpi_in_order_with_their_stream(tmp_path):
     ended = run(MPI.argv(2, str(file)), HVDTRAIN_MPI_CUDA="staged")
     assert ended.code == 0, ended.output
     assert ended.output.count("done") == 2
+
+
+HOROVOD_SCRIPT = """
+import torch
+import hvdtrain.horovod as hvd
+hvd.init()
+device = torch.device("cuda", hvd.local_rank())
+torch.cuda.set_device(device)
+stream = torch.cuda.Stream(device)
+total = sum(range(1, hvd.size() + 1))
+for numel in (1, 1000, 2_000_000):  # inside a message, with others, by itself
+    for step in range(5):
+        with torch.cuda.stream(stream):  # values that are still being made when the operation is asked for
+            big = torch.ones(4000, 4000, device=device)
+            for _ in range(20):
+                big = big @ big / 4000
+            tensor = big.reshape(-1)[:numel] * (hvd.rank() + 1)
+            handle = hvd.allreduce_async(tensor, op=hvd.Sum, name=f"{numel}.{step}")
+            result = hvd.synchronize(handle) * 2
+            assert result.eq(2 * total).all(), (numel, step)
+        assert result.device == device
+print("rank", hvd.rank(), "done", flush=True)
+hvd.shutdown()
+"""
+
+
+@pytest.mark.parametrize("launch", [TORCH, MPI], ids=str)
+def test_horovods_operations_come_in_order_with_their_stream(tmp_path, launch):
+    file = tmp_path / "script.py"
+    file.write_text(HOROVOD_SCRIPT)
+    ended = run(launch.argv(GPUS, str(file)))
+    assert ended.code == 0, ended.output
+    assert ended.output.count("done") == GPUS

@@ -63,7 +63,7 @@ STAIRS = [
     ["backends.hvd.backend"],
     ["backends"],
     ["workers", "data.vision", "sync_batch_norm"],
-    ["horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
+    ["horovod.streams", "horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
     ["horovod.requests", "horovod.passing_through"],
     ["horovod.ledger", "horovod.performing", "horovod.timeline"],
     ["horovod.inline"],
