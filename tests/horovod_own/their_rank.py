@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,9 @@ import unittest
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from their_tests import tell_outcomes
 
 RANK = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["RANK"]
 SIZE = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ["WORLD_SIZE"]
@@ -77,17 +79,11 @@ def main() -> None:
             return "failing", f"{type(error).__name__}: {error}"
         return "passing", ""
 
-    with (folder / f"{RANK}.jsonl").open("a") as log:
-        for name in names:
-            hvd.init()
-            hvd.barrier()
-            log.write(json.dumps({"begun": name}) + "\n")
-            log.flush()
-            result, why = outcome(name)
-            log.write(json.dumps({"name": name, "outcome": result, "why": why[:600]}) + "\n")
-            log.flush()
-            if result == "failing":
-                os._exit(3)
+    def together() -> None:
+        hvd.init()
+        hvd.barrier()
+
+    tell_outcomes(folder / f"{RANK}.jsonl", names, outcome, before=together)
     hvd.init()
     hvd.shutdown()
 

@@ -7,7 +7,6 @@ Each test's outcome is a line of FOLDER/RANK.jsonl. A test that fails ends all r
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -15,6 +14,9 @@ import unittest
 import warnings
 from datetime import timedelta
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from their_tests import tell_outcomes
 
 RANK, SIZE = os.environ["OMPI_COMM_WORLD_RANK"], os.environ["OMPI_COMM_WORLD_SIZE"]
 
@@ -62,17 +64,12 @@ def main() -> None:
     dist.init_process_group("mpi4py", timeout=timedelta(seconds=40))
     theirs.Barrier.init()
     dist.barrier()
-    with (folder / f"{RANK}.jsonl").open("a") as log:
-        for name in names:
-            log.write(json.dumps({"begun": name}) + "\n")
-            log.flush()
-            result, why = outcome(name)
-            log.write(json.dumps({"name": name, "outcome": result, "why": why[:600]}) + "\n")
-            log.flush()
-            if result == "failing":
-                os._exit(3)
-            if not dist.is_initialized() or dist.get_backend() != "mpi4py":  # the test has put another in its place
-                os._exit(4)
+
+    def end_without_the_group() -> None:
+        if not dist.is_initialized() or dist.get_backend() != "mpi4py":  # the test has put another in its place
+            os._exit(4)
+
+    tell_outcomes(folder / f"{RANK}.jsonl", names, outcome, after=end_without_the_group)
     theirs.Barrier.sync(wait_for=int(SIZE), timeout=60)
     dist.destroy_process_group()
 
