@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from launching import BIN, ENVIRONMENT
@@ -24,6 +26,14 @@ def missing() -> str:
         if shutil.which(program, path=_PATH) is None:
             return f"there is no {program} (apt install slurm-wlm munge)"
     return ""
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Slurm]:
+    """A Slurm in a folder of its own."""
+    place = tempfile.TemporaryDirectory(prefix="hvd-slurm-", dir="/tmp", ignore_cleanup_errors=True)
+    with place as folder, Slurm(Path(folder) / "s") as running:
+        yield running
 
 
 class Slurm:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from launching import ROOT
 from launching import missing as unavailable
-from slurm import Slurm, missing
+from slurm import Slurm, cluster, missing
 
 SCRIPTS = {"mpi": "mpi", "torch": "torch", "mpirun": "mpi", "horovodrun": "horovod"}
 reason = missing()
@@ -21,10 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
 
 @pytest.fixture(scope="module")
 def slurm():
-    folder = Path(tempfile.mkdtemp(prefix="hvd-slurm-", dir="/tmp"))
-    with Slurm(folder / "s") as cluster:
-        yield cluster
-    shutil.rmtree(folder, ignore_errors=True)
+    with cluster() as running:
+        yield running
 
 
 def submit(slurm: Slurm, script: str, folder: Path, *flags: str) -> str:

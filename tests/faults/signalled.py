@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,15 +116,33 @@ def is_rank(pid: int) -> bool:
     return False
 
 
+def begin(folder: Path, argv: list[str], **more: str) -> Job:
+    """Start a launcher, with these variables more; what it says is in the folder's ``out``."""
+    mark = uuid.uuid4().hex
+    env = {**os.environ, **ENVIRONMENT, MARK: mark, **more}
+    env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
+    with (folder / "out").open("wb") as out:
+        process = subprocess.Popen(
+            argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    return Job(process, mark, folder)
+
+
+def wait_for_ranks(job: Job, ranks: int, limit_s: float = 120) -> list[int]:
+    """Wait until so many ranks have said "rank PID"; their pids."""
+    end = time.monotonic() + limit_s
+    while len(found := re.findall(r"rank (\d+)", job.output)) < ranks:
+        assert time.monotonic() < end, job.output
+        time.sleep(0.05)
+    return [int(pid) for pid in found]
+
+
 @contextlib.contextmanager
 def job(
     launcher: str, backend: str, folder: Path, *flags: str, ranks: int = 2, before: tuple[str, ...] = (), **more: str
 ):
     """The main job, with slow steps and without end, under a launcher."""
-    mark = uuid.uuid4().hex
-    env = {**os.environ, **ENVIRONMENT, MARK: mark, **more}
-    env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [env.get("PYTHONPATH")])])
+    found = os.pathsep.join([str(HERE), *filter(None, [more.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))])])
     argv = [
         *("env", "--default-signal=HUP,INT"),  # whatever nohup these tests run under
         *before,
@@ -132,11 +151,7 @@ def job(
             "--task", "slow_task:Slow", "--log-every", "1", "--batch-size", "4", "--timeout", "60", "--keep", "2", *flags,
         ),
     ]  # fmt: skip
-    with (folder / "out").open("wb") as out:
-        process = subprocess.Popen(
-            argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-        )
-    started = Job(process, mark, folder)
+    started = begin(folder, argv, **more, PYTHONPATH=found)
     try:
         yield started
     finally:

@@ -5,18 +5,15 @@ nothing left behind. docs/reliability.md has the same table in words.
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, LAUNCHERS, missing
-from signalled import job
+from launching import LAUNCHERS, missing
+from signalled import begin, job, wait_for_ranks
 
 BACKENDS = {
     "torchrun": "torch",
@@ -101,39 +98,14 @@ def test_an_mpirun_that_stands_still_does_not_keep_ranks_that_are_done(tmp_path)
     reason = missing("mpirun", "mpi")
     if reason:
         pytest.skip(reason)
-    argv = LAUNCHERS["mpirun"](2, "-u", "-c", ENDING, str(tmp_path / "end"))
-    with (tmp_path / "out").open("wb") as out:
-        mpirun = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,
-        )
+    running = begin(tmp_path, LAUNCHERS["mpirun"](2, "-u", "-c", ENDING, str(tmp_path / "end")))
     try:
-        ranks = wait_for(lambda: re.findall(r"rank (\d+)", (tmp_path / "out").read_text()), 2, 60)
-        os.kill(mpirun.pid, signal.SIGSTOP)
+        ranks = wait_for_ranks(running, 2, 60)
+        running.send(signal.SIGSTOP)
         (tmp_path / "end").touch()  # the ranks come to MPI_Finalize, which waits for mpirun
         end = time.monotonic() + 40
-        while [pid for pid in ranks if not has_ended(int(pid))]:
+        while set(ranks) & set(running.members()):
             assert time.monotonic() < end, "ranks wait for a launcher that stands still"
             time.sleep(0.2)
     finally:
-        os.killpg(mpirun.pid, signal.SIGKILL)
-        mpirun.communicate()
-
-
-def wait_for(found, count, limit_s):
-    end = time.monotonic() + limit_s
-    while len(found()) < count:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found()
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+        running.end()

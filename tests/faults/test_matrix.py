@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-import tempfile
-from pathlib import Path
 
 import pytest
 from faulty import TIMEOUT_S, end_of, names
-from slurm import Slurm
+from slurm import cluster
 from slurm import missing as slurm_is_missing
 
 ENGINES = {
@@ -62,8 +60,8 @@ def slurm():
     reason = slurm_is_missing()
     if reason:
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="hvd-slurm-") as folder, Slurm(Path(folder) / "s") as cluster:
-        yield cluster
+    with cluster() as running:
+        yield running
 
 
 @pytest.mark.slow

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import pytest
-from launching import BIN, ENVIRONMENT, HOROVOD_GLOO, HOROVOD_MPI, LAUNCHERS, MPI, ROOT, TORCH
-from signalled import MARK, Job
+from launching import HOROVOD_GLOO, HOROVOD_MPI, LAUNCHERS, MPI, TORCH
+from signalled import begin, wait_for_ranks
 
 SCRIPT = str(Path(__file__).with_name("worker_job.py"))
 ENDS = {"done": 0, "raise": 1, "exit": 3, "hard": 3, "wait": -signal.SIGKILL}
 GONE_S = 60  # a stalled sample takes 600 s, and a stopped process for ever
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel as Linux is asked")
-
-
-def begin(folder: Path, argv: list[str]) -> Job:
-    mark = uuid.uuid4().hex
-    env = {**os.environ, **ENVIRONMENT, MARK: mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    with (folder / "out").open("wb") as out:
-        process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
-    return Job(process, mark, folder)
-
-
-def wait_for_ranks(job: Job, ranks: int, limit_s: float = 120) -> list[int]:
-    end = time.monotonic() + limit_s
-    while len(found := re.findall(r"rank (\d+)", job.output)) < ranks:
-        assert time.monotonic() < end, job.output
-        time.sleep(0.05)
-    return [int(pid) for pid in found]
-
 
 CELLS = [
     (state, end, start) for state in ("stalled", "stopped") for end in ENDS for start in ("fork", "spawn", "forkserver")
