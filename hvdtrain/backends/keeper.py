@@ -176,16 +176,19 @@ class _Ear:
 
     Attributes:
         heard: The last parameter that got one.
-        attached: Whether there is a hook on each parameter.
     """
 
     owns_hooks = True
 
     def __init__(self) -> None:
         self.heard: nn.Parameter | None = None
-        self.attached = False
         self._on: list[nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a hook on each parameter."""
+        return bool(self._hooks)
 
     def attach(self, parameters: list[nn.Parameter]) -> None:
         """Listen to these parameters, and no others, from now on."""
@@ -194,7 +197,7 @@ class _Ear:
         for hook in self._hooks:
             hook.remove()
         self._hooks = [p.register_post_accumulate_grad_hook(self._hear) for p in parameters]
-        self._on, self.attached = parameters, True
+        self._on = parameters
 
     def _hear(self, parameter: Tensor) -> None:
         self.heard = parameter  # type: ignore[assignment]

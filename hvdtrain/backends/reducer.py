@@ -131,11 +131,11 @@ class ReducerReplica(Replica):
 
     def _refuse_strays(self) -> None:
         """Refuse gradients that the reducer's hooks did not see: torch forgets them where a parameter gets another type."""
-        for name, parameter in self.module.named_parameters():
+        for parameter in self._parameters:
             grad = parameter.grad
-            if grad is not None and not grad.is_sparse and parameter.requires_grad and not grad._is_view():
+            if grad is not None and not grad.is_sparse and not grad._is_view():
                 raise TrainingError(
-                    f"{name!r} was converted after replicate() (by .to(), .float(), .double(), or .data = ...), and back: its gradient was not "
+                    f"{self._name(parameter)!r} was converted after replicate() (by .to(), .float(), .double(), or .data = ...), and back: its gradient was not "
                     "exchanged. Convert a copy of the model, or call backend.replicate(model, optimizer) again"
                 )
 

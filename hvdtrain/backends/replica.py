@@ -350,10 +350,11 @@ class Replica(ABC):
 
     def why_no_step(self) -> str:
         """Why the optimizer must not step now; "" if it may."""
-        late = self._keeper.why_late() if self._phase is _Phase.EXCHANGED else ""
-        if (self._phase is _Phase.EXCHANGED and not late) or not self._backend.running or not self._any_gradient():
+        exchanged = self._phase is _Phase.EXCHANGED
+        late = self._keeper.why_late() if exchanged else ""
+        if (exchanged and not late) or not self._backend.running or not self._any_gradient():
             return ""
-        if late:
+        if exchanged:
             return late
         if self._phase is _Phase.STEPPED:
             return (

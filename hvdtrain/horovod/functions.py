@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 from hvdtrain.backends.agreement import copy_optimizer
 from hvdtrain.backends.forms import pickled, unpickled
 from hvdtrain.horovod import state
-from hvdtrain.horovod.handles import begin, synchronize
-from hvdtrain.horovod.operations import broadcast_async_
+from hvdtrain.horovod.handles import synchronize
+from hvdtrain.horovod.operations import broadcast_async_, check_root, start
 from hvdtrain.horovod.passing_through import by_engine
 from hvdtrain.horovod.process_sets import ProcessSet, global_process_set
-from hvdtrain.horovod.requests import Request, form
 from hvdtrain.horovod.state import real
 
 
@@ -114,15 +113,13 @@ def broadcast_object(
     Returns:
         The root's object; on the root ``obj`` itself.
     """
-    controller, key = state.controller_of(process_set, "hvd.broadcast_object"), state.job().backend.key
-    if root_rank not in (process_set.ranks or []):
-        raise ValueError(f"hvd.broadcast_object: root_rank={root_rank!r} is none of the ranks {process_set.ranks}")
-    is_root = state.rank() == root_rank
+    state.controller_of(process_set, "hvd.broadcast_object")
+    check_root(root_rank, process_set, "broadcast_object")
+    key, is_root = state.job().backend.key, state.rank() == root_rank
     data = pickled(_ByValue(obj), key) if is_root else torch.empty(0, dtype=torch.uint8)
-    request = Request(form("broadcast_object", name, [], root_rank=root_rank), tensors=[data])
-    if name is None:
-        request.number = state.next_number(process_set, "broadcast_object")
-    received = synchronize(begin(controller, request, lambda result: result, waited_for=True))
+    received = synchronize(
+        start("broadcast_object", [data], name, process_set, waited_for=True, alike=False, root_rank=root_rank)
+    )
     return obj if is_root else unpickled(received, key)
 
 
@@ -134,9 +131,7 @@ def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
         obj: Anything that cloudpickle takes.
         name: As for `broadcast_object`.
     """
-    controller, key = state.controller_of(global_process_set, "hvd.allgather_object"), state.job().backend.key
-    request = Request(form("allgather_object", name, []), tensors=[pickled(_ByValue(obj), key)])
-    if name is None:
-        request.number = state.next_number(global_process_set, "allgather_object")
-    gathered = synchronize(begin(controller, request, lambda result: result, waited_for=True))
+    key = state.job().backend.key
+    data = pickled(_ByValue(obj), key)
+    gathered = synchronize(start("allgather_object", [data], name, global_process_set, waited_for=True, alike=False))
     return [unpickled(data, key) for data in gathered]

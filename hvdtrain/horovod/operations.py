@@ -35,13 +35,15 @@ def start(
     splits: Sequence[int] = (),
     finish: Callable[[Any], Any] = _same,
     waited_for: bool = False,
+    alike: bool = True,
     **details: Any,
 ) -> int:
-    """Ask for an operation and return its handle."""
+    """Ask for an operation and return its handle; ``alike`` False where the ranks' tensors may differ altogether."""
     _check_dense(kind, tensors)
     controller = state.controller_of(process_set, f"hvd.{kind}")
+    compared = tensors if alike else []
     request = Request(
-        form(kind, name, tensors, **details), tensors=list(tensors), outputs=list(outputs), splits=list(splits)
+        form(kind, name, compared, **details), tensors=list(tensors), outputs=list(outputs), splits=list(splits)
     )
     if name is None:
         request.number = state.next_number(process_set, kind)
@@ -248,9 +250,10 @@ def grouped_allgather_async(
     return start("grouped_allgather", tensors, name, process_set)
 
 
-def _check_root(root_rank: int, process_set: ProcessSet) -> int:
+def check_root(root_rank: int, process_set: ProcessSet, kind: str = "broadcast") -> int:
+    """Refuse a root that is none of the ranks."""
     if root_rank not in (process_set.ranks or []):
-        raise ValueError(f"hvd.broadcast: root_rank={root_rank!r} is none of the ranks {process_set.ranks}")
+        raise ValueError(f"hvd.{kind}: root_rank={root_rank!r} is none of the ranks {process_set.ranks}")
     return int(root_rank)
 
 
@@ -259,7 +262,7 @@ def broadcast_async(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start to give every rank a copy of the root's tensor. ``root_rank`` is a rank of the world."""
-    return start("broadcast", [tensor], name, process_set, root_rank=_check_root(root_rank, process_set))
+    return start("broadcast", [tensor], name, process_set, root_rank=check_root(root_rank, process_set))
 
 
 @by_engine(real)
@@ -267,7 +270,7 @@ def broadcast_async_(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start to overwrite every rank's tensor with the root's."""
-    root_rank = _check_root(root_rank, process_set)
+    root_rank = check_root(root_rank, process_set)
     return start("broadcast", [tensor], name, process_set, outputs=[tensor], root_rank=root_rank)
 
 

@@ -8,7 +8,6 @@ import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from hvdtrain.launch.cores import yielding
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given, not_given, settle, variables
 from hvdtrain.launch.launchers import may_join_by_mpi
-from hvdtrain.ranks.exit import end_hard, prepare
+from hvdtrain.ranks.exit import end_by_alarm, end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce, Place
 
 if TYPE_CHECKING:
@@ -213,6 +212,5 @@ def _abort_world(code: int) -> None:
     """Before a hard end: MPI_Abort also ends ranks that wait inside MPI, which no other signal reaches in time."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # should MPI_Abort itself not return
-        signal.alarm(5)
+        end_by_alarm(5)  # should MPI_Abort itself not return
         mpi.COMM_WORLD.Abort(code)

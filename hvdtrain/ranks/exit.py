@@ -67,6 +67,12 @@ def bound_end(seconds: float) -> None:
     prepare()
 
 
+def end_by_alarm(seconds: float) -> None:
+    """Let the kernel end this process after so long, whatever it waits in; for the main thread, as the last thing of all."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def end_hard(code: int) -> None:
     """Let the process end with ``code`` and without its engine's own end; the first code counts."""
     if _ending.code is None:
@@ -157,8 +163,7 @@ def _leave() -> None:
     code = _ending.code
     if code is None:
         if _ending.bound_s is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, _ending.bound_s)
+            end_by_alarm(_ending.bound_s)
         return
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
