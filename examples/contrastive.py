@@ -43,7 +43,7 @@ def main() -> None:
         model.to(backend.device)
         replica = backend.replicate(model, torch.optim.Adam(model.parameters(), lr=2e-3))
         train = backend.loader(digits(train=True), global_batch_size=120, shuffle=True)
-        for epoch in range(15):
+        for _ in range(15):
             for images, _ in train:
                 loss, _ = contrast(backend, *model(images))
                 replica.backward(loss, samples=len(images))

@@ -119,7 +119,7 @@ class Windows(Dataset[Tensor]):
         self._text, self._context = text, context
 
     def __len__(self) -> int:
-        return -(-(len(self._text) - 1) // self._context)
+        return (len(self._text) + self._context - 2) // self._context
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
