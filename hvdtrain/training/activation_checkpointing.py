@@ -81,7 +81,7 @@ def checkpoint_activations(model: nn.Module, modules: str, *, policy: str = "ful
     if twice:
         raise ConfigError(f"the activations of {twice[0]!r} are checkpointed already; name it once")
     for name, module in taken.items():
-        module.forward = _Recomputed(name, module, selective=policy == "selective")  # type: ignore[method-assign]
+        module.forward = _Recomputed(name, module, selective=policy == "selective")
     return list(taken)
 
 
