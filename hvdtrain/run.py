@@ -109,6 +109,7 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
+            compile=config.compile,
             checkpoint_modules=config.checkpoint_modules,
             checkpoint_policy=config.checkpoint_policy,
             find_unused_parameters=config.find_unused_parameters,

@@ -397,7 +397,7 @@ class Backend(Communicator):
         with turn, self._without_engine(reason):
             yield
 
-    def agree_beside(self, what: str, mine: str) -> list[str]:
+    def agree_beside(self, what: str, mine: str, *, timeout_s: float | None = None) -> list[str]:
         """Collect one small text of every rank on every rank, beside the engine; every rank must call it.
 
         For what is rare: it costs some messages through rank 0's store, some milliseconds, and disturbs no operation of
@@ -406,6 +406,7 @@ class Backend(Communicator):
         Args:
             what: The occasion, for messages: "the agreement on the model's structure".
             mine: This rank's text.
+            timeout_s: Longest wait, in seconds; None for the backend's.
 
         Returns:
             The texts, in rank order.
@@ -422,7 +423,7 @@ class Backend(Communicator):
         number, store = next(self._agreements), self._meeting.store
         texts = exchange(
             store, self._watch, f"agreement/{number}", mine,
-            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
+            rank=self.rank, world_size=self.world_size, timeout_s=timeout_s or self.timeout_s, what=what,
         )  # fmt: skip
         for name in (str(self.rank), *(["all"] if self.rank == 0 else [])):  # everybody is through the one before
             store.delete_key(f"agreement/{number - 1}/{name}")

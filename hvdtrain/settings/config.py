@@ -202,6 +202,9 @@ class TrainConfig:
         choices=("fp32", "fp64", "bf16", "fp16"),
     )
 
+    compile: bool = option(
+        False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
+    )
     checkpoint_modules: str | None = option(
         None,
         "compute the activations of modules again in the backward pass, to need less memory: a regular expression for their "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
@@ -111,6 +112,8 @@ class Trainer:
         checkpoint_modules: Modules whose activations are computed again in the backward pass, to need less memory; see
             `hvdtrain.training.activation_checkpointing.checkpoint_activations`, also for
         checkpoint_policy: "full" or "selective".
+        compile: Compile the model's forward and backward pass, or with which arguments of `torch.compile`; the model stays
+            the same object.
         replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
 
     Raises:
@@ -144,6 +147,7 @@ class Trainer:
         stop_requested: Callable[[], bool] | None = None,
         checkpoint_modules: str | None = None,
         checkpoint_policy: str = "full",
+        compile: bool | Mapping[str, Any] = False,
         **replica_options: Any,
     ) -> None:
         if (loss is None) == (task is None):
@@ -167,6 +171,9 @@ class Trainer:
         self.precision.prepare(model)
         if checkpoint_modules is not None:
             checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
+        self._compile = compile is not False
+        if self._compile:
+            compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
@@ -283,6 +290,8 @@ class Trainer:
                 resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, partition)
                 if position.steps < total_steps:
                     self._rehearse(batches)
+            if self._compile and position.steps < total_steps:
+                compile_ahead(self.backend, self.replica, self._first_loss(batches))
             self._checkup.begin(position.steps)
             while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
                 self._train_epoch(batches, int(total_steps))
@@ -480,8 +489,14 @@ class Trainer:
             self._checkpoints.settle(self.backend)
 
     def _rehearse(self, batches: RankBatches) -> None:
+        forward = self._first_loss(batches)
+        if forward is not None:
+            rehearse(self.replica, forward)
+
+    def _first_loss(self, batches: RankBatches) -> Callable[[nn.Module], Tensor] | None:
+        """What computes the loss of this rank's first batch; None, on all ranks, if some rank has none."""
         if not batches.partition.step(0).every_rank:
-            return
+            return None
         with untouched_random_numbers():
             first, _ = next(iter(next(batches.steps(0))))
         batch = self.precision.cast(first)
@@ -490,4 +505,4 @@ class Trainer:
             with self.precision.autocast():
                 return self.task.loss(model, batch)
 
-        rehearse(self.replica, forward)
+        return forward

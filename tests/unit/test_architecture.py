@@ -87,7 +87,7 @@ STAIRS = [
      "training.schedules"],
     ["training.async_checkpoints", "training.counting"],
     ["training.position", "training.loop_state", "training.evaluation"],
-    ["training.resume"],
+    ["training.resume", "training.compiling"],
     ["training.trainer", "tasks.byte_language_model"],
     ["exchange.content", "exchange.files"],
     ["exchange.dcp"],
