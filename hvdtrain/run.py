@@ -124,6 +124,7 @@ def run_training(config: TrainConfig) -> Summary:
                     eval_batch_size=config.eval_batch_size,
                     eval_every=config.eval_every,
                     last_batch=config.last_batch,
+                    partition=config.partition,
                     resume_from=resume_from,
                 )
         finally:

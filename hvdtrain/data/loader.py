@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,24 @@ def check_indexable(dataset: Any) -> None:
             "replica.backward(loss, samples=len(batch)) and replica.step(); a rank whose part has ended calls replica.step() "
             "alone until all have"
         )
+
+
+@contextmanager
+def length_explained(dataset: Any) -> Iterator[None]:
+    """Surround the reading of samples.
+
+    Raises:
+        ConfigError: There is no such sample, though the data set's length says so.
+    """
+    try:
+        yield
+    except IndexError as error:
+        said = str(error).strip().rpartition("\n")[2] or "IndexError"
+        raise ConfigError(
+            f"reading samples of the data set, a {type(dataset).__name__}, ended in an IndexError ({said}), and its length says "
+            f"{len(dataset)} samples. If it has fewer, let its __len__ return how many can be read, or give "
+            "torch.utils.data.Subset(data, range(N)); a sampler of your own must give indices that there are"
+        ) from error
 
 
 def look_at_samples(

@@ -4,6 +4,9 @@ Global batch ``b`` holds the positions ``b * G`` to ``(b + 1) * G`` of an epoch'
 Each rank takes a contiguous share of it, cut into micro-batches; shares differ by at most one sample. So the global
 batches, and with them the training, are the same at every world size, and every sample counts exactly once.
 
+`SamplePartition` has global batches of the same sizes, and fills them from shards: parts of the data set that stay with
+their ranks for the whole run (`hvdtrain.data.shards`).
+
 Everything here is a `range`: memory does not grow with the data set. No torch, no order of samples (see
 `hvdtrain.data.samplers`), no padding, no repeated samples.
 """
@@ -129,13 +132,12 @@ class BatchPartition:
             raise IndexError(f"there is no global batch {index} in an epoch of {self.steps_per_epoch}")
         start = index * self.global_batch_size
         samples = self._samples(index)
-        mine = share(samples, self.world_size, self.rank)
-        first = start + mine.start
+        mine = self._mine(start, samples)
         pieces = (share(len(mine), self.accumulate, piece) for piece in range(min(self.accumulate, len(mine))))
         return Step(
             start=start,
             samples=samples,
-            micro_batches=tuple(range(first + piece.start, first + piece.stop) for piece in pieces),
+            micro_batches=tuple(mine[piece.start : piece.stop] for piece in pieces),
             every_rank=samples >= self.world_size,
             passes=self._passes(samples, 0),
         )
@@ -169,6 +171,19 @@ class BatchPartition:
             )
         return index
 
+    def micro_batches(self, first_step: int = 0) -> int:
+        """Return how many micro-batches this rank has from a global batch to the end of the epoch."""
+        remaining = self.steps_per_epoch - first_step
+        if remaining == 0:
+            return 0
+        last = len(self.step(self.steps_per_epoch - 1).micro_batches)
+        return (remaining - 1) * len(self.step(first_step).micro_batches) + last
+
+    def _mine(self, start: int, samples: int) -> range:
+        """This rank's positions of the global batch that begins at ``start``."""
+        mine = share(samples, self.world_size, self.rank)
+        return range(start + mine.start, start + mine.stop)
+
     def _samples(self, index: int) -> int:
         """Of a global batch, over all ranks."""
         start = index * self.global_batch_size
@@ -178,3 +193,24 @@ class BatchPartition:
     def _passes(self, samples: int, rank: int) -> int:
         """Micro-batches of a rank."""
         return min(self.accumulate, len(share(samples, self.world_size, rank)))
+
+
+class SamplePartition(BatchPartition):
+    """Fills each global batch from shards, one a rank, that are used up at the same pace.
+
+    Shard ``r`` is ``share(length, world_size, r)``, as positions of an epoch's order, which is the shards' orders one after
+    the other. Of the first K samples of an epoch, over all ranks, shard ``r`` gives ``len(share(K, world_size, r))``. So the
+    global batches are as many and as large as `BatchPartition`'s, each rank's part of one differs by at most one sample,
+    unequal shards end in the same step, and every sample counts exactly once.
+    """
+
+    __slots__ = ()
+
+    def micro_batches(self, first_step: int = 0) -> int:
+        """Return how many micro-batches this rank has from a global batch to the end of the epoch."""
+        return sum(len(self.step(index).micro_batches) for index in range(first_step, self.steps_per_epoch))
+
+    def _mine(self, start: int, samples: int) -> range:
+        shard = share(self.length, self.world_size, self.rank)
+        taken, after = (len(share(done, self.world_size, self.rank)) for done in (start, start + samples))
+        return shard[taken:after]

@@ -15,13 +15,15 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from hvdtrain.data.loader import empty_batch, make_loader
+from hvdtrain.data.loader import empty_batch, length_explained, make_loader
 from hvdtrain.data.nested import to_device
-from hvdtrain.data.partition import BatchPartition, Step
+from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shards import Shard, shard_of
 from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
+from hvdtrain.launch.launchers import node_of
 from hvdtrain.topology import Topology
 
 
@@ -53,8 +55,12 @@ class RankStep:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Yield the micro-batches, on the device, each with the number of its samples."""
+        owner = self._owner
         for size in self.sizes:
-            yield self._owner.on_device(next(self._loaded) if size else self._owner.empty), size
+            if size:
+                with length_explained(owner.dataset):
+                    batch = next(self._loaded)
+            yield owner.on_device(batch if size else owner.empty), size
 
 
 class RankBatches:
@@ -73,7 +79,8 @@ class RankBatches:
         dataset: The data set.
         batch_size: Samples per rank and micro-batch; where a share is shorter, or longer by a merged last batch, it has
             as many as it has.
-        partition: How the data is cut.
+        partition: How the data is cut into steps.
+        cut: How the data set is cut over the ranks, in words; what a position in an epoch means depends on it.
         epoch: The epoch that the next iteration begins; set it to continue an earlier run.
 
     Raises:
@@ -98,28 +105,30 @@ class RankBatches:
             global_batch_size = source.batch_size * each
         self.source = source
         self.dataset = source.dataset
-        self.partition = BatchPartition(
+        self._shard = shard = shard_for(source, ranks)
+        self.cut = "batch" if shard is None else shard.cut
+        self.partition = (BatchPartition if shard is None else SamplePartition)(
             length=source.length,
             global_batch_size=global_batch_size,
             world_size=topology.world_size,
-            rank=topology.rank,
+            rank=topology.rank if shard is None else shard.place,
             accumulate=accumulate,
             last_batch=source.last_batch,
         )
         self.batch_size = -(-global_batch_size // each)
         self.epoch = 0
         self._first_sample = 0  # of the next iteration
-        self._under_way: dict[str, int] | None = None  # the position, while one is iterated over
+        self._under_way: dict[str, Any] | None = None  # the position, while one is iterated over
         self._ranks = ranks
         self._seed = seed
         self._equal_passes = equal_passes
         self._empty: Any = None
         self._has_empty = False
-        self._first_index = 0 if source.sampler is None else source.order(0, seed=seed)[0]
+        self._first_index = first_index(source, shard, seed)
         check_shared_memory(
             source.dataset,
             batch_size=self.batch_size,
-            workers=source.workers,
+            workers=0 if self._first_index is None else source.workers,
             ranks=topology.local_world_size,
             index=self._first_index,
             prefetch_factor=source.prefetch_factor,
@@ -137,7 +146,7 @@ class RankBatches:
         """Yield this rank's batches of the next epoch, one a step; of length 0 where it has no sample in one."""
         if not self.partition.step(len(self) - 1).every_rank:
             self.prepare_empty()
-        position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample}
+        position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample, "cut": self.cut}
         self.epoch, self._first_sample = self.epoch + 1, 0
         try:
             for step in self.steps(position["epoch"], position["samples"]):
@@ -154,18 +163,36 @@ class RankBatches:
         """Choose the epoch that the next iteration begins, as one tells a DistributedSampler."""
         self.epoch, self._first_sample, self._under_way = epoch, 0, None
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position, counted in samples over all ranks, the same on each; a batch that was handed out is done."""
-        return dict(self._under_way or {"epoch": self.epoch, "samples": self._first_sample})
+        return dict(self._under_way or {"epoch": self.epoch, "samples": self._first_sample, "cut": self.cut})
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration hand out what was left of the epoch when `state_dict` was called; that may be nothing.
 
         Raises:
-            ConfigError: No global batch of this loader begins there.
+            ConfigError: No global batch of this loader begins there, or the data was cut over the ranks in another way.
         """
-        self.partition.step_at(state["samples"])
+        self.check_position(state["samples"], state.get("cut", "batch"))
         self.epoch, self._first_sample, self._under_way = state["epoch"], state["samples"], None
+
+    def check_position(self, samples: int, cut: str) -> None:
+        """Refuse a position in an epoch that is none of this loader's.
+
+        Args:
+            samples: Done of the epoch, over all ranks.
+            cut: As `cut` was where the position comes from.
+
+        Raises:
+            ConfigError: No global batch begins there, or other samples are done there than here.
+        """
+        step = self.partition.step_at(samples)
+        if cut != self.cut and 0 < step < len(self):
+            raise ConfigError(
+                f"cannot continue after {samples} of {self.partition.samples_per_epoch} samples: which ones are done depends on how the "
+                f"data set was cut, which was {cut!r} and is {self.cut!r} now. Continue with the partition= (--partition) and the "
+                "ranks that the run began with, or from the end of an epoch"
+            )
 
     def steps(self, epoch: int, start_sample: int = 0) -> Iterator[RankStep]:
         """Yield this rank's steps from a position in an epoch to its end.
@@ -180,7 +207,11 @@ class RankBatches:
             ConfigError: No global batch begins there, or the sampler gives the ranks different orders.
         """
         source = self.source
-        order = None if source.sampler is None else agreed_order(source, self._ranks, epoch, self._seed)
+        order: Sequence[Any] | None = None
+        if self._shard is not None:
+            order = self._shard.order(shuffle=source.shuffle, seed=self._seed, epoch=epoch)
+        elif source.sampler is not None:
+            order = agreed_order(source, self._ranks, epoch, self._seed)
         self._sampler.set_position(epoch, start_sample, order)
         loaded = iter(self._loader)
         for step in self.partition.steps(start_sample):
@@ -199,6 +230,12 @@ class RankBatches:
         """
         if not self._has_empty:
             source = self.source
+            if self._shard is not None and self.partition.length < self.partition.world_size:
+                raise ConfigError(
+                    f"the data set has {self.partition.length} samples for {self.partition.world_size} ranks, so that with "
+                    f"partition={source.partition!r} some rank has none to make an empty batch from; use partition='batch' "
+                    "(--partition batch), or fewer ranks"
+                )
             self._empty = empty_batch(
                 source.dataset,
                 collate=source.collate,
@@ -238,16 +275,45 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
     Raises:
         ConfigError: A value that cannot work, or the source's sampler gives the ranks different orders.
     """
-    topology = ranks.topology
+    topology, shard = ranks.topology, shard_for(source, ranks)
+    order: Sequence[Any] | None = None
+    if shard is not None:
+        order = shard.order(shuffle=False, seed=0, epoch=0)
+    elif source.sampler is not None:
+        order = agreed_order(source, ranks, 0, seed)
     sampler = EvalSampler(
         source.length,
         batch_size=batch_size,
         world_size=topology.world_size,
-        rank=topology.rank,
-        order=None if source.sampler is None else agreed_order(source, ranks, 0, seed),
+        rank=topology.rank if shard is None else shard.place,
+        order=order,
     )
-    for indices, batch in zip(sampler, _loader(source, sampler, ranks, seed), strict=True):
+    loaded = iter(_loader(source, sampler, ranks, seed))
+    for indices in sampler:
+        with length_explained(source.dataset):
+            batch = next(loaded)
         yield to_device(batch, ranks.device, non_blocking=True), len(indices)
+
+
+def shard_for(source: Source, ranks: Ranks) -> Shard | None:
+    """Return what this rank keeps of a data set; None where it may come to read any sample.
+
+    With "sample-node" every rank must call it: the ranks tell each other their nodes.
+    """
+    topology = ranks.topology
+    if source.partition == "batch":
+        return None
+    nodes: Sequence[object] = range(topology.world_size)
+    if source.partition == "sample-node":
+        nodes = ranks.all_gather_object(node_of(topology))
+    return shard_of(source.partition, source.length, topology.rank, nodes)
+
+
+def first_index(source: Source, shard: Shard | None, seed: int) -> Any:
+    """Return the data set index of a sample that this rank may read; None if there is none."""
+    if shard is not None:
+        return shard.kept[0] if shard.kept else None
+    return 0 if source.sampler is None else source.order(0, seed=seed)[0]
 
 
 def agreed_order(source: Source, ranks: Ranks, epoch: int, seed: int) -> Sequence[Any]:

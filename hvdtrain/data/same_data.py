@@ -5,6 +5,9 @@ on the wrong samples, without a word or with an engine's error. Three samples ar
 random numbers everywhere, so that augmentation from torch's, NumPy's or `random`'s generators comes out alike. Only if
 they differ is looked at more closely: a data set with random numbers of its own gives another sample each time, and of
 such only the length is compared. Floating-point numbers may differ a little, as decoders on different machines do.
+
+Where each rank keeps a part of its own for the whole run, none of the others' is read: then too only the length is compared.
+In any case all ranks hear of samples that some rank was promised by the length and cannot read.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvdtrain.data.loader import look_at_samples
+from hvdtrain.data.loader import length_explained, look_at_samples
 from hvdtrain.data.nested import leaves
-from hvdtrain.data.rank_batches import Ranks, agreed_order
+from hvdtrain.data.rank_batches import Ranks, agreed_order, shard_for
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
 
@@ -74,10 +77,18 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
         )
     if length == 0:
         return
-    order: Sequence[Any] = range(length) if source.sampler is None else agreed_order(source, ranks, 0, seed)
-    indices = [order[position] for position in sorted({0, length // 2, length - 1})]
-    mine = _look(source, ranks, indices)
-    everyone = ranks.all_gather_object(mine)
+    shard = shard_for(source, ranks)
+    order: Sequence[Any] = range(length) if shard is None else shard.kept
+    if source.sampler is not None:
+        order = agreed_order(source, ranks, 0, seed)
+    indices = [order[position] for position in sorted({0, len(order) // 2, len(order) - 1}) if order]
+    mine, problem = _look_or_say(source, ranks, indices)
+    everyone, problems = zip(*ranks.all_gather_object((mine, problem)), strict=True)
+    for rank, said in enumerate(problems):
+        if said:
+            raise ConfigError(f"{name}, on rank {rank}: {said}")
+    if shard is not None:
+        return
     found = [_difference(everyone[0], theirs) for theirs in everyone]
     differing = [rank for rank, difference in enumerate(found) if difference]
     if differing:
@@ -93,6 +104,17 @@ def describe(fetched: Any) -> _Sample:
         Seen(path, *_describe_leaf(leaf))
         for path, leaf in leaves(fetched[0] if isinstance(fetched, list) else fetched, "sample")
     )
+
+
+def _look_or_say(source: Source, ranks: Ranks, indices: Sequence[Any]) -> tuple[list[_Sample], str]:
+    """Some samples; or why there are none, though the length says so."""
+    try:
+        with length_explained(source.dataset):
+            return _look(source, ranks, indices), ""
+    except ConfigError as error:
+        if not isinstance(error.__cause__, IndexError):
+            raise
+        return [], str(error)
 
 
 def _look(source: Source, ranks: Ranks, indices: Sequence[Any]) -> list[_Sample]:

@@ -104,6 +104,13 @@ class TrainConfig:
         group=_DATA,
         choices=("keep", "drop", "merge"),
     )
+    partition: str = option(
+        "batch",
+        "cut each global batch over the ranks, or cut the data once, so that each rank reads its own part: a contiguous one (sample), "
+        "every so many-th sample (sample-strided), or a part for each node (sample-node)",
+        group=_DATA,
+        choices=("batch", "sample", "sample-strided", "sample-node"),
+    )
     workers: int = option(
         0,
         "processes per rank that load data; 0 loads in the training process",

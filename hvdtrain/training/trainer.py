@@ -205,6 +205,7 @@ class Trainer:
         eval_every: int = 1,
         last_batch: str = "keep",
         drop_last: bool = False,
+        partition: str | None = None,
         resume_from: Saved | Path | str | None = None,
     ) -> FitResult:
         """Train for some epochs; every rank must call it with the same arguments.
@@ -224,6 +225,8 @@ class Trainer:
             last_batch: What becomes of samples that do not fill a last global batch: "keep" trains on them as a shorter
                 one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
             drop_last: DataLoader's word for ``last_batch="drop"``.
+            partition: Whether each global batch is cut over the ranks ("batch", the default), or once the data sets, so that
+                each rank reads a part of its own ("sample", "sample-strided", "sample-node"); see `Backend.loader`.
             resume_from: A checkpoint to continue from: its folder, or what `Checkpoints.find` returned.
 
         Raises:
@@ -238,8 +241,8 @@ class Trainer:
             raise ConfigError(f"epochs must be 0 or more, got {epochs}")
         self._pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
         self.backend.assemble("fit")
-        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last)
-        eval_source = None if eval_data is None else self._source(eval_data)
+        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last, partition=partition)
+        eval_source = None if eval_data is None else self._source(eval_data, partition=partition)
         self._check_call(
             source,
             eval_source,
@@ -270,9 +273,11 @@ class Trainer:
         position, resumed_from = self.position, None
         with self._own_random_numbers:
             if resume_from is not None:
-                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, partition)
+                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, batches)
                 if position.steps < total_steps:
                     self._rehearse(batches)
+            batches.check_position(position.samples, position.cut)
+            position.cut = batches.cut
             self._checkup.begin(position.steps)
             while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
                 self._train_epoch(batches, int(total_steps))
@@ -348,12 +353,15 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None) -> dict[str, float]:
+    def evaluate(
+        self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, partition: str | None = None
+    ) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
             data: As for `fit`; of a DataLoader, drop_last and shuffling play no part.
             batch_size: Samples per rank and batch; else the DataLoader's, or 64.
+            partition: As for `fit`: which samples this rank may read.
 
         Returns:
             Each metric's mean over all samples, the same on every rank.
@@ -363,7 +371,7 @@ class Trainer:
                 averaged; the message names the metric.
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
-        source = self._source(data)
+        source = self._source(data, partition=partition)
         self.backend.assemble(f"an evaluation after step {self.position.steps}")
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
         return self._evaluate(source, batch_size or source.batch_size or 64)
@@ -383,14 +391,13 @@ class Trainer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _source(self, data: Any, shuffle: bool = False, last_batch: str = "keep", drop_last: bool = False) -> Source:
+    def _source(self, data: Any, shuffle: bool = False, **cut: Any) -> Source:
         """What to load: as a DataLoader says, and else as this Trainer was told."""
         own = isinstance(data, DataLoader | RankBatches)
         said = source_of(
             data.source if isinstance(data, RankBatches) else data,
             shuffle=None if own else shuffle,
-            last_batch=last_batch,
-            drop_last=drop_last,
+            **cut,
         )
         return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
 
@@ -403,6 +410,7 @@ class Trainer:
             | {
                 "eval_data given": eval_source is not None,
                 "last_batch": source.last_batch,
+                "partition": source.partition,
                 "shuffle": source.shuffle,
                 "accumulate": self._accumulate,
                 "seed": self._seed,

@@ -23,7 +23,7 @@ STAIRS = [
     ["settings.config", "settings.flags"],
     ["settings.record"],
     ["settings.resuming"],
-    ["launch.hostlist", "launch.ancestry", "launch.environment", "launch.processes", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.worker_end", "data.nested", "data.random_numbers"],
+    ["launch.hostlist", "launch.ancestry", "launch.environment", "launch.processes", "data.partition", "data.arrays", "data.samplers", "data.shards", "data.worker_signals", "data.worker_end", "data.nested", "data.random_numbers"],
     ["launch.launchers", "launch.leash", "launch.guard", "launch.stuck", "launch.algorithms", "launch.cores", "launch.listening", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.leftovers"],
     ["launch.detect", "data.source"],
@@ -116,7 +116,7 @@ STAIRS = [
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
-     "testing.conformance.test_trainer"],
+     "testing.conformance.test_trainer", "testing.conformance.test_partition"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

@@ -1,0 +1,212 @@
+"""A data set that is cut once: who reads what, in which step, in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+from turns import Turns, on_ranks
+
+from hvdtrain.data.partition import LAST_BATCH, BatchPartition, SamplePartition
+from hvdtrain.data.rank_batches import RankBatches, evaluation_batches
+from hvdtrain.data.same_data import check_same_data
+from hvdtrain.data.shards import PARTITIONS, shard_of
+from hvdtrain.data.source import source_of
+from hvdtrain.errors import ConfigError
+
+CUT_ONCE = [kind for kind in PARTITIONS if kind != "batch"]
+
+
+class Files(Dataset[Any]):
+    """Remembers what was read."""
+
+    def __init__(self, length: int, there: int | None = None) -> None:
+        self.length, self.there = length, length if there is None else there
+        self.read: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index >= self.there:
+            raise IndexError(f"no sample {index}")
+        self.read.add(index)
+        return torch.tensor(index)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    nodes=st.lists(st.sampled_from("abc"), min_size=1, max_size=6),
+    length=st.integers(1, 40),
+    global_batch_size=st.integers(1, 12),
+    accumulate=st.integers(1, 3),
+    kind=st.sampled_from(CUT_ONCE),
+    last_batch=st.sampled_from(LAST_BATCH),
+    shuffle=st.booleans(),
+)
+def test_every_sample_is_met_once_by_a_rank_that_keeps_it_in_global_batches_of_the_usual_sizes(
+    nodes: list[str],
+    length: int,
+    global_batch_size: int,
+    accumulate: int,
+    kind: str,
+    last_batch: str,
+    shuffle: bool,
+) -> None:
+    if last_batch == "drop" and length < global_batch_size:
+        return
+    cut: dict[str, Any] = {
+        "length": length,
+        "global_batch_size": global_batch_size,
+        "world_size": len(nodes),
+        "accumulate": accumulate,
+        "last_batch": last_batch,
+    }
+    usual = BatchPartition(**cut)
+    met: list[list[int]] = [[] for _ in range(usual.steps_per_epoch)]
+    sizes: list[list[list[int]]] = [[] for _ in met]
+    for rank in range(len(nodes)):
+        shard = shard_of(kind, length, rank, nodes)
+        partition = SamplePartition(rank=shard.place, **cut)
+        order = shard.order(shuffle=shuffle, seed=1, epoch=2)
+        assert partition.steps_per_epoch == usual.steps_per_epoch
+        steps = list(partition.steps())
+        for first in range(len(steps) + 1):
+            assert partition.micro_batches(first) == sum(len(step.micro_batches) for step in steps[first:])
+        for index, step in enumerate(steps):
+            assert (step.start, step.samples) == (usual.step(index).start, usual.step(index).samples)
+            mine = [order[positions.start : positions.stop] for positions in step.micro_batches]
+            assert {i for part in mine for i in part} <= set(shard.kept)
+            sizes[index].append([len(part) for part in mine])
+            met[index] += [i for part in mine for i in part]
+            assert (step.every_rank, step.passes) == (usual.step(index).every_rank, usual.step(index).passes)
+    for index, step in enumerate(usual.steps()):
+        shares = [sum(parts) for parts in sizes[index]]
+        assert len(met[index]) == step.samples
+        assert max(shares) - min(shares) <= 1
+        assert step.every_rank == (min(shares) > 0)
+        assert step.passes == max(map(len, sizes[index]))
+    flat = [i for step in met for i in step]
+    assert len(set(flat)) == len(flat) == usual.samples_per_epoch
+    kept = {
+        nodes[rank] if kind == "sample-node" else rank: shard_of(kind, length, rank, nodes).kept
+        for rank in range(len(nodes))
+    }
+    assert sorted(i for part in kept.values() for i in part) == list(range(length))
+
+
+def test_a_node_keeps_as_much_as_it_has_ranks_and_its_ranks_take_turns() -> None:
+    nodes = ["b", "a", "b", "b"]  # ranks need not fill node by node
+    shards = [shard_of("sample-node", 40, rank, nodes) for rank in range(4)]
+    assert [shard.kept for shard in shards] == [range(30), range(30, 40), range(30), range(30)]
+    assert {shard.cut for shard in shards} == {"sample-node over 3+1 ranks"}
+    orders = [shards[0].order(shuffle=True, seed=0, epoch=epoch)[0:10] for epoch in range(2)]
+    assert sorted(orders[0]) != sorted(orders[1])
+
+
+def test_shards_of_one_length_are_shuffled_each_for_itself() -> None:
+    first, second = (shard_of("sample", 40, rank, range(2)).order(shuffle=True, seed=0, epoch=0) for rank in range(2))
+    assert first[0:20] != [index - 20 for index in second[20:40]]
+
+
+@pytest.mark.parametrize("kind", CUT_ONCE)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_no_rank_reads_what_it_does_not_keep_in_training_evaluation_or_comparison(kind: str, shuffle: bool) -> None:
+    def reads(ranks: Turns) -> tuple[list[int], list[list[int]], list[list[int]]]:
+        data = Files(11)
+        source = source_of(DataLoader(data, batch_size=2, shuffle=shuffle), partition=kind)
+        check_same_data(source, ranks)
+        batches = RankBatches(source, ranks)
+        trained = [batch.tolist() for _ in range(2) for batch in batches]
+        evaluated = [batch.tolist() for batch, _ in evaluation_batches(source, ranks, batch_size=2)]
+        return sorted(data.read), trained, evaluated
+
+    found = on_ranks(3, reads)
+    assert sorted(i for _, _, batches in found for batch in batches for i in batch) == list(range(11))
+    assert sorted(i for _, batches, _ in found for batch in batches for i in batch) == sorted([*range(11)] * 2)
+    assert len({len(batches) for _, batches, _ in found}) == 1
+    if kind != "sample-node":  # these ranks share one node
+        assert [len(read) for read, _, _ in found] == [4, 4, 3]
+
+
+@pytest.mark.parametrize("kind", CUT_ONCE)
+def test_a_rank_without_any_sample_takes_part_in_training_and_evaluation(kind: str) -> None:
+    def work(ranks: Turns) -> list[Any]:
+        source = source_of(Files(2), partition=kind)
+        check_same_data(source, ranks)
+        batches = RankBatches(source, ranks, global_batch_size=4, equal_passes=True)
+        evaluated = list(evaluation_batches(source, ranks, batch_size=2))
+        return [[step.samples for step in batches.steps(0)], len(evaluated)]
+
+    assert on_ranks(3, work) == [[[2], 1], [[2], 1], [[2], 0]]
+
+    def needs_an_empty_batch(ranks: Turns) -> Any:
+        return list(RankBatches(source_of(Files(2), batch_size=1, partition=kind), ranks))
+
+    for error in on_ranks(3, needs_an_empty_batch):
+        assert isinstance(error, ConfigError)
+        assert "2 samples for 3 ranks" in str(error)
+
+
+def test_a_position_goes_on_where_it_was_and_only_with_the_same_cut() -> None:
+    def batches(ranks: Turns, kind: str) -> RankBatches:
+        return RankBatches(source_of(Files(23), batch_size=2, shuffle=True, partition=kind), ranks, seed=2)
+
+    def rest(ranks: Turns) -> dict[str, Any]:
+        whole, first, second = (batches(ranks, "sample") for _ in range(3))
+        expected = [x.tolist() for _ in range(2) for x in whole]
+        iterator = iter(first)
+        before = [next(iterator).tolist() for _ in range(2)]
+        state = first.state_dict()
+        second.load_state_dict(state)
+        assert before + [x.tolist() for _ in range(2) for x in second] == expected
+        return state
+
+    (state, *_) = on_ranks(2, rest)
+    assert state == {"epoch": 0, "samples": 8, "cut": "sample over 2 ranks"}
+    for world, kind in ((2, "sample-strided"), (2, "batch"), (4, "sample")):
+        for error in on_ranks(world, lambda ranks, kind=kind: batches(ranks, kind).load_state_dict(state)):  # type: ignore[misc]
+            assert isinstance(error, ConfigError)
+            assert "was 'sample over 2 ranks' and is" in str(error)
+    for error in on_ranks(3, lambda ranks: batches(ranks, "sample").load_state_dict({**state, "samples": 0})):
+        assert error is None
+
+
+def test_a_sampler_and_a_partition_that_there_is_not_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"and a sampler \(a list\) exclude each other"):
+        source_of(Files(4), sampler=[0, 1], partition="sample")
+    with pytest.raises(
+        ConfigError, match="partition must be one of batch, sample, sample-strided, sample-node, got 'node'"
+    ):
+        source_of(Files(4), partition="node")
+
+
+# -- data whose length lies -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+def test_samples_that_are_promised_and_missing_are_named_on_every_rank(kind: str) -> None:
+    found = on_ranks(3, lambda ranks: check_same_data(source_of(Files(9, there=8), partition=kind), ranks))
+    for error in found:
+        assert isinstance(error, ConfigError)
+        assert "no sample 8), and its length says 9 samples" in str(error)
+    assert len(set(map(str, found))) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_missing_in_the_middle_is_explained_where_it_is_read(workers: int) -> None:
+    def train(ranks: Turns) -> Any:
+        source = source_of(Files(9, there=5), batch_size=2, workers=workers)
+        return [list(step) for step in RankBatches(source, ranks).steps(0)]
+
+    def evaluate(ranks: Turns) -> Any:
+        return list(evaluation_batches(source_of(Files(9, there=5)), ranks, batch_size=2))
+
+    for body in (train, evaluate):
+        (error,) = on_ranks(1, body)
+        assert isinstance(error, ConfigError)
+        assert "no sample 5), and its length says 9 samples. If it has fewer" in str(error)
