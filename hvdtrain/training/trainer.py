@@ -264,11 +264,11 @@ class Trainer:
             seed=self._seed,
             equal_passes=self._in_step,
         )
-        partition = batches.partition
-        if self._in_step and partition.needs_empty_batches:
+        cut = batches.partition
+        if self._in_step and cut.needs_empty_batches:
             batches.prepare_empty()
-        total_steps = min(epochs * partition.steps_per_epoch, math.inf if max_steps is None else max_steps)
-        per_rank = max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
+        total_steps = min(epochs * cut.steps_per_epoch, math.inf if max_steps is None else max_steps)
+        per_rank = max(1, math.ceil(cut.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         position, resumed_from = self.position, None
         with self._own_random_numbers:
@@ -279,9 +279,9 @@ class Trainer:
             batches.check_position(position.samples, position.cut)
             position.cut = batches.cut
             self._checkup.begin(position.steps)
-            while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
+            while not position.has_ended(epochs, total_steps, cut.samples_per_epoch):
                 self._train_epoch(batches, int(total_steps))
-                ended = position.has_ended(epochs, total_steps, partition.samples_per_epoch)
+                ended = position.has_ended(epochs, total_steps, cut.samples_per_epoch)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
                     self._evaluate_here(eval_source, eval_batch_size)

@@ -62,7 +62,9 @@ STAIRS = [
     ["backends.hvd.replica"],
     ["backends.hvd.backend"],
     ["backends"],
-    ["workers", "data.vision", "sync_batch_norm"],
+    ["workers", "data.vision", "sync_batch_norm", "nn.partitioned"],
+    ["nn.feature_partitioned_linear"],
+    ["nn"],
     ["horovod.streams", "horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
     ["horovod.requests", "horovod.passing_through"],
     ["horovod.ledger", "horovod.performing", "horovod.timeline"],
@@ -116,7 +118,7 @@ STAIRS = [
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
-     "testing.conformance.test_trainer", "testing.conformance.test_partition"],
+     "testing.conformance.test_trainer", "testing.conformance.test_partition", "testing.conformance.test_nn"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
