@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run, torchrun
+from launching import LAUNCHERS, ROOT, missing, run, torchrun
 
 from hvdtrain.training.checkpoint_files import FILES
 
@@ -67,6 +67,26 @@ def test_a_custom_task_runs_as_a_script_and_by_name(tmp_path: Path):
     assert "eval distance" in ended.output
 
 
+@pytest.mark.parametrize(
+    ("backend", "launcher"),
+    [
+        ("local", "python"),
+        ("torch", "torchrun"),
+        pytest.param("mpi", "mpirun", marks=pytest.mark.slow),
+        pytest.param("horovod", "horovodrun-gloo", marks=pytest.mark.slow),
+    ],
+)
+def test_wide_features_end_with_one_loss_under_every_launcher(backend, launcher):
+    if why := missing(launcher, backend):
+        pytest.skip(why)
+    ranks = 1 if launcher == "python" else 2
+    ended = run(LAUNCHERS[launcher](ranks, str(EXAMPLES / "wide_features.py")))
+    assert ended.code == 0, ended.output
+    assert f"{ranks} rank(s), {1_600_000 // ranks:,} of 1,600,000 weights" in ended.output
+    assert accuracy(ended.output) > 0.8
+    assert float(re.search(r"loss (\d\.\d+)", ended.output)[1]) == pytest.approx(0.314083, abs=2e-5)
+
+
 def test_every_example_is_run_here():
     tried = {
         "own_loop",
@@ -76,5 +96,6 @@ def test_every_example_is_run_here():
         "mnist_files",
         "spawn_from_script",
         "custom_task",
+        "wide_features",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried
