@@ -87,7 +87,7 @@ STAIRS = [
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules"],
-    ["training.async_checkpoints"],
+    ["training.async_checkpoints", "training.counting"],
     ["training.position", "training.loop_state", "training.evaluation"],
     ["training.resume"],
     ["training.trainer"],
@@ -118,7 +118,8 @@ STAIRS = [
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
-     "testing.conformance.test_trainer", "testing.conformance.test_partition", "testing.conformance.test_nn"],
+     "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_several",
+     "testing.conformance.test_partition", "testing.conformance.test_nn"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
