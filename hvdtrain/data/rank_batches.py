@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from hvdtrain.data.loader import empty_batch, length_explained, make_loader
+from hvdtrain.data.loader import empty_batch, length_explained, make_loader, two_batches
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
 from hvdtrain.data.shards import Shard, shard_of
 from hvdtrain.data.shared_memory import check_shared_memory
@@ -236,14 +237,7 @@ class RankBatches:
                     f"partition={source.partition!r} some rank has none to make an empty batch from; use partition='batch' "
                     "(--partition batch), or fewer ranks"
                 )
-            self._empty = empty_batch(
-                source.dataset,
-                collate=source.collate,
-                index=self._first_index,
-                workers=source.workers,
-                worker_init=source.worker_init,
-                multiprocessing_context=source.multiprocessing_context,
-            )
+            self._empty = empty_batch(source.dataset, **_how(source, self._first_index))
             self._has_empty = True
 
     @property
@@ -295,6 +289,22 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
         yield to_device(batch, ranks.device, non_blocking=True), len(indices)
 
 
+def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | None:
+    """Return what counts the samples of a batch, which a collate function or a data set of the user's may have dropped.
+
+    None where nothing can be dropped, or nothing be seen.
+    """
+    if source.collate is None and not hasattr(source.dataset, "__getitems__"):
+        return None
+    index = first_index(source, shard_for(source, ranks), seed) if source.length else None
+    if index is None:
+        return None
+    try:
+        return SampleCount(*two_batches(source.dataset, **_how(source, index)))
+    except Exception:  # a collate function need not take the same sample twice; what fails on any fails in training
+        return None
+
+
 def shard_for(source: Source, ranks: Ranks) -> Shard | None:
     """Return what this rank keeps of a data set; None where it may come to read any sample.
 
@@ -335,6 +345,17 @@ def agreed_order(source: Source, ranks: Ranks, epoch: int, seed: int) -> Sequenc
                 "generator alike everywhere"
             )
     return order
+
+
+def _how(source: Source, index: Any) -> dict[str, Any]:
+    """For `hvdtrain.data.loader.two_batches`."""
+    return {
+        "collate": source.collate,
+        "index": index,
+        "workers": source.workers,
+        "worker_init": source.worker_init,
+        "multiprocessing_context": source.multiprocessing_context,
+    }
 
 
 def _loader(source: Source, sampler: PartitionSampler | EvalSampler, ranks: Ranks, seed: int) -> DataLoader[Any]:

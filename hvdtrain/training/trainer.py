@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.random_numbers import untouched_random_numbers
-from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches
+from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches, sample_count
 from hvdtrain.data.same_data import check_same_data
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
@@ -185,6 +186,7 @@ class Trainer:
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
         )
+        self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
@@ -269,6 +271,8 @@ class Trainer:
         cut = batches.partition
         if self._in_step and cut.needs_empty_batches:
             batches.prepare_empty()
+        self._seen = self._sample_count(source)
+        eval_seen = None if eval_source is None else self._sample_count(eval_source)
         total_steps = min(epochs * cut.steps_per_epoch, math.inf if max_steps is None else max_steps)
         per_rank = max(1, math.ceil(cut.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
@@ -286,13 +290,13 @@ class Trainer:
                 ended = position.has_ended(epochs, total_steps, cut.samples_per_epoch)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
-                    self._evaluate_here(eval_source, eval_batch_size)
+                    self._evaluate_here(eval_source, eval_batch_size, eval_seen)
                     if regular:
                         self._pacemaker.after_evaluation(position.eval_metrics)
                 self._save()
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
-                self._evaluate_here(eval_source, eval_batch_size)
+                self._evaluate_here(eval_source, eval_batch_size, eval_seen)
             self._settle()
         return FitResult(
             epochs=position.epoch,
@@ -334,16 +338,16 @@ class Trainer:
     def _train_step(self, step: RankStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
-        for number, (loaded, samples) in enumerate(step, 1):
+        for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
-            share = self._counting.share(batch, samples, step.samples)
+            share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
-                replica.backward(precision.scale(loss), samples=samples, weight=share.weight, total=share.total)
+                replica.backward(precision.scale(loss), samples=share.samples, weight=share.weight, total=share.total)
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
@@ -377,18 +381,18 @@ class Trainer:
         source = self._source(data, partition=partition)
         self.backend.assemble(f"an evaluation after step {self.position.steps}")
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
-        return self._evaluate(source, batch_size or source.batch_size or 64)
+        return self._evaluate(source, batch_size or source.batch_size or 64, self._sample_count(source))
 
-    def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
+    def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
         if source.length == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
-        return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
+        return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
 
-    def _evaluate_here(self, source: Source, batch_size: int) -> None:
+    def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None) -> None:
         """Evaluate at this position, and say it."""
         position = self.position
-        position.eval_metrics = self._evaluate(source, batch_size)
+        position.eval_metrics = self._evaluate(source, batch_size, seen)
         position.evaluated_at = position.steps
         self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=position.eval_metrics))
 
@@ -403,6 +407,10 @@ class Trainer:
             **cut,
         )
         return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
+
+    def _sample_count(self, source: Source) -> SampleCount | None:
+        """What sees that samples are missing from a batch, where that would matter."""
+        return sample_count(source, self.backend, seed=self._seed) if self._counting.trusts_indices else None
 
     def _check_call(self, source: Source, eval_source: Source | None, **arguments: Any) -> None:
         """Refuse, on every rank, what would leave the ranks waiting for each other or training on the wrong samples."""

@@ -23,7 +23,7 @@ STAIRS = [
     ["settings.config", "settings.flags"],
     ["settings.record"],
     ["settings.resuming"],
-    ["launch.hostlist", "launch.ancestry", "launch.environment", "launch.processes", "data.partition", "data.arrays", "data.samplers", "data.shards", "data.worker_signals", "data.worker_end", "data.nested", "data.random_numbers"],
+    ["launch.hostlist", "launch.ancestry", "launch.environment", "launch.processes", "data.partition", "data.arrays", "data.samplers", "data.shards", "data.worker_signals", "data.worker_end", "data.nested", "data.sample_count", "data.random_numbers"],
     ["launch.launchers", "launch.leash", "launch.guard", "launch.stuck", "launch.algorithms", "launch.cores", "launch.listening", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.leftovers"],
     ["launch.detect", "data.source"],
