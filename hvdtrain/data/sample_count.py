@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from hvdtrain.data.nested import LONGER, SHORTER, parts_of, step_into
 
@@ -48,11 +49,10 @@ def _growing(a: Any, b: Any, way: _Way, above: tuple[int, ...]) -> Iterator[tupl
     """Where two batches differ as their numbers of samples do: a way, and a dimension or None for a length."""
     if type(a) is not type(b) or id(a) in above:
         return
-    if isinstance(a, Tensor | np.ndarray):
-        if not (isinstance(a, Tensor) and a.is_nested):
-            for dim, sizes in enumerate(zip(a.shape, b.shape, strict=False)):
-                if a.ndim == b.ndim and sizes == (SHORTER, LONGER):
-                    yield way, dim
+    if isinstance(a, Tensor | np.ndarray | PackedSequence):
+        sizes = _sizes(a), _sizes(b)
+        if len(sizes[0]) == len(sizes[1]):
+            yield from ((way, dim) for dim, pair in enumerate(zip(*sizes, strict=True)) if pair == (SHORTER, LONGER))
         return
     parts, longer = parts_of(a), parts_of(b)
     if parts is None or longer is None:
@@ -68,9 +68,17 @@ def _size(batch: Any, way: _Way, dim: int | None) -> int | None:
     try:
         for key in way:
             batch = _part(batch, key)
-        return len(batch) if dim is None else int(batch.shape[dim])
+        return len(batch) if dim is None else _sizes(batch)[dim]
     except (AttributeError, IndexError, KeyError, TypeError):  # this batch is made in another way
         return None
+
+
+def _sizes(leaf: Tensor | np.ndarray[Any, Any] | PackedSequence) -> tuple[int, ...]:
+    if isinstance(leaf, PackedSequence):
+        return (int(leaf.batch_sizes[0]),)
+    if isinstance(leaf, Tensor) and leaf.is_nested:
+        return (leaf.size(0),)  # the others may differ between samples
+    return tuple(leaf.shape)
 
 
 def _part(node: Any, key: Any) -> Any:
