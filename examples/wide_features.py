@@ -47,8 +47,8 @@ def main() -> None:
             answers = model(counts)
         loss, right = float(criterion(answers, spam)), float(((answers > 0) == (spam > 0)).float().mean())
         if backend.rank == 0:
-            kept = f"{wide.weight.numel():,} of {WORDS * 16:,} weights on a rank"
-            print(f"{backend.world_size} rank(s), {kept}: accuracy {right:.3f}, loss {loss:.6f}")
+            print(f"{wide.weight.numel():,} of {WORDS * 16:,} weights on this rank")
+            print(f"{backend.world_size} rank(s): accuracy {right:.3f}, loss {loss:.4f}")
 
 
 if __name__ == "__main__":

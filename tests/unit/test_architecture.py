@@ -90,7 +90,7 @@ STAIRS = [
     ["training.async_checkpoints", "training.counting"],
     ["training.position", "training.loop_state", "training.evaluation"],
     ["training.resume"],
-    ["training.trainer"],
+    ["training.trainer", "tasks.byte_language_model"],
     ["exchange.content", "exchange.files"],
     ["exchange.dcp"],
     ["exchange.moving"],
@@ -136,6 +136,7 @@ PUBLIC_DOORS = {
     "optim",
     "testing",
     "testing.conformance",
+    "tasks",
 }  # no code of their own
 HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
