@@ -7,37 +7,21 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from hvdtrain.data.loader import empty_batch, length_explained, make_loader, two_batches
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
+from hvdtrain.data.reach import Ranks, first_index, order_of, shard_for
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
-from hvdtrain.data.shards import Shard, shard_of
 from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
-from hvdtrain.launch.launchers import node_of
-from hvdtrain.topology import Topology
-
-
-class Ranks(Protocol):
-    """What is asked of a backend here."""
-
-    topology: Topology
-    device: torch.device
-    timeout_s: float
-
-    def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return every rank's object, in the order of the ranks."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,11 +192,7 @@ class RankBatches:
             ConfigError: No global batch begins there, or the sampler gives the ranks different orders.
         """
         source = self.source
-        order: Sequence[Any] | None = None
-        if self._shard is not None:
-            order = self._shard.order(shuffle=source.shuffle, seed=self._seed, epoch=epoch)
-        elif source.sampler is not None:
-            order = agreed_order(source, self._ranks, epoch, self._seed)
+        order = order_of(source, self._shard, self._ranks, epoch=epoch, seed=self._seed, shuffle=source.shuffle)
         self._sampler.set_position(epoch, start_sample, order)
         loaded = iter(self._loader)
         for step in self.partition.steps(start_sample):
@@ -270,17 +250,12 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
         ConfigError: A value that cannot work, or the source's sampler gives the ranks different orders.
     """
     topology, shard = ranks.topology, shard_for(source, ranks)
-    order: Sequence[Any] | None = None
-    if shard is not None:
-        order = shard.order(shuffle=False, seed=0, epoch=0)
-    elif source.sampler is not None:
-        order = agreed_order(source, ranks, 0, seed)
     sampler = EvalSampler(
         source.length,
         batch_size=batch_size,
         world_size=topology.world_size,
         rank=topology.rank if shard is None else shard.place,
-        order=order,
+        order=order_of(source, shard, ranks, epoch=0, seed=seed, shuffle=False),
     )
     loaded = iter(_loader(source, sampler, ranks, seed))
     for indices in sampler:
@@ -303,48 +278,6 @@ def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | No
         return SampleCount(*two_batches(source.dataset, **_how(source, index)))
     except Exception:  # a collate function need not take the same sample twice; what fails on any fails in training
         return None
-
-
-def shard_for(source: Source, ranks: Ranks) -> Shard | None:
-    """Return what this rank keeps of a data set; None where it may come to read any sample.
-
-    With "sample-node" every rank must call it: the ranks tell each other their nodes.
-    """
-    topology = ranks.topology
-    if source.partition == "batch":
-        return None
-    nodes: Sequence[object] = range(topology.world_size)
-    if source.partition == "sample-node":
-        nodes = ranks.all_gather_object(node_of(topology))
-    return shard_of(source.partition, source.length, topology.rank, nodes)
-
-
-def first_index(source: Source, shard: Shard | None, seed: int) -> Any:
-    """Return the data set index of a sample that this rank may read; None if there is none."""
-    if shard is not None:
-        return shard.kept[0] if shard.kept else None
-    return 0 if source.sampler is None else source.order(0, seed=seed)[0]
-
-
-def agreed_order(source: Source, ranks: Ranks, epoch: int, seed: int) -> Sequence[Any]:
-    """Return the order that the source's sampler gives for an epoch, which must be the same on every rank.
-
-    Raises:
-        ConfigError: It is not; names the ranks.
-    """
-    order = source.order(epoch, seed=seed)
-    if ranks.topology.world_size > 1:
-        digest = hashlib.blake2b(repr(order).encode(), digest_size=16).hexdigest()
-        found = ranks.all_gather_object((len(order), digest))
-        differing = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
-        if differing:
-            raise ConfigError(
-                f"the sampler, a {type(source.sampler).__name__}, gives rank{'s' if len(differing) > 1 else ''} "
-                f"{', '.join(map(str, differing))} another order than rank 0 in epoch {epoch + 1}. It must give every rank the "
-                "same order of the whole data set, which hvdtrain cuts: do not let it depend on the rank, and seed its "
-                "generator alike everywhere"
-            )
-    return order
 
 
 def _how(source: Source, index: Any) -> dict[str, Any]:

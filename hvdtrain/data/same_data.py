@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hvdtrain.data.loader import length_explained, look_at_samples
 from hvdtrain.data.nested import leaves
-from hvdtrain.data.rank_batches import Ranks, agreed_order, shard_for
+from hvdtrain.data.reach import Ranks, agreed_order, shard_for
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
 

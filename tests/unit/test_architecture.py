@@ -27,6 +27,7 @@ STAIRS = [
     ["launch.launchers", "launch.leash", "launch.guard", "launch.stuck", "launch.algorithms", "launch.cores", "launch.listening", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.leftovers"],
     ["launch.detect", "data.source"],
+    ["data.reach"],
     ["data.rank_batches"],
     ["data.same_data"],
     ["launch.siblings", "ranks.frames", "ranks.records", "ranks.process_state", "ranks.describing", "ranks.addresses", "ranks.rendezvous_file"],
