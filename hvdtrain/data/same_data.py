@@ -6,7 +6,8 @@ random numbers everywhere, so that augmentation from torch's, NumPy's or `random
 they differ is looked at more closely: a data set with random numbers of its own gives another sample each time, and of
 such only the length is compared. Floating-point numbers may differ a little, as decoders on different machines do.
 
-Where each rank keeps a part of its own for the whole run, none of the others' is read: then too only the length is compared.
+Where each rank keeps a part of its own for the whole run, none of the others' is read: then too only the length is compared, and
+of a `Subset` its indices; but what lies in memory is compared as ever.
 In any case all ranks hear of samples that some rank was promised by the length and cannot read.
 """
 
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
+from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.loader import length_explained, look_at_samples
 from hvdtrain.data.nested import leaves
 from hvdtrain.data.reach import Ranks, agreed_order, shard_for
@@ -78,16 +81,21 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
     if length == 0:
         return
     shard = shard_for(source, ranks)
-    order: Sequence[Any] = range(length) if shard is None else shard.kept
+    kept_apart = shard is not None and not _in_memory(source.dataset)
+    order: Sequence[Any] = shard.kept if shard is not None and kept_apart else range(length)
     if source.sampler is not None:
         order = agreed_order(source, ranks, 0, seed)
     indices = [order[position] for position in sorted({0, len(order) // 2, len(order) - 1}) if order]
     mine, problem = _look_or_say(source, ranks, indices)
-    everyone, problems = zip(*ranks.all_gather_object((mine, problem)), strict=True)
+    chosen = _chosen(source.dataset) if kept_apart else ""
+    everyone, problems, choices = zip(*ranks.all_gather_object((mine, problem, chosen)), strict=True)
     for rank, said in enumerate(problems):
         if said:
             raise ConfigError(f"{name}, on rank {rank}: {said}")
-    if shard is not None:
+    if kept_apart:
+        differing = _unlike_first(choices)
+        if differing:
+            raise _refusal(name, differing, "a Subset with other indices")
         return
     found = [_difference(everyone[0], theirs) for theirs in everyone]
     differing = [rank for rank, difference in enumerate(found) if difference]
@@ -104,6 +112,21 @@ def describe(fetched: Any) -> _Sample:
         Seen(path, *_describe_leaf(leaf))
         for path, leaf in leaves(fetched[0] if isinstance(fetched, list) else fetched, "sample")
     )
+
+
+def _in_memory(dataset: Any) -> bool:
+    """Whether any sample can be read without opening anything."""
+    if type(dataset) is Subset:
+        return _in_memory(dataset.dataset)
+    return type(dataset) in (TensorDataset, ArrayDataset, list, tuple)
+
+
+def _chosen(dataset: Any) -> str:
+    """What a Subset chooses, in short."""
+    if type(dataset) is not Subset:
+        return ""
+    indices = np.asarray(dataset.indices, dtype=np.int64)
+    return hashlib.blake2b(indices.tobytes(), digest_size=16).hexdigest() + _chosen(dataset.dataset)
 
 
 def _look_or_say(source: Source, ranks: Ranks, indices: Sequence[Any]) -> tuple[list[_Sample], str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from turns import Turns, on_ranks
 
 from hvdtrain.data.partition import LAST_BATCH, BatchPartition, SamplePartition
@@ -183,6 +183,21 @@ def test_a_sampler_and_a_partition_that_there_is_not_are_refused() -> None:
         ConfigError, match="partition must be one of batch, sample, sample-strided, sample-node, got 'node'"
     ):
         source_of(Files(4), partition="node")
+
+
+@pytest.mark.parametrize("kind", CUT_ONCE)
+def test_a_part_for_each_rank_is_refused_where_it_shows_without_reading_the_others(kind: str) -> None:
+    whole = torch.arange(12)
+
+    def check(ranks: Turns) -> None:
+        mine = range(ranks.topology.rank, 12, 3)
+        for data in (Subset(Files(12), mine), TensorDataset(whole[mine.start :: 3]), whole[mine.start :: 3].tolist()):
+            with pytest.raises(ConfigError, match=r"train_data differs between the ranks: ranks 1, 2.*same whole data"):
+                check_same_data(source_of(data, partition=kind), ranks)
+        check_same_data(source_of(Subset(Files(12), range(9)), partition=kind), ranks)
+        check_same_data(source_of(TensorDataset(whole), partition=kind), ranks)
+
+    assert on_ranks(3, check) == [None] * 3
 
 
 # -- data whose length lies -------------------------------------------------------------------------------------------
