@@ -347,7 +347,7 @@ class Trainer:
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
-                replica.backward(precision.scale(loss), samples=share.samples, weight=share.weight, total=share.total)
+                replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)

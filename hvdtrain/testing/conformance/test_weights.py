@@ -265,14 +265,13 @@ class Counted:
         return {"loss": self.loss(model, batch)}
 
 
-def on_damaged(backend, task, global_batch_size=6):
+def on_damaged(backend, task, global_batch_size=6, evaluate=True, **options):
     torch.manual_seed(0)
     model = nn.Linear(3, 1).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = hvdtrain.Trainer(
-        backend, model, optimizer, task=task, precision="fp64", seed=2, accumulate=2, log_every=1
-    )
-    result = trainer.fit(Damaged(), Damaged(), epochs=2, global_batch_size=global_batch_size, eval_batch_size=2)
+    trainer = hvdtrain.Trainer(backend, model, optimizer, task=task, precision="fp64", seed=2, accumulate=2, **options)
+    held_out = Damaged() if evaluate else None
+    result = trainer.fit(Damaged(), held_out, epochs=2, global_batch_size=global_batch_size, eval_batch_size=2)
     return result, model
 
 
@@ -321,3 +320,14 @@ def test_a_number_of_samples_that_is_none_is_refused(backend, found):
 
     with pytest.raises(ConfigError, match=r"samples_of must return how many samples the batch has"):
         on_damaged(backend, Odd())
+
+
+def test_a_step_without_any_sample_left_is_refused_or_skipped(backend):
+    class Broken(Counted):
+        def samples_of(self, batch):
+            return 0
+
+    with pytest.raises(TrainingError, match="weight"):
+        on_damaged(backend, Broken())
+    result, _ = on_damaged(backend, Broken(), on_nan="skip", evaluate=False)
+    assert (result.steps, result.skipped_steps) == (10, 10)
