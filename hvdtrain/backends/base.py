@@ -325,8 +325,9 @@ class Backend(Communicator):
                 the one before.
             partition: "batch" (the default) cuts each global batch over the ranks. "sample", "sample-strided" and "sample-node"
                 cut the data set once, and each epoch shuffles within the parts: rank r reads the r-th contiguous part alone,
-                every world-size-th sample, or with the other ranks of its node a contiguous part for all of them (then every
-                rank must call this).
+                every world-size-th sample, or with the other ranks of its node a contiguous part for all of them. With
+                "sample-own" each rank gives a data set of its own, of any length. (With the last two every rank must call
+                this.)
             pin_memory: None for yes where the device is a GPU.
             persistent_workers: Loader processes outlive an epoch; None for yes.
 

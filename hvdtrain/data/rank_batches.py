@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from hvdtrain.data.loader import empty_batch, length_explained, make_loader, two_batches
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
-from hvdtrain.data.reach import Ranks, first_index, order_of, shard_for
+from hvdtrain.data.reach import Ranks, first_index, order_of, shard_for, whole_length
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shards import Shard
 from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
@@ -92,8 +93,9 @@ class RankBatches:
         self.dataset = source.dataset
         self._shard = shard = shard_for(source, ranks)
         self.cut = "batch" if shard is None else shard.cut
-        self.partition = (BatchPartition if shard is None else SamplePartition)(
-            length=source.length,
+        self.partition = _partition(
+            shard,
+            length=whole_length(source, shard),
             global_batch_size=global_batch_size,
             world_size=topology.world_size,
             rank=topology.rank if shard is None else shard.place,
@@ -101,6 +103,9 @@ class RankBatches:
             last_batch=source.last_batch,
         )
         self.batch_size = -(-global_batch_size // each)
+        if shard is not None and shard.sizes is not None:
+            mine = -(-global_batch_size * shard.sizes[shard.place] // self.partition.length)
+            self.batch_size = max(1, -(-mine // accumulate))
         self.epoch = 0
         self._first_sample = 0  # of the next iteration
         self._under_way: dict[str, Any] | None = None  # the position, while one is iterated over
@@ -109,6 +114,7 @@ class RankBatches:
         self._equal_passes = equal_passes
         self._empty: Any = None
         self._has_empty = False
+        self._every_rank: bool | None = None
         self._first_index = first_index(source, shard, seed)
         check_shared_memory(
             source.dataset,
@@ -129,7 +135,9 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's batches of the next epoch, one a step; of length 0 where it has no sample in one."""
-        if not self.partition.step(len(self) - 1).every_rank:
+        if self._every_rank is None:
+            self._every_rank = self.partition.every_rank
+        if not self._every_rank:
             self.prepare_empty()
         position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample, "cut": self.cut}
         self.epoch, self._first_sample = self.epoch + 1, 0
@@ -211,11 +219,11 @@ class RankBatches:
         """
         if not self._has_empty:
             source = self.source
-            if self._shard is not None and self.partition.length < self.partition.world_size:
+            if self._shard is not None and not self._shard.smallest:
                 raise ConfigError(
-                    f"the data set has {self.partition.length} samples for {self.partition.world_size} ranks, so that with "
-                    f"partition={source.partition!r} some rank has none to make an empty batch from; use partition='batch' "
-                    "(--partition batch), or fewer ranks"
+                    f"the data set has {self.partition.length} samples for {self.partition.world_size} ranks, and with "
+                    f"partition={source.partition!r} some rank has none of its own to make an empty batch from, which it needs to keep "
+                    "in step; see that every rank has a sample, or use partition='batch' (--partition batch) or fewer ranks"
                 )
             self._empty = empty_batch(source.dataset, **_how(source, self._first_index))
             self._has_empty = True
@@ -251,11 +259,12 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
     """
     topology, shard = ranks.topology, shard_for(source, ranks)
     sampler = EvalSampler(
-        source.length,
+        whole_length(source, shard),
         batch_size=batch_size,
         world_size=topology.world_size,
-        rank=topology.rank if shard is None else shard.place,
+        rank=topology.rank,
         order=order_of(source, shard, ranks, epoch=0, seed=seed, shuffle=False),
+        positions=None if shard is None else shard.positions,
     )
     loaded = iter(_loader(source, sampler, ranks, seed))
     for indices in sampler:
@@ -271,13 +280,18 @@ def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | No
     """
     if source.collate is None and not hasattr(source.dataset, "__getitems__"):
         return None
-    index = first_index(source, shard_for(source, ranks), seed) if source.length else None
+    shard = shard_for(source, ranks)
+    index = first_index(source, shard, seed) if source.length else None
     if index is None:
         return None
     try:
         return SampleCount(*two_batches(source.dataset, **_how(source, index)))
     except Exception:  # a collate function need not take the same sample twice; what fails on any fails in training
         return None
+
+
+def _partition(shard: Shard | None, **how: Any) -> BatchPartition:
+    return BatchPartition(**how) if shard is None else SamplePartition(sizes=shard.sizes, **how)
 
 
 def _how(source: Source, index: Any) -> dict[str, Any]:

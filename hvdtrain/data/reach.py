@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hvdtrain.data.shards import Shard, shard_of
+from hvdtrain.data.shards import Shard, own_shard, shard_of
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.launchers import node_of
@@ -30,15 +30,22 @@ class Ranks(Protocol):
 def shard_for(source: Source, ranks: Ranks) -> Shard | None:
     """Return what this rank keeps of a data set; None where it may come to read any sample.
 
-    With "sample-node" every rank must call it: the ranks tell each other their nodes.
+    With "sample-node" and "sample-own" every rank must call it: the ranks tell each other their nodes, or their lengths.
     """
     topology = ranks.topology
     if source.partition == "batch":
         return None
+    if source.partition == "sample-own":
+        return own_shard(topology.rank, ranks.all_gather_object(source.length))
     nodes: Sequence[object] = range(topology.world_size)
     if source.partition == "sample-node":
         nodes = ranks.all_gather_object(node_of(topology))
     return shard_of(source.partition, source.length, topology.rank, nodes)
+
+
+def whole_length(source: Source, shard: Shard | None) -> int:
+    """Return how many samples an epoch has over all ranks."""
+    return source.length if shard is None or shard.sizes is None else sum(shard.sizes)
 
 
 def first_index(source: Source, shard: Shard | None, seed: int) -> Any:

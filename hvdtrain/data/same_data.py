@@ -73,21 +73,21 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
         return
     length = source.length
     lengths = ranks.all_gather_object(length)
-    differing = _unlike_first(lengths)
+    differing = [] if source.partition == "sample-own" else _unlike_first(lengths)
     if differing:
         raise _refusal(
             name, differing, f"{lengths[0]} samples on rank 0 and {lengths[differing[0]]} on rank {differing[0]}"
         )
-    if length == 0:
+    if not any(lengths):
         return
     shard = shard_for(source, ranks)
-    kept_apart = shard is not None and not _in_memory(source.dataset)
+    kept_apart = shard is not None and (shard.sizes is not None or not _in_memory(source.dataset))
     order: Sequence[Any] = shard.kept if shard is not None and kept_apart else range(length)
     if source.sampler is not None:
         order = agreed_order(source, ranks, 0, seed)
     indices = [order[position] for position in sorted({0, len(order) // 2, len(order) - 1}) if order]
     mine, problem = _look_or_say(source, ranks, indices)
-    chosen = _chosen(source.dataset) if kept_apart else ""
+    chosen = _chosen(source.dataset) if shard is not None and kept_apart and shard.sizes is None else ""
     everyone, problems, choices = zip(*ranks.all_gather_object((mine, problem, chosen)), strict=True)
     for rank, said in enumerate(problems):
         if said:
@@ -234,6 +234,6 @@ def _refusal(name: str, differing: list[int], what: str) -> ConfigError:
     return ConfigError(
         f"{name} differs between the ranks: rank{'s' if len(differing) > 1 else ''} {', '.join(map(str, differing))} "
         f"{'have' if len(differing) > 1 else 'has'} other data than rank 0, {what}. Either give every rank the same whole data "
-        "set, and hvdtrain cuts it over the ranks (no DistributedSampler, no part for each rank); or keep the parts and write "
-        "the loop yourself, with replica.backward(loss, samples=len(batch)) and replica.step() on every rank"
+        "set, and hvdtrain cuts it over the ranks (no DistributedSampler, no part for each rank); or keep the parts, and say so: "
+        "partition='sample-own' (--partition sample-own). In a loop of your own replica.backward(loss, samples=len(batch)) counts them"
     )

@@ -124,6 +124,7 @@ class EvalSampler(Sampler[list[int]]):
         world_size: Number of ranks.
         rank: Whose share to yield.
         order: Data set indices of all ``length`` samples; else 0, 1, 2, and so on.
+        positions: Those of this rank's share in the order; else as even a share as can be.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -137,11 +138,12 @@ class EvalSampler(Sampler[list[int]]):
         world_size: int = 1,
         rank: int = 0,
         order: Sequence[Any] | None = None,
+        positions: range | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
-        self.share = share(length, world_size, rank)
+        self.share = share(length, world_size, rank) if positions is None else positions
         self._order = range(length) if order is None else order
 
     def __iter__(self) -> Iterator[list[int]]:

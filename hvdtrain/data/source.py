@@ -78,7 +78,7 @@ class Source:
 
     @property
     def length(self) -> int:
-        """Samples in an epoch over all ranks."""
+        """Samples in an epoch over all ranks; with "sample-own" of this rank alone."""
         if self.sampler is None:
             return len(self.dataset)
         return len(self.sampler) if isinstance(self.sampler, Sized) else len(self.order(0, seed=0))

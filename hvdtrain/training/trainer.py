@@ -26,6 +26,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches, sample_count
+from hvdtrain.data.reach import shard_for, whole_length
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
@@ -230,7 +231,7 @@ class Trainer:
                 one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
             drop_last: DataLoader's word for ``last_batch="drop"``.
             partition: Whether each global batch is cut over the ranks ("batch", the default), or once the data sets, so that
-                each rank reads a part of its own ("sample", "sample-strided", "sample-node"); see `Backend.loader`.
+                each rank reads a part of its own ("sample", "sample-strided", "sample-node", "sample-own"); see `Backend.loader`.
             resume_from: A checkpoint to continue from: its folder, or what `Checkpoints.find` returned.
 
         Raises:
@@ -384,7 +385,7 @@ class Trainer:
         return self._evaluate(source, batch_size or source.batch_size or 64, self._sample_count(source))
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        if source.length == 0:
+        if whole_length(source, shard_for(source, self.backend)) == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
         return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import hvdtrain
 from hvdtrain.data.partition import SamplePartition
-from hvdtrain.data.shards import PARTITIONS, shard_of
+from hvdtrain.data.shards import PARTITIONS, own_shard, shard_of
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.launch.launchers import node_of
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-CUT_ONCE = [kind for kind in PARTITIONS if kind != "batch"]
+CUT_ONCE = [kind for kind in PARTITIONS if kind not in ("batch", "sample-own")]
 
 
 class Own(Dataset):
@@ -54,7 +54,11 @@ def on_one_process(data, everyone, global_batch_size, epochs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     cut = [
         SamplePartition(
-            length=len(data), global_batch_size=global_batch_size, world_size=len(everyone), rank=shard.place
+            length=len(data),
+            global_batch_size=global_batch_size,
+            world_size=len(everyone),
+            rank=shard.place,
+            sizes=shard.sizes,
         )
         for shard in everyone
     ]
@@ -64,7 +68,8 @@ def on_one_process(data, everyone, global_batch_size, epochs):
             indices = []
             for part, order in zip(cut, orders, strict=True):
                 for positions in part.step(step).micro_batches:
-                    indices += order[positions.start : positions.stop]
+                    offset = 0 if part.sizes is None else sum(part.sizes[: part.rank])  # in the data of all ranks
+                    indices += [offset + index for index in order[positions.start : positions.stop]]
             x, y = (torch.stack(column) for column in zip(*(data[index] for index in indices), strict=True))
             optimizer.zero_grad()
             nn.functional.mse_loss(model(x), y).backward()
@@ -90,6 +95,22 @@ def test_parts_that_stay_with_their_ranks_train_and_evaluate_as_one_process_does
     torch.testing.assert_close(result.eval_metrics["loss"], loss, **CLOSE)
     alone = trainer(backend, model).evaluate(data, batch_size=2, partition=kind)
     torch.testing.assert_close(alone["loss"], loss, **CLOSE)
+
+
+def test_data_sets_of_their_own_and_of_any_length_train_and_evaluate_as_one_process_does(backend):
+    sizes = [1 + 6 * rank for rank in range(backend.world_size)]
+    everyone = [own_shard(rank, sizes) for rank in range(backend.world_size)]
+    first, whole = sum(sizes[: backend.rank]), Own(sum(sizes), range(sum(sizes)))
+    data = Subset(whole, range(first, first + sizes[backend.rank]))
+    model = linear()
+    result = trainer(backend, model).fit(data, data, epochs=2, global_batch_size=5, partition="sample-own")
+    expected = on_one_process(whole, everyone, 5, epochs=2)
+    assert result.samples == 2 * sum(sizes)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+    x, y = (torch.stack(column) for column in zip(*(whole[index] for index in range(len(whole))), strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(result.eval_metrics["loss"], float(nn.functional.mse_loss(expected(x), y)), **CLOSE)
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch_with_the_same_cut_alone(backend, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from turns import Turns, on_ranks
 
-from hvdtrain.data.partition import LAST_BATCH, BatchPartition, SamplePartition
+from hvdtrain.data.partition import LAST_BATCH, BatchPartition, SamplePartition, share, taken
 from hvdtrain.data.rank_batches import RankBatches, evaluation_batches
 from hvdtrain.data.same_data import check_same_data
-from hvdtrain.data.shards import PARTITIONS, shard_of
+from hvdtrain.data.shards import PARTITIONS, own_shard, shard_of
 from hvdtrain.data.source import source_of
 from hvdtrain.errors import ConfigError
 
-CUT_ONCE = [kind for kind in PARTITIONS if kind != "batch"]
+CUT_ONCE = [kind for kind in PARTITIONS if kind not in ("batch", "sample-own")]
 
 
 class Files(Dataset[Any]):
@@ -108,6 +109,85 @@ def test_a_node_keeps_as_much_as_it_has_ranks_and_its_ranks_take_turns() -> None
     assert sorted(orders[0]) != sorted(orders[1])
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
+    global_batch_size=st.integers(1, 15),
+    accumulate=st.integers(1, 3),
+    last_batch=st.sampled_from(LAST_BATCH),
+)
+def test_parts_of_any_size_are_used_up_at_the_same_pace(
+    sizes: list[int], global_batch_size: int, accumulate: int, last_batch: str
+) -> None:
+    cut: dict[str, Any] = {
+        "length": sum(sizes),
+        "global_batch_size": global_batch_size,
+        "world_size": len(sizes),
+        "accumulate": accumulate,
+        "last_batch": last_batch,
+    }
+    if last_batch == "drop" and sum(sizes) < global_batch_size:
+        return
+    usual = BatchPartition(**cut)
+    parts = [SamplePartition(rank=rank, sizes=tuple(sizes), **cut) for rank in range(len(sizes))]
+    shards = [own_shard(rank, sizes) for rank in range(len(sizes))]
+    met: list[list[int]] = [[] for _ in sizes]
+    steps = zip(usual.steps(), *(part.steps() for part in parts), strict=True)
+    for step, *mine in steps:
+        given = [sum(map(len, one.micro_batches)) for one in mine]
+        assert sum(given) == step.samples
+        assert {(one.start, one.samples) for one in mine} == {(step.start, step.samples)}
+        assert {one.every_rank for one in mine} == {min(given) > 0}
+        assert {one.passes for one in mine} == {max(len(one.micro_batches) for one in mine)}
+        for rank, one in enumerate(mine):
+            order = shards[rank].order(shuffle=True, seed=0, epoch=1)
+            met[rank] += [i for positions in one.micro_batches for i in order[positions.start : positions.stop]]
+            pace = sizes[rank] * (step.start + step.samples) / sum(sizes)
+            assert abs(len(met[rank]) - pace) <= max(1, len(sizes) / 2)
+    assert all(len(set(indices)) == len(indices) for indices in met)
+    assert sum(map(len, met)) == usual.samples_per_epoch
+    if last_batch != "drop":
+        assert [sorted(indices) for indices in met] == [list(range(size)) for size in sizes]
+    every = [[len(step.micro_batches) for step in part.steps()] for part in parts]
+    assert parts[0].needs_empty_batches == any(len(set(passes)) > 1 for passes in zip(*every, strict=True))
+    assert parts[0].every_rank == all(min(passes) > 0 for passes in zip(*every, strict=True))
+
+
+def test_shares_that_differ_by_one_are_what_the_general_rule_gives() -> None:
+    for length, world in itertools.product(range(1, 25), range(1, 6)):
+        sizes = tuple(len(share(length, world, rank)) for rank in range(world))
+        for done in range(length + 1):
+            assert taken(sizes, done) == tuple(len(share(done, world, rank)) for rank in range(world))
+
+
+@pytest.mark.parametrize("sizes", [(5, 11, 2), (0, 4, 1)])
+def test_data_sets_of_their_own_are_trained_and_evaluated_on_each_sample_once(sizes: tuple[int, ...]) -> None:
+    def work(ranks: Turns) -> list[Any]:
+        data = Files(sizes[ranks.topology.rank])
+        source = source_of(data, batch_size=2, shuffle=True, partition="sample-own")
+        check_same_data(source, ranks)
+        batches = RankBatches(source, ranks)
+        steps = [(step.samples, [i for batch, _ in step for i in batch.tolist()]) for step in batches.steps(0)]
+        evaluated = [i for batch, _ in evaluation_batches(source, ranks, batch_size=2) for i in batch.tolist()]
+        return [batches.cut, [samples for samples, _ in steps], [i for _, mine in steps for i in mine], evaluated]
+
+    found = on_ranks(3, work)
+    for (cut, steps, trained, evaluated), size in zip(found, sizes, strict=True):
+        assert cut == f"sample-own of {'+'.join(map(str, sizes))} samples"
+        assert steps == found[0][1]
+        assert sorted(trained) == evaluated == list(range(size))
+    assert sum(found[0][1]) == sum(sizes)
+
+
+def test_an_own_data_set_without_samples_needs_no_batch_and_can_make_none() -> None:
+    def iterate(ranks: Turns) -> Any:
+        return list(RankBatches(source_of(Files(ranks.topology.rank * 4), batch_size=2, partition="sample-own"), ranks))
+
+    for error in on_ranks(2, iterate):
+        assert isinstance(error, ConfigError)
+        assert "4 samples for 2 ranks, and with partition='sample-own' some rank has none of its own" in str(error)
+
+
 def test_shards_of_one_length_are_shuffled_each_for_itself() -> None:
     first, second = (shard_of("sample", 40, rank, range(2)).order(shuffle=True, seed=0, epoch=0) for rank in range(2))
     assert first[0:20] != [index - 20 for index in second[20:40]]
@@ -149,7 +229,7 @@ def test_a_rank_without_any_sample_takes_part_in_training_and_evaluation(kind: s
 
     for error in on_ranks(3, needs_an_empty_batch):
         assert isinstance(error, ConfigError)
-        assert "2 samples for 3 ranks" in str(error)
+        assert "2 samples for 3 ranks, and with" in str(error)
 
 
 def test_a_position_goes_on_where_it_was_and_only_with_the_same_cut() -> None:
@@ -180,7 +260,7 @@ def test_a_sampler_and_a_partition_that_there_is_not_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"and a sampler \(a list\) exclude each other"):
         source_of(Files(4), sampler=[0, 1], partition="sample")
     with pytest.raises(
-        ConfigError, match="partition must be one of batch, sample, sample-strided, sample-node, got 'node'"
+        ConfigError, match="partition must be one of batch, sample, sample-strided, sample-node, sample-own, got 'node'"
     ):
         source_of(Files(4), partition="node")
 
