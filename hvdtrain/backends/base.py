@@ -295,6 +295,7 @@ class Backend(Communicator):
         sampler: Iterable[Any] | None = None,
         drop_last: bool = False,
         last_batch: str = "keep",
+        partition: str | None = None,
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
     ) -> RankBatches:
@@ -322,6 +323,11 @@ class Backend(Communicator):
             drop_last: DataLoader's word for ``last_batch="drop"``.
             last_batch: What becomes of samples that do not fill a last global batch: "keep", "drop", or "merge" with
                 the one before.
+            partition: "batch" (the default) cuts each global batch over the ranks. "sample", "sample-strided" and "sample-node"
+                cut the data set once, and each epoch shuffles within the parts: rank r reads the r-th contiguous part alone,
+                every world-size-th sample, or with the other ranks of its node a contiguous part for all of them. With
+                "sample-own" each rank gives a data set of its own, of any length. (With the last two every rank must call
+                this.)
             pin_memory: None for yes where the device is a GPU.
             persistent_workers: Loader processes outlive an epoch; None for yes.
 
@@ -336,6 +342,7 @@ class Backend(Communicator):
             sampler=sampler,
             last_batch=last_batch,
             drop_last=drop_last,
+            partition=partition,
             collate=collate,
             workers=workers,
             pin_memory=pin_memory,

@@ -104,6 +104,13 @@ class TrainConfig:
         group=_DATA,
         choices=("keep", "drop", "merge"),
     )
+    partition: str = option(
+        "batch",
+        "cut each global batch over the ranks, or cut the data once, so that each rank reads its own part: a contiguous one (sample), "
+        "every so many-th sample (sample-strided), a part for each node (sample-node), or what each rank's data holds (sample-own)",
+        group=_DATA,
+        choices=("batch", "sample", "sample-strided", "sample-node", "sample-own"),
+    )
     workers: int = option(
         0,
         "processes per rank that load data; 0 loads in the training process",

@@ -45,6 +45,9 @@ RULES: dict[str, Rule] = {
     "global_batch_size": Rule(TAKEN, _POSITION),
     "eval_batch_size": Rule(FREE),
     "last_batch": Rule(TAKEN, _POSITION),
+    "partition": Rule(
+        TAKEN, "in the middle of an epoch it must be the same, and but for batch the number of ranks too"
+    ),
     "workers": Rule(TAKEN),
     "task": Rule(TAKEN, _FITS),
     "model": Rule(TAKEN, _FITS),
