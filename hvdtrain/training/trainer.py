@@ -34,6 +34,7 @@ from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
@@ -160,6 +161,7 @@ class Trainer:
         self.precision.prepare(model)
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
+        described(self.task)  # refuses what cannot be computed
         self.position = Position()
         self._state = LoopState(
             backend, self.replica, schedule=schedule, scaler=self.precision.scaler, position=self.position
@@ -365,6 +367,7 @@ class Trainer:
         """
         source = self._source(data)
         self.backend.assemble(f"an evaluation after step {self.position.steps}")
+        check_same_call(self.backend, "evaluate", {"epoch_metrics": described(self.task)})
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
         return self._evaluate(source, batch_size or source.batch_size or 64)
 
@@ -402,6 +405,7 @@ class Trainer:
             arguments
             | {
                 "eval_data given": eval_source is not None,
+                "epoch_metrics": described(self.task),
                 "last_batch": source.last_batch,
                 "shuffle": source.shuffle,
                 "accumulate": self._accumulate,
