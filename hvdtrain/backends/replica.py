@@ -15,6 +15,7 @@ On a rank without samples in a step, `step` alone takes part in it.
 from __future__ import annotations
 
 import enum
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -65,10 +66,12 @@ class StepResult:
         gradient_norm: The L2 norm of the averaged gradient before clipping, the same on every rank; None if nothing
             asked for it.
         skipped: The optimizer did not step, because the gradient was not finite (GradScaler, or ``skip_nonfinite``).
+        samples: Of the global batch, over all ranks; None where ``total=`` was given and a GPU would have to be waited for.
     """
 
     gradient_norm: Tensor | None
     skipped: bool
+    samples: int | None
 
 
 _living: weakref.WeakSet[Replica] = weakref.WeakSet()
@@ -163,25 +166,39 @@ class Replica(ABC):
         finally:
             self._last = self._overlap = True
 
-    def backward(self, loss: Tensor, *, samples: int, total: int | None = None, retain_graph: bool = False) -> None:
-        """Add the gradient of ``loss`` to ``.grad``, weighted by its samples.
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        samples: int,
+        weight: float | Tensor | None = None,
+        total: float | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """Add the gradient of ``loss`` to ``.grad``, weighted by its samples, or by what else it is the mean over.
 
-        Several calls of one step add up. With ``total``, the step's gradient is the sum of ``samples / total`` times each
-        loss's gradient, over calls and ranks. Without, it is that of the mean over all samples that were counted.
+        Several calls of one step add up. With ``total``, the step's gradient is the sum of ``weight / total`` times each
+        loss's gradient, over calls and ranks. Without, it is that of the mean over all weight that was counted: for a
+        loss that is a mean over tokens and ``weight=number_of_tokens``, the mean over the tokens of all ranks. A loss that
+        is a sum over everything has ``weight=1, total=1``.
 
         Args:
             loss: The mean over this micro-batch's samples (possibly scaled by a GradScaler); a scalar.
-            samples: How many samples that is; 0 is allowed and adds nothing.
-            total: Samples of the whole global batch, over all ranks and micro-batches, if it is known. If not, the
-                ranks' counts are summed with the gradients.
+            samples: How many samples that is; 0 is allowed.
+            weight: What the loss is the mean over, if not over samples: tokens, pairs, boxes, a sum of weights. On a GPU, a
+                tensor there is waited for. A loss of weight 0 adds nothing, whatever its value is.
+            total: The weight of the whole global batch, over all ranks and micro-batches, if it is known. If not, the
+                ranks' weights are summed with the gradients.
             retain_graph: Another loss of the same forward pass follows: keep the graph, and count the samples once, so
                 that the losses' gradients add. Every call but the last is inside ``accumulate(last=False)``.
 
         Raises:
             TrainingError: Out of order; gradients are there that no backward() of this step made; some calls of a step
-                gave ``total`` and others did not; the loss is no scalar or depends on no parameter.
+                gave ``total`` and others did not; the loss is no scalar or depends on no parameter; a weight is negative or
+                not finite.
         """
-        self._check_loss(loss, samples)
+        weight = None if weight is None else float(weight)
+        self._check_loss(loss, counts=samples > 0 and weight != 0)
         if self._phase is not _Phase.GATHERING:
             self._begin_or_refuse()
         self._keeper.refuse_changes()
@@ -189,15 +206,15 @@ class Replica(ABC):
         if leaving:
             self._keeper.look_at_lent()
             self._follow_changes()
-        weight = self._weighting.weigh(samples, total, shared=retain_graph and not leaving)
+        share = self._weighting.weigh(samples, weight, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
         if leaving:
-            weight *= self._settle_unit()
+            share *= self._settle_unit()
             self._phase = _Phase.INTERRUPTED
         others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
-            with nullcontext() if samples else nothing_added(self._parameters):
-                self._run_backward(loss, loss.new_full(loss.shape, weight), leaving=leaving, retain_graph=retain_graph)
+            with nullcontext() if share else nothing_added(self._parameters):
+                self._run_backward(loss, loss.new_full(loss.shape, share), leaving=leaving, retain_graph=retain_graph)
         except RuntimeError as error:
             explained = _explained(error)
             if explained is None:
@@ -219,6 +236,8 @@ class Replica(ABC):
         call before `step`. Until then the gradients may be changed by hand, the same on every rank, and by no backward pass.
         """
         self._exchange()
+        if self._weightless:
+            raise TrainingError(_WEIGHTLESS)
         self._keeper.listen()
 
     def step(
@@ -240,12 +259,17 @@ class Replica(ABC):
                 gradient, so all skip.
 
         Returns:
-            The gradient norm, if it was computed, and whether the update was skipped.
+            The gradient norm, if it was computed, whether the update was skipped, and the samples of the step.
+
+        Raises:
+            TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
         self._exchange()
         self._keeper.refuse_late()
-        if not self._any_gradient():
+        if self._weightless and not skip_nonfinite:
+            raise TrainingError(_WEIGHTLESS)
+        if self._weightless or not self._any_gradient():
             scaler = None  # no rank had a sample: there is nothing to unscale
         if scaler is not None:
             unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
@@ -254,7 +278,7 @@ class Replica(ABC):
             norm = self._clip(clip_norm)
         elif skip_nonfinite:
             norm = self.gradient_norm()
-        skipped = skip_nonfinite and norm is not None and not bool(torch.isfinite(norm))
+        skipped = self._weightless or (skip_nonfinite and norm is not None and not bool(torch.isfinite(norm)))
         if not skipped:
             if scaler is not None:
                 skipped = found_infinity(scaler, optimizer)
@@ -263,10 +287,11 @@ class Replica(ABC):
                 optimizer.step()
         if scaler is not None and update:
             update_scaler(scaler, self._weighting.tally.began, skipped=skipped)
+        samples = self._samples
         self.clear()
         self._steps += 1
         self._backend.note_step(self._steps)
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, samples)
 
     def clear(self) -> None:
         """Forget this step's gradients (set to None) and begin a new step.
@@ -425,6 +450,8 @@ class Replica(ABC):
     def _begin_step(self) -> None:
         self._phase = _Phase.EMPTY
         self._weighting.begin_step()
+        self._samples: int | None = None  # of all ranks, once that is known
+        self._weightless = False  # there were samples, and nothing that their losses are means over
         self._left_gradients = False  # the exchange left any
         self._keeper.forget()
 
@@ -466,12 +493,12 @@ class Replica(ABC):
         self._keeper.refuse_foreign()
         self._weighting.begin_backward()
 
-    def _check_loss(self, loss: Tensor, samples: int) -> None:
+    def _check_loss(self, loss: Tensor, *, counts: bool) -> None:
         if loss.numel() != 1:
             raise TrainingError(
                 f"the loss must be a scalar, the mean over the micro-batch's samples; got shape {tuple(loss.shape)}"
             )
-        if not loss.requires_grad and samples:
+        if not loss.requires_grad and counts:
             raise TrainingError(
                 f"rank {self._backend.rank}: the loss depends on no parameter that requires grad (computed under torch.no_grad(), "
                 "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
@@ -491,10 +518,11 @@ class Replica(ABC):
     def _scale(self, summed: Tally) -> None:
         """Make means of the ranks' sums; let gradients be None where no rank had a sample."""
         factor = self._weighting.factor(summed)
+        self._samples, self._weightless = summed.samples, factor is not None and math.isnan(factor)
         if factor is None:
             for parameter in self._watched.trained:
                 parameter.grad = None
-        elif factor != 1.0:
+        elif factor != 1.0 and not self._weightless:
             for gradient in self._gradients():
                 gradient.mul_(factor)
 
@@ -529,6 +557,12 @@ class Replica(ABC):
         for gradient in self._gradients():
             gradient.mul_(factor.to(gradient.dtype))
         return norm
+
+
+_WEIGHTLESS = (
+    "no loss of this step had any weight on any rank (the weight= of every backward() was 0), so that there is no mean to follow; "
+    "give the global batch something that counts, or skip such steps: replica.step(skip_nonfinite=True), --on-nan skip"
+)
 
 
 def _explained(error: RuntimeError) -> TrainingError | None:

@@ -1,8 +1,9 @@
-"""How a loss is weighted, so that the ranks' summed gradients are the gradient of a mean over samples.
+"""How a loss is weighted, so that the ranks' summed gradients are the gradient of a mean over samples, or over tokens.
 
-With a total each loss weighs ``samples / total``. Without one it weighs ``samples / unit``, and the ranks' sum is multiplied
-afterwards by ``unit / samples of all ranks``: the plain number of samples would overflow float16 on the way back. The unit
-is near a step's total, the same on all ranks, and a power of two, so that no gradient depends on which one it is.
+A loss is the mean over a weight: the number of its samples, unless another one is said (tokens, pairs, the sum of the
+classes' weights). With a total each loss counts ``weight / total``. Without one it counts ``weight / unit``, and the ranks'
+sum is multiplied afterwards by ``unit / weight of all ranks``: the plain weight would overflow float16 on the way back. The
+unit is near a step's total, the same on all ranks, and a power of two, so that no gradient depends on which one it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from hvdtrain.backends.loss_scale import moment, now
 from hvdtrain.errors import TrainingError
@@ -28,7 +30,8 @@ class Tally:
     """What ranks tell each other with their gradients: summed over the ranks, it says how to scale them.
 
     Attributes:
-        samples: Of the backward passes without a total.
+        weight: Of the backward passes without a total.
+        samples: Of all backward passes.
         uncounted: Backward passes without a total.
         counted: Backward passes with one.
         ranks: Ranks with a backward pass in this step.
@@ -37,6 +40,7 @@ class Tally:
         replica: The replica's number, summed over all ranks.
     """
 
+    weight: float = 0.0
     samples: int = 0
     uncounted: int = 0
     counted: int = 0
@@ -45,17 +49,18 @@ class Tally:
     steps: int = 0
     replica: int = 0
 
-    SIZE: ClassVar[int] = 7
+    SIZE: ClassVar[int] = 8
 
     def values(self) -> list[float]:
         """As numbers that can be summed, small ones that float32 holds."""
         small = (self.began % _MODULO, self.steps % _MODULO, self.replica % _MODULO)
-        return [float(v) for v in (self.samples, self.uncounted, self.counted, self.ranks, *small)]
+        return [float(v) for v in (self.weight, self.samples, self.uncounted, self.counted, self.ranks, *small)]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Tally:
         """From the sums; what an engine averaged on the way is made whole again."""
-        return cls(*map(round, values))
+        weight, *counts = values
+        return cls(weight, *map(round, counts))
 
 
 class Weighting:
@@ -76,32 +81,33 @@ class Weighting:
         self._divisor = divisor
         self._replica = number
         self.steps = 0
-        self._unit: float | None = None  # about as many samples as a step has
+        self._unit: float | None = None  # about a step's weight
         self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
         self.begin_step()
 
     def begin_step(self) -> None:
         """Count from nothing."""
         self.tally = Tally(steps=self.steps, replica=self._replica)
-        self._shared = 0  # samples of the last loss, if the next one is of the same forward pass
-        self._seen = 0
+        self._shared = (0.0, 0)  # weight and samples of the last loss, if the next one is of the same forward pass
+        self._seen = 0.0
 
     @property
     def empty(self) -> bool:
-        """Whether this rank has had no sample in this step."""
+        """Whether nothing of this rank has counted in this step."""
         return self._seen == 0
 
     def begin_backward(self) -> None:
         """The step's first backward pass on this rank comes now."""
         self.tally.ranks, self.tally.began = 1, now()
 
-    def weigh(self, samples: int, total: int | None, *, shared: bool) -> float:
+    def weigh(self, samples: int, weight: float | None, total: float | None, *, shared: bool) -> float:
         """Count a loss, and return what its gradient is multiplied by.
 
         Args:
-            samples: Of which it is the mean.
+            samples: Of this loss.
+            weight: What it is the mean over; None for the samples.
             total: Of the whole step, if known.
-            shared: Another loss over the same samples follows.
+            shared: Another loss of the same forward pass follows.
 
         Raises:
             TrainingError: A number that cannot be, or other words than in this step's earlier calls.
@@ -109,29 +115,34 @@ class Weighting:
         if samples < 0 or int(samples) != samples:
             raise TrainingError(f"samples must be a whole number, 0 or more, got {samples}")
         samples = int(samples)
+        weight = samples if weight is None else _checked(weight)
         if self.tally.uncounted + self.tally.counted and (total is None) != (self.tally.uncounted > 0):
             raise TrainingError("give total= to every backward() of a step, or to none")
-        self._seen += samples
-        if total is not None:
-            if total <= 0:
-                raise TrainingError(f"total must be positive, got {total}")
-            self.tally.counted += 1
-            return samples / total * self._divisor
-        if self._shared and self._shared != samples:
+        if total is not None and not 0 < total < math.inf:
+            raise TrainingError(f"total must be positive, got {total}")
+        if self._shared[0] and self._shared[0] != weight:
             raise TrainingError(
-                f"losses of one forward pass are means over the same samples, got samples={self._shared} and then {samples}"
+                f"losses of one forward pass are means over the same samples or weight, got {self._shared[0]:g} and then {weight:g}; "
+                "where total= is given, each may have its own"
             )
-        self._shared = samples if shared else 0
+        self._seen += weight
         self.tally.samples += 0 if shared else samples
+        if total is not None:
+            self.tally.counted += 1
+            return weight / total * self._divisor
+        self._shared = (weight, samples) if shared else (0.0, 0)
+        self.tally.weight += 0 if shared else weight
         self.tally.uncounted += 1
-        if self._unit is None and samples:
-            self._unit = _power_of_two(samples * self._divisor)
-        return samples / (self._unit or 1.0) * self._divisor
+        if self._unit is None and weight:
+            self._unit = _power_of_two(weight * self._divisor)
+        return weight / (self._unit or 1.0) * self._divisor
 
     def close(self) -> None:
         """No loss follows in this step."""
-        self.tally.samples += self._shared
-        self._shared = 0
+        weight, samples = self._shared
+        self.tally.weight += weight
+        self.tally.samples += samples
+        self._shared = (0.0, 0)
 
     def settle(self) -> float:
         """Make the unit the same on all ranks, once; every rank must call it before its gradients leave.
@@ -142,13 +153,15 @@ class Weighting:
         if self._settled:
             return 1.0
         seen = float(self._communicator.all_reduce(torch.tensor(float(self._seen), dtype=torch.float64)))
-        if not seen:  # nobody has a sample
+        if not seen:  # nobody has any
             return 1.0
         before, self._unit, self._settled = self._unit, _power_of_two(seen), True
         return before / self._unit if before is not None and self.tally.uncounted else 1.0
 
     def factor(self, summed: Tally) -> float | None:
         """What the exchanged gradients must be multiplied by, given the ranks' summed tallies; None if no rank had any.
+
+        NaN, as a mean over nothing is, where there are samples and none of them has a weight.
 
         Raises:
             TrainingError: The ranks did not do the same; on every rank that knows.
@@ -173,10 +186,19 @@ class Weighting:
             self.tally.began = moment(summed.began // summed.ranks, modulo=_MODULO)
         if not summed.uncounted:
             return 1.0
-        factor = (self._unit or 1.0) / summed.samples if summed.samples else 1.0
-        self._unit = _power_of_two(summed.samples)
+        if not summed.weight:
+            return math.nan if summed.samples else 1.0
+        factor = (self._unit or 1.0) / summed.weight
+        self._unit = _power_of_two(summed.weight)
         return factor
 
 
 def _power_of_two(value: float) -> float:
     return 2.0 ** math.ceil(math.log2(value)) if value > 0 else 1.0
+
+
+def _checked(weight: float | Tensor) -> float:
+    number = float(weight)
+    if not 0 <= number < math.inf:
+        raise TrainingError(f"weight must be a number, 0 or more, which the loss is a mean over; got {number}")
+    return number

@@ -18,20 +18,20 @@ from hvdtrain.backends.communicator import Communicator
 
 @dataclass(slots=True)
 class Tally:
-    """A sum of losses over samples."""
+    """A sum of losses over samples, or over what else they are means over."""
 
     loss_sum: float = 0.0
-    samples: int = 0
+    weight: float = 0.0
 
-    def add(self, loss: float, samples: int) -> None:
-        """Count the mean ``loss`` of ``samples`` samples."""
-        self.loss_sum += loss * samples
-        self.samples += samples
+    def add(self, loss: float, weight: float) -> None:
+        """Count a ``loss`` that is the mean over ``weight``."""
+        self.loss_sum += loss * weight
+        self.weight += weight
 
     @property
     def mean(self) -> float:
-        """The mean over the samples; NaN without any."""
-        return self.loss_sum / self.samples if self.samples else math.nan
+        """The mean over the weight; NaN without any."""
+        return self.loss_sum / self.weight if self.weight else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,10 @@ class Checkup:
             float(decides and now - self._saved_at >= self._save_every_s),
             float(self._failed()),
             tally.loss_sum,
-            float(tally.samples),
+            tally.weight,
             float(min(until_next, 10_000)) if decides else 0.0,
         ]
         everyone = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        stop, save, failed, loss_sum, samples, steps = everyone
+        stop, save, failed, loss_sum, weight, steps = everyone
         self._next = step + int(steps)
-        return Verdict(stop > 0, save > 0, failed > 0, Tally(loss_sum, int(samples)))
+        return Verdict(stop > 0, save > 0, failed > 0, Tally(loss_sum, weight))

@@ -38,10 +38,10 @@ class Position:
     epoch_tally: Tally = field(default_factory=Tally)
     _recent: Tally = field(default_factory=Tally)
 
-    def count(self, loss: float, samples: int) -> None:
-        """Count a micro-batch's mean loss."""
-        self.epoch_tally.add(loss, samples)
-        self._recent.add(loss, samples)
+    def count(self, loss: float, weight: float) -> None:
+        """Count a micro-batch's loss, a mean over ``weight``."""
+        self.epoch_tally.add(loss, weight)
+        self._recent.add(loss, weight)
 
     def take_recent(self) -> Tally:
         """Return this rank's losses since the last call."""
@@ -89,16 +89,16 @@ class PendingLoss:
         self._position = position
         self._rank = rank
         self._skip_nonfinite = skip_nonfinite
-        self._pending: tuple[int, int, Tensor, int] | None = None  # step, epoch, loss, samples
+        self._pending: tuple[int, int, Tensor, float] | None = None  # step, epoch, loss, weight
 
-    def note(self, loss: Tensor, samples: int) -> None:
-        """Count a micro-batch's mean loss.
+    def note(self, loss: Tensor, weight: float) -> None:
+        """Count a micro-batch's loss, a mean over ``weight``.
 
         Raises:
             NonFiniteLoss: It is not finite, or the one before was not.
         """
         self.look()
-        self._pending = (self._position.steps, self._position.epoch, loss.detach(), samples)
+        self._pending = (self._position.steps, self._position.epoch, loss.detach(), weight)
         if loss.device.type == "cpu":
             self.look()
 
@@ -106,11 +106,11 @@ class PendingLoss:
         """Count what has not been looked at; raises as `note` does."""
         if self._pending is None:
             return
-        step, epoch, loss, samples = self._pending
+        step, epoch, loss, weight = self._pending
         self._pending = None
         value = float(loss)
         if math.isfinite(value):
-            self._position.count(value, samples)
+            self._position.count(value, weight)
         elif not self._skip_nonfinite:
             raise NonFiniteLoss(
                 f"the loss is {value} at step {step + 1} (epoch {epoch + 1}) on rank {self._rank}. Lower --lr, "

@@ -27,7 +27,7 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         seed: Of the order of the samples.
     """
     tally = position.epoch_tally
-    of_this_rank = {"tally": [tally.loss_sum, tally.samples], "seed": seed}
+    of_this_rank = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
     return state.save(checkpoints, position.steps, of_this_rank=of_this_rank)
 
 

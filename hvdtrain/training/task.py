@@ -18,15 +18,24 @@ from torch.utils.data import Dataset
 class Learning(Protocol):
     """The part of a task that the loop calls.
 
-    A task may also have ``collate``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it.
+    A task may also have:
+
+    - ``collate(samples)``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it;
+    - ``weight_of(batch)``, what the batch's loss and metrics are means over if not over its samples: the number of tokens,
+      of pairs, a sum of weights; a number from 0, or a tensor without dimensions (on a GPU it is waited for). A batch of
+      weight 0 counts nothing, whatever its loss is;
+    - ``loss_reduction = "sum"``: the loss is a sum over the batch, and a step's gradient is that of the sum over the global
+      batch. Metrics stay means.
     """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the loss to minimise: a scalar, the mean over the batch's samples."""
+        """Return the loss to minimise: a scalar, the mean over the batch's samples (or what the task says instead)."""
         ...
 
     def metrics(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor | float]:
-        """Return what evaluation reports, each a mean over the batch's samples: numbers, or tensors without dimensions.
+        """Return what evaluation reports, each a mean as the loss is: numbers, or tensors without dimensions.
+
+        A mean over something else comes with that, as ``(mean, weight)``.
 
         "loss" must be among them, and the names the same for every batch. Called without gradients, in evaluation mode.
         """

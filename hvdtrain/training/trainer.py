@@ -34,6 +34,7 @@ from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
@@ -161,6 +162,7 @@ class Trainer:
         self.precision.prepare(model)
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
+        self._counting = Counting(self.task)
         described(self.task)  # refuses what cannot be computed
         self.position = Position()
         self._state = LoopState(
@@ -319,9 +321,9 @@ class Trainer:
                 break
         self._pending_loss.look()
         whole = self.backend.all_reduce(
-            torch.tensor([position.epoch_tally.loss_sum, float(position.epoch_tally.samples)], dtype=torch.float64)
+            torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
         ).tolist()
-        position.train_loss = Tally(whole[0], int(whole[1])).mean
+        position.train_loss = Tally(*whole).mean
         if position.samples >= epoch_samples:
             position.finish_epoch()
             self._pacemaker.after_epoch()
@@ -331,13 +333,14 @@ class Trainer:
         replica, precision = self.replica, self.precision
         for number, (loaded, samples) in enumerate(step, 1):
             batch = precision.cast(loaded)
+            share = self._counting.share(batch, samples, step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 check_loss(loss)
-                if samples:
-                    self._pending_loss.note(loss, samples)
-                replica.backward(precision.scale(loss), samples=samples, total=step.samples)
+                if share.weight:
+                    self._pending_loss.note(*self._counting.mean(loss, share))
+                replica.backward(precision.scale(loss), samples=samples, weight=share.weight, total=share.total)
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
@@ -375,7 +378,7 @@ class Trainer:
         if source.length == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
-        return evaluate(self.backend, self.replica, self.task, self.precision, batches)
+        return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
 
     def _evaluate_here(self, source: Source, batch_size: int) -> None:
         """Evaluate at this position, and say it."""

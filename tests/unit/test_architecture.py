@@ -85,7 +85,7 @@ STAIRS = [
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference"],
-    ["training.async_checkpoints", "training.epoch_metrics"],
+    ["training.async_checkpoints", "training.counting", "training.epoch_metrics"],
     ["training.position", "training.loop_state", "training.evaluation"],
     ["training.resume"],
     ["training.trainer"],
@@ -116,7 +116,7 @@ STAIRS = [
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
-     "testing.conformance.test_trainer"],
+     "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_several"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hvdtrain.backends.weighting import Tally, Weighting
@@ -29,7 +29,7 @@ def test_weights_make_the_mean_over_all_samples(counts, known, averages):
             for samples in mine:
                 if not weights:
                     weighting.begin_backward()
-                weights.append(weighting.weigh(samples, given_total, shared=False))
+                weights.append(weighting.weigh(samples, None, given_total, shared=False))
             factor = weighting.settle()
             weights = [weight * factor for weight in weights]
             weighting.close()
@@ -46,6 +46,46 @@ def test_weights_make_the_mean_over_all_samples(counts, known, averages):
             assert on_the_way <= 3 * 10**6 * 2  # and in the first step, as in all alike ones, at most about one
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.lists(st.floats(0, 1e9) | st.integers(0, 10**6), max_size=3), min_size=3, max_size=3),
+    known=st.booleans(),
+)
+def test_weights_may_be_anything_that_a_loss_is_a_mean_over(weights, known):
+    total = sum(map(sum, weights))
+    assume(total > 1e-9)
+
+    def rank(communicator):
+        weighting = Weighting(communicator, 1)
+        weighting.begin_backward()
+        mine = weights[communicator.wire.rank]
+        found = [weighting.weigh(5, weight, total if known else None, shared=False) for weight in mine]
+        settled = weighting.settle()
+        last = weighting.factor(Tally.of(sum_over_ranks(communicator, weighting.tally.values())))
+        return [(weight * settled * (last or 0.0), wanted / total) for weight, wanted in zip(found, mine, strict=True)]
+
+    for weight, wanted in (pair for found in run_ranks(3, rank) for pair in found):
+        assert math.isclose(weight, wanted, rel_tol=1e-12, abs_tol=1e-300)
+
+
+def test_samples_without_any_weight_have_no_mean():
+    def rank(communicator):
+        weighting = Weighting(communicator, 1)
+        weighting.begin_backward()
+        weighting.weigh(4, 0.0, None, shared=False)
+        return weighting.factor(weighting.tally), weighting.empty
+
+    ((factor, empty),) = run_ranks(1, rank)
+    assert math.isnan(factor)
+    assert empty
+
+
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, torch.tensor(-0.5), torch.tensor(math.nan)])
+def test_a_weight_is_a_number_from_0(weight):
+    with pytest.raises(TrainingError, match="0 or more"):
+        run_ranks(1, lambda communicator: Weighting(communicator, 1).weigh(1, weight, None, shared=False))
+
+
 def sum_over_ranks(communicator, values):
     return communicator.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
 
@@ -57,7 +97,7 @@ def test_equal_counts_weigh_no_more_than_with_a_total():
         for _ in range(3):
             weighting.begin_step()
             weighting.begin_backward()
-            weight = weighting.weigh(100_000, None, shared=False)
+            weight = weighting.weigh(100_000, None, None, shared=False)
             weight *= weighting.settle()
             weighting.factor(Tally.of(sum_over_ranks(communicator, weighting.tally.values())))
             seen.append(weight)
@@ -71,8 +111,8 @@ def test_losses_over_the_same_samples_count_them_once():
     def rank(communicator):
         weighting = Weighting(communicator, 1)
         weighting.begin_backward()
-        one = weighting.weigh(4, None, shared=True)
-        two = weighting.weigh(4, None, shared=False)
+        one = weighting.weigh(4, None, None, shared=True)
+        two = weighting.weigh(4, None, None, shared=False)
         factor = weighting.factor(weighting.tally)
         return one * factor, two * factor
 
@@ -83,7 +123,7 @@ def test_a_last_loss_that_nothing_followed_is_counted():
     def rank(communicator):
         weighting = Weighting(communicator, 1)
         weighting.begin_backward()
-        weight = weighting.weigh(4, None, shared=True)
+        weight = weighting.weigh(4, None, None, shared=True)
         weighting.close()
         return weight * weighting.factor(weighting.tally)
 
@@ -104,14 +144,14 @@ def test_numbers_that_cannot_be_are_refused(calls, message):
     def rank(communicator):
         weighting = Weighting(communicator, 1)
         for samples, total, shared in calls:
-            weighting.weigh(samples, total, shared=shared)
+            weighting.weigh(samples, None, total, shared=shared)
 
     with pytest.raises(TrainingError, match=message):
         run_ranks(1, rank)
 
 
 def test_a_tally_fits_float32():
-    tally = Tally(samples=4_000_000, uncounted=3, counted=0, ranks=1, began=10**9 + 5)
+    tally = Tally(weight=4_000_000, samples=4_000_000, uncounted=3, counted=0, ranks=1, began=10**9 + 5)
     values = torch.tensor(tally.values(), dtype=torch.float32).tolist()
-    assert Tally.of(values).samples == 4_000_000
-    assert values[4] == (10**9 + 5) % 4096
+    assert Tally.of(values).weight == Tally.of(values).samples == 4_000_000
+    assert values[5] == (10**9 + 5) % 4096
