@@ -148,8 +148,14 @@ def _merged(values: list[Any], updates: list[int], reduction: Any) -> Any:
 def _sent(value: Any, sent: dict[int, Any]) -> Any:
     """A state as it travels: on the CPU, so that it can arrive on any device."""
     if id(value) not in sent:
-        sent[id(value)] = _mapped(value, lambda tensor: tensor.detach().cpu(), lambda inner: _sent(inner, sent))
+        sent[id(value)] = _mapped(value, _on_cpu, lambda inner: _sent(inner, sent))
     return sent[id(value)]
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """On the CPU, and no view: one would travel with all that it is a view of."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _on(value: Any, device: torch.device) -> Any:

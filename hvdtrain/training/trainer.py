@@ -41,6 +41,7 @@ from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
+from hvdtrain.training.predicting import predict
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -373,6 +374,40 @@ class Trainer:
         check_same_call(self.backend, "evaluate", {"epoch_metrics": described(self.task)})
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
         return self._evaluate(source, batch_size or source.batch_size or 64)
+
+    def predict(
+        self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, to: Path | str = "rank0"
+    ) -> Any:
+        """Compute the model's outputs for a data set, in its order, each sample once; every rank must call it.
+
+        The task's ``predict(model, batch)`` gives them, if it has one; else the model is called with the batch, or with x of
+        (x, y). Tensors and arrays have a row for each sample of the batch, lists an entry for each; they may be in tuples,
+        dictionaries and dataclasses.
+
+        Args:
+            data: As for `evaluate`. A sampler of your own in a DataLoader says the order.
+            batch_size: Samples per rank and batch; else the DataLoader's, or 64.
+            to: "rank0" or "all" for the outputs of all samples, on the CPU, on rank 0 or on every rank. Anything else is a new
+                folder, where rank 0 writes them batch by batch: a tensor or an array to ``NAME.npy``, a list to ``NAME.jsonl``
+                with a line for each sample. NAME is the key in a dictionary, and "output" for a tensor alone.
+
+        Returns:
+            What the model gives for a batch, with all samples in it; None on the other ranks under "rank0". Or the folder.
+
+        Raises:
+            ConfigError: On every rank: the data set is empty or differs, or outputs do not show which sample they belong to,
+                or do not fit together.
+            OutputError: On every rank: the folder is not empty, or cannot be written.
+            CollectiveError: Some rank did not call it; says which, and what it does.
+        """
+        source = self._source(data)
+        size = batch_size or source.batch_size or 64
+        self.backend.assemble(f"a prediction after step {self.position.steps}")
+        check_same_call(self.backend, "predict", {"batch_size": size, "to": str(to)})
+        check_same_data(source, self.backend, seed=self._seed, name="the data")
+        source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
+        batches = RankBatches(source, self.backend, seed=self._seed)
+        return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
         if source.length == 0:
