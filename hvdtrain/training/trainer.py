@@ -388,7 +388,7 @@ class Trainer:
             data: As for `evaluate`. A sampler of your own in a DataLoader says the order.
             batch_size: Samples per rank and batch; else the DataLoader's, or 64.
             to: "rank0" or "all" for the outputs of all samples, on the CPU, on rank 0 or on every rank. Anything else is a new
-                folder, where rank 0 writes them batch by batch: a tensor or an array to ``NAME.npy``, a list to ``NAME.jsonl``
+                folder (rank 0's word for it), where rank 0 writes them batch by batch: a tensor or an array to ``NAME.npy``, a list to ``NAME.jsonl``
                 with a line for each sample. NAME is the key in a dictionary, and "output" for a tensor alone.
 
         Returns:
@@ -403,7 +403,9 @@ class Trainer:
         source = self._source(data)
         size = batch_size or source.batch_size or 64
         self.backend.assemble(f"a prediction after step {self.position.steps}")
-        check_same_call(self.backend, "predict", {"batch_size": size, "to": str(to)})
+        check_same_call(
+            self.backend, "predict", {"batch_size": size, "to": to if to in ("rank0", "all") else "a folder"}
+        )
         check_same_data(source, self.backend, seed=self._seed, name="the data")
         source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
         batches = RankBatches(source, self.backend, seed=self._seed)
