@@ -287,6 +287,7 @@ class Backend(Communicator):
         dataset: Dataset[Any] | DataLoader[Any],
         *,
         batch_size: int | None = None,
+        global_batch_size: int | None = None,
         shuffle: bool | None = None,
         seed: int = 0,
         workers: int = 0,
@@ -308,7 +309,8 @@ class Backend(Communicator):
                 arguments below leave open: its data set, batch size, shuffling or sampler, drop_last, collate function,
                 loader processes and what they are told. Its own random numbers (generator, a DistributedSampler's seed)
                 play no part, ``seed`` does; a DistributedSampler is not cut a second time.
-            batch_size: Samples per rank and step.
+            batch_size: Samples per rank and step; or
+            global_batch_size: samples per step over all ranks, which gives the same steps at every world size.
             shuffle: A new order each epoch (each iteration over the loader is the next epoch), the same for every
                 world size. None: as the DataLoader does; in the data set's order without one.
             seed: Of the order, and of augmentation in loader processes.
@@ -339,9 +341,15 @@ class Backend(Communicator):
             pin_memory=pin_memory,
             persistent_workers=persistent_workers,
         )
-        if source.batch_size is None:
-            raise ConfigError("give batch_size=, the samples per rank and step")
-        return RankBatches(source, self, seed=seed)
+        if batch_size is not None and global_batch_size is not None:
+            raise ConfigError(
+                "give either batch_size= (samples per rank and step) or global_batch_size= (over all ranks)"
+            )
+        if source.batch_size is None and global_batch_size is None:
+            raise ConfigError(
+                "give batch_size=, the samples per rank and step, or global_batch_size=, those over all ranks"
+            )
+        return RankBatches(source, self, global_batch_size=global_batch_size, seed=seed)
 
     def group(self, ranks: Sequence[int]) -> Group | None:
         """Make a communicator for some of the ranks; every rank of the world must call it with the same list.

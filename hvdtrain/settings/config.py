@@ -30,7 +30,7 @@ __all__ = [
 BACKENDS = ("auto", "local", "torch", "mpi", "horovod")
 BACKEND_GROUP = "hvdtrain.backends"
 """Entry-point group under which other packages register backends."""
-DATA_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "synthetic")
+DATA_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "synthetic")
 MODEL_NAMES = ("cnn", "mlp")
 SCHEDULES = ("constant", "cosine", "step", "linear")
 IMAGE_FOLDER = "imagefolder:"
@@ -57,7 +57,7 @@ class TrainConfig:
 
     data: Component | None = option(
         None,
-        "data set: digits (inside the package), mnist, fashion-mnist, cifar10, imagefolder:DIR (one folder a class "
+        "data set: digits (inside the package), mnist, fashion-mnist, cifar10, cifar100, imagefolder:DIR (one folder a class "
         "under DIR/train and DIR/val), synthetic, or an import path",
         group=_DATA,
         metavar="NAME",

@@ -62,13 +62,18 @@ class Task(Learning, Protocol):
         ...
 
 
+MANY_CLASSES = 50
+"""From so many on, as in CIFAR-100 and ImageNet, top-5 accuracy is reported too."""
+
+
 class Supervised:
     """Inputs and targets: a batch is ``(x, y)``.
 
     Args:
         loss: ``loss(model(x), y)``, a mean over the samples.
 
-    Where the outputs are (samples, classes) and the targets class indices (samples,), evaluation reports the accuracy.
+    Where the outputs are (samples, classes) and the targets class indices (samples,), evaluation reports the accuracy; of
+    `MANY_CLASSES` or more also how often the right class is among the five likeliest.
     """
 
     def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
@@ -86,6 +91,9 @@ class Supervised:
         found = {"loss": self._loss(outputs, targets)}
         if _is_classification(outputs, targets):
             found["accuracy"] = (outputs.argmax(dim=1) == targets).double().mean()
+            if outputs.shape[1] >= MANY_CLASSES:
+                likeliest = outputs.topk(5, dim=1).indices
+                found["accuracy_top5"] = (likeliest == targets.unsqueeze(1)).any(dim=1).double().mean()
         return found
 
 

@@ -88,7 +88,7 @@ STAIRS = [
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
     ["training.position", "training.loop_state", "training.evaluation", "training.predicting"],
     ["training.resume", "training.callbacks.goal"],
-    ["training.trainer", "training.callbacks.early_stopping", "training.callbacks.best_checkpoint", "training.callbacks.averaging"],
+    ["training.trainer", "tasks.byte_language_model", "training.callbacks.early_stopping", "training.callbacks.best_checkpoint", "training.callbacks.averaging"],
     ["exchange.content", "exchange.files"],
     ["exchange.dcp"],
     ["exchange.moving"],
@@ -134,6 +134,7 @@ PUBLIC_DOORS = {
     "optim",
     "testing",
     "testing.conformance",
+    "tasks",
 }  # no code of their own
 HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
