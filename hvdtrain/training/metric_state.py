@@ -54,6 +54,9 @@ def why_not(metric: object) -> str:
             f"a {type(metric).__name__} does not say how the ranks' parts of it are put together; give it merge_state(others), which "
             "takes in what the other ranks' objects hold"
         )
+    windows = [part for _, part in _parts_of(metric) if any(kind.__name__ == "Running" for kind in type(part).__mro__)]
+    if windows:
+        return f"a {type(windows[0]).__name__} is computed over the last updates alone, and each rank has its own"
     return ""
 
 

@@ -240,10 +240,12 @@ SHARED = classification.MulticlassF1Score(CLASSES)
         ({"f": SHARED, "g": torchmetrics.MetricCollection({"x": SHARED})}, "'f' and 'g' hold the same MulticlassF1Score"),
         ({"f": object()}, "'f' cannot be computed over ranks: a object has not the methods update, compute and reset"),
         ({"f": torchmetrics.wrappers.MetricTracker(SHARED)}, "give it merge_state"),
+        ({"f": wrappers.Running(torchmetrics.SumMetric(), 3)}, "a Running is computed over the last updates alone"),
+        ({"f": torchmetrics.aggregation.RunningMean(3)}, "a RunningMean is computed over the last updates alone"),
         ([SHARED], "epoch_metrics must be a dictionary of metrics by name, got a list"),
         ({1: SHARED}, "epoch_metrics must be a dictionary of metrics by name"),
     ],
-    ids=["twice", "twice inside", "no metric", "no merging", "list", "number"],
+    ids=["twice", "twice inside", "no metric", "no merging", "window", "running mean", "list", "number"],
 )  # fmt: skip
 def test_what_cannot_be_computed_over_ranks_is_refused_when_the_trainer_is_made(alone, metrics, message):
     with pytest.raises(ConfigError, match=message):
