@@ -53,7 +53,7 @@ def predict(
         ConfigError: On every rank: outputs of some rank do not show what belongs to which sample, or differ between batches.
         OutputError: On every rank: the files cannot be written.
     """
-    collecting = _Collecting(communicator, batches.partition.length, to)
+    collecting = Collecting(communicator, batches.partition.length, to)
     call = getattr(task, "predict", _call)
     rounds = len(batches)
     try:
@@ -71,12 +71,25 @@ def predict(
         raise
 
 
-class _Collecting:
-    """Brings the ranks' pieces to those who hold them."""
+class Collecting:
+    """Brings the ranks' pieces to those who hold them.
 
-    def __init__(self, communicator: Communicator, samples: int, to: Path | str) -> None:
+    Args:
+        communicator: All ranks.
+        samples: How many there will be, over all ranks.
+        to: See `predict`.
+        exchange_bytes: About how much a rank keeps before it is sent.
+
+    Raises:
+        OutputError: On every rank: the folder cannot be written.
+    """
+
+    def __init__(
+        self, communicator: Communicator, samples: int, to: Path | str, *, exchange_bytes: int = _EXCHANGE_BYTES
+    ) -> None:
         self._communicator = communicator
         self._to_all, self._in_folder = to == "all", to not in ("rank0", "all")
+        self._exchange_bytes = exchange_bytes
         self._problem = ""
         self._pieces: list[Piece] = []
         self._rounds = 1  # until the next exchange
@@ -98,7 +111,12 @@ class _Collecting:
             return None
 
     def add(self, piece: Piece, *, last: bool) -> None:
-        """A round is done; every rank must call it."""
+        """A round is done; every rank must call it.
+
+        Raises:
+            ConfigError: On every rank: outputs of some rank are no such, or do not fit to the others.
+            OutputError: On every rank: they cannot be written.
+        """
         self._pieces.append(piece)
         if len(self._pieces) < self._rounds and not last:
             return
@@ -118,7 +136,7 @@ class _Collecting:
         self._agree(kind)
 
     def result(self) -> Any:
-        """Return what the user gets."""
+        """Return what the user gets, after the last round; every rank must call it."""
         found = None
         if self._store is not None:
             try:
@@ -150,7 +168,7 @@ class _Collecting:
                     )
                 self._store.add(outputs, samples)
                 most = max(most, memory_bytes(outputs.columns))
-        self._rounds = max(1, min(_MOST_ROUNDS, _EXCHANGE_BYTES // most))
+        self._rounds = max(1, min(_MOST_ROUNDS, self._exchange_bytes // most))
 
     def _agree(self, kind: type[ConfigError | OutputError]) -> None:
         """Know whether it went well where the outputs are kept, and after how many rounds the next exchange is."""

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader
 
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.testing.threads import run_ranks
 from hvdtrain.training.outputs import difference, taken_apart
+from hvdtrain.training.predicting import Collecting
 
 LENGTH = 11
 X = torch.arange(LENGTH, dtype=torch.float32).reshape(LENGTH, 1)
@@ -190,3 +194,33 @@ def test_outputs_are_copies():
     assert difference(outputs, outputs) == ""
     wide.fill_(1)
     assert outputs.columns["b",].sum() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=12).filter(
+        lambda all: any(map(any, all))
+    ),
+    most_bytes=st.sampled_from([0, 40, 2**20]),
+    to=st.sampled_from(["rank0", "all"]),
+)
+def test_whatever_the_ranks_have_in_each_round_is_put_together_in_order(rounds, most_bytes, to):
+    total = sum(map(sum, rounds))
+
+    def body(communicator):
+        rank, position = communicator.wire.rank, 0
+        collecting = Collecting(communicator, total, to, exchange_bytes=most_bytes)
+        for number, counts in enumerate(rounds, 1):
+            first, mine = position + sum(counts[:rank]), counts[rank]
+            values = torch.arange(first, first + mine)
+            piece = collecting.piece({"n": values, "text": [str(n) for n in values.tolist()]}, mine) if mine else None
+            collecting.add(piece, last=number == len(rounds))
+            position += sum(counts)
+        return collecting.result()
+
+    for rank, found in enumerate(run_ranks(3, body)):
+        if to == "all" or rank == 0:
+            assert found["n"].tolist() == list(range(total))
+            assert found["text"] == list(map(str, range(total)))
+        else:
+            assert found is None
