@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
     from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
     from hvdtrain.training.callbacks.averaging import ExponentialMovingAverage as ExponentialMovingAverage
     from hvdtrain.training.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
@@ -66,6 +67,7 @@ _PUBLIC = {
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",
     "available": "hvdtrain.backends:available",
+    "checkpoint_activations": "hvdtrain.training.activation_checkpointing:checkpoint_activations",
     "convert_sync_batch_norm": "hvdtrain.sync_batch_norm:convert_sync_batch_norm",
     "init": "hvdtrain.backends:create",
     "seed_everything": "hvdtrain.training.random_numbers:seed_everything",

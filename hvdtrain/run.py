@@ -110,6 +110,8 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
             callbacks=getattr(task, "build_callbacks", list)(),
+            checkpoint_modules=config.checkpoint_modules,
+            checkpoint_policy=config.checkpoint_policy,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),

@@ -202,6 +202,22 @@ class TrainConfig:
         choices=("fp32", "fp64", "bf16", "fp16"),
     )
 
+    checkpoint_modules: str | None = option(
+        None,
+        "compute the activations of modules again in the backward pass, to need less memory: a regular expression for their "
+        "whole names, such as 'layer[34]'",
+        group=_OPTIM,
+        metavar="REGEX",
+        default_text="none",
+    )
+    checkpoint_policy: str = option(
+        "full",
+        "what --checkpoint-modules computes again: full (everything), selective (all but matrix products, convolutions and "
+        "attention)",
+        group=_OPTIM,
+        choices=("full", "selective"),
+    )
+
     backend: str = option(
         "auto",
         "what moves the gradients: auto (what fits the launcher), local, torch, mpi, horovod, or one that another "

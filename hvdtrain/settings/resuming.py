@@ -60,6 +60,8 @@ RULES: dict[str, Rule] = {
     "clip_norm": Rule(TAKEN),
     "label_smoothing": Rule(TAKEN),
     "precision": Rule(TAKEN, "fp64 and the others do not read each other's; a gradient scaler goes on"),
+    "checkpoint_modules": Rule(FREE),
+    "checkpoint_policy": Rule(FREE),
     "backend": Rule(TAKEN),
     "device": Rule(TAKEN),
     "data_parallel": Rule(TAKEN),

@@ -31,6 +31,7 @@ from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
+from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
@@ -114,6 +115,9 @@ class Trainer:
             which the ranks talk anyway (about once a second); None for none by time.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
         callbacks: Objects that are told what happens, the same on every rank (see `hvdtrain.training.events.Callback`).
+        checkpoint_modules: Modules whose activations are computed again in the backward pass, to need less memory; see
+            `hvdtrain.training.activation_checkpointing.checkpoint_activations`, also for
+        checkpoint_policy: "full" or "selective".
         replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
 
     Raises:
@@ -147,6 +151,8 @@ class Trainer:
         checkpoint_minutes: float | None = None,
         stop_requested: Callable[[], bool] | None = None,
         callbacks: Sequence[Any] = (),
+        checkpoint_modules: str | None = None,
+        checkpoint_policy: str = "full",
         **replica_options: Any,
     ) -> None:
         if (loss is None) == (task is None):
@@ -171,6 +177,8 @@ class Trainer:
         self.backend = backend
         self.precision = Precision(precision, backend.device)
         self.precision.prepare(model)
+        if checkpoint_modules is not None:
+            checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
