@@ -197,7 +197,7 @@ class LoopState:
             "optimizer": _optimizer(self._replica),
             "schedule": self._schedule,
             "precision": self._scaler,
-            "callbacks": self._callbacks,
+            **({} if self._callbacks is None else {"callbacks": self._callbacks}),
             **self._others,
         }
 
