@@ -6,6 +6,7 @@ who hold it after every few rounds, so that no rank ever has much more than the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def predict(
         raise
 
 
+def destination(to: Path | str) -> str:
+    """Return "rank0", "all" or "folder".
+
+    Raises:
+        ConfigError: It may be a misspelt one of the first two.
+    """
+    if to in ("rank0", "all"):
+        return str(to)
+    if isinstance(to, str) and not os.path.dirname(to):
+        raise ConfigError(f"to={to!r} is neither 'rank0' nor 'all'; for a folder of that name give './{to}' or a Path")
+    return "folder"
+
+
 class Collecting:
     """Brings the ranks' pieces to those who hold them.
 
@@ -88,7 +102,7 @@ class Collecting:
         self, communicator: Communicator, samples: int, to: Path | str, *, exchange_bytes: int = _EXCHANGE_BYTES
     ) -> None:
         self._communicator = communicator
-        self._to_all, self._in_folder = to == "all", to not in ("rank0", "all")
+        self._to_all, self._in_folder = destination(to) == "all", destination(to) == "folder"
         self._exchange_bytes = exchange_bytes
         self._problem = ""
         self._pieces: list[Piece] = []

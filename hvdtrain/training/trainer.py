@@ -43,7 +43,7 @@ from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
-from hvdtrain.training.predicting import predict
+from hvdtrain.training.predicting import destination, predict
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -419,7 +419,7 @@ class Trainer:
         Args:
             data: As for `evaluate`. A sampler of your own in a DataLoader says the order.
             batch_size: Samples per rank and batch; else the DataLoader's, or 64.
-            to: "rank0" or "all" for the outputs of all samples, on the CPU, on rank 0 or on every rank. Anything else is a new
+            to: "rank0" or "all" for the outputs of all samples, on the CPU, on rank 0 or on every rank. A path is a new
                 folder, where rank 0 writes them batch by batch: a tensor or an array to ``NAME.npy``, a list to ``NAME.jsonl``
                 with a line for each sample. NAME is the key in a dictionary, and "output" for a tensor alone.
 
@@ -435,8 +435,7 @@ class Trainer:
         source = self._source(data)
         size = batch_size or source.batch_size or 64
         self.backend.assemble(f"a prediction after step {self.position.steps}")
-        where = to if to in ("rank0", "all") else "a folder"
-        arguments = {"batch_size": size, "to": where, "callbacks": self._events.described}
+        arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
         check_same_call(self.backend, "predict", arguments)
         check_same_data(source, self.backend, seed=self._seed, name="the data")
         source = replace(source, batch_size=size, shuffle=False, last_batch="keep")

@@ -121,6 +121,13 @@ def test_a_single_tensor_is_the_file_output(alone, tmp_path):
     assert np.load(tmp_path / "found" / "output.npy").tolist() == X.tolist()
 
 
+def test_a_word_that_is_none_of_those_known_makes_no_folder(alone):
+    with pytest.raises(
+        ConfigError, match="to='rank1' is neither 'rank0' nor 'all'; for a folder of that name give './rank1'"
+    ):
+        predict(alone, lambda x: x, to="rank1")
+
+
 def test_a_folder_with_something_in_it_is_left_alone(alone, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is there already; name a new folder"):
