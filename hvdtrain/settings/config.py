@@ -104,6 +104,13 @@ class TrainConfig:
         group=_DATA,
         choices=("keep", "drop", "merge"),
     )
+    partition: str = option(
+        "batch",
+        "cut each global batch over the ranks, or cut the data once, so that each rank reads its own part: a contiguous one (sample), "
+        "every so many-th sample (sample-strided), a part for each node (sample-node), or what each rank's data holds (sample-own)",
+        group=_DATA,
+        choices=("batch", "sample", "sample-strided", "sample-node", "sample-own"),
+    )
     workers: int = option(
         0,
         "processes per rank that load data; 0 loads in the training process",
@@ -202,6 +209,9 @@ class TrainConfig:
         choices=("fp32", "fp64", "bf16", "fp16"),
     )
 
+    compile: bool = option(
+        False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
+    )
     checkpoint_modules: str | None = option(
         None,
         "compute the activations of modules again in the backward pass, to need less memory: a regular expression for their "

@@ -95,7 +95,9 @@ class _Recomputed:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
         before = self._versions()
-        output = checkpoint(self._plain, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        counts = any(_counts(part) for part in self._module.modules())
+        contexts: dict[str, Any] = {"context_fn": self._contexts} if self._selective or counts else {}
+        output = checkpoint(self._plain, *args, use_reentrant=False, **contexts, **kwargs)
         if before != self._versions():
             raise ConfigError(
                 f"{self._name!r} changes its buffers in the forward pass, so that computing it again would give other numbers; leave the "
@@ -145,6 +147,10 @@ def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
+
+
+def _counts(module: nn.Module) -> bool:
+    return bool(getattr(module, "track_running_stats", False)) and module.training
 
 
 def _inside(name: str, other: str) -> bool:

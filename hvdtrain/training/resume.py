@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
@@ -38,7 +38,7 @@ def resume(
     position: Position,
     seed: int,
     backend: Backend,
-    partition: BatchPartition,
+    batches: RankBatches,
 ) -> str:
     """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches.
 
@@ -48,7 +48,7 @@ def resume(
         position: Set to where the checkpoint was written.
         seed: As for `save`; another one than the checkpoint's is warned of.
         backend: All ranks.
-        partition: The position must lie between two of its global batches.
+        batches: The position must lie between two of its global batches.
 
     Returns:
         The checkpoint's folder.
@@ -67,7 +67,7 @@ def resume(
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
     try:
-        partition.step_at(position.samples)
+        batches.check_position(position.samples, position.cut)
     except ConfigError as error:
         raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path

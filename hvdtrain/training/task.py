@@ -21,6 +21,8 @@ class Learning(Protocol):
     A task may also have:
 
     - ``collate(samples)``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it;
+    - ``samples_of(batch)``, how many samples a batch has, where that is not the number of indices that it was made of: a
+      ``collate`` that leaves broken ones out, or makes several of one;
     - ``weight_of(batch)``, what the batch's loss and metrics are means over if not over its samples: the number of tokens,
       of pairs, a sum of weights; a number from 0, or a tensor without dimensions (on a GPU it is waited for). A batch of
       weight 0 counts nothing, whatever its loss is;

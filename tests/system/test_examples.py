@@ -75,7 +75,7 @@ def last_words(example: str, launcher: str) -> str:
 
 
 @pytest.mark.parametrize("launcher", OTHERS)
-@pytest.mark.parametrize("example", ["gan", "contrastive", "metrics"])
+@pytest.mark.parametrize("example", ["gan", "contrastive", "wide_features", "metrics"])
 def test_an_example_ends_alike_under_every_launcher(example, launcher):
     if launcher.startswith("horovodrun"):
         pytest.importorskip("horovod", reason="Horovod is not installed")
@@ -117,6 +117,7 @@ def test_every_example_is_run_here():
         "mnist_files",
         "spawn_from_script",
         "custom_task",
+        "wide_features",
         "gan",
         "contrastive",
         "detection",

@@ -123,7 +123,7 @@ def test_a_single_tensor_is_the_file_output(alone, tmp_path):
 
 def test_a_word_that_is_none_of_those_known_makes_no_folder(alone):
     with pytest.raises(
-        ConfigError, match="to='rank1' is neither 'rank0' nor 'all'; for a folder of that name give './rank1'"
+        ConfigError, match=r"to='rank1' is neither 'rank0' nor 'all'; for a folder of that name give '\./rank1'"
     ):
         predict(alone, lambda x: x, to="rank1")
 
@@ -231,3 +231,9 @@ def test_whatever_the_ranks_have_in_each_round_is_put_together_in_order(rounds, 
             assert found["text"] == list(map(str, range(total)))
         else:
             assert found is None
+
+
+def test_a_loader_of_parts_for_each_rank_is_refused(alone):
+    loader = alone.loader(ArrayDataset(X), batch_size=2, partition="sample")
+    with pytest.raises(ConfigError, match="by partition='sample'; pass the data set itself"):
+        predict(alone, lambda x: x, loader)
