@@ -414,7 +414,7 @@ class Trainer:
             partition: As for `fit`: which samples this rank may read.
 
         Returns:
-            Each metric's mean over all samples, the same on every rank.
+            Each metric's mean over all samples, and the task's ``epoch_metrics`` over all of them, the same on every rank.
 
         Raises:
             ConfigError: The data set is empty or differs between the ranks, or what the task's `metrics` returned cannot be
