@@ -34,6 +34,7 @@ from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
+from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
 from hvdtrain.settings.options import Component
@@ -84,6 +85,8 @@ def run_training(config: TrainConfig) -> Summary:
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
+        if config.shard_optimizer:
+            optimizer = ShardedOptimizer(optimizer, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))

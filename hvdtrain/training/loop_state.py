@@ -205,7 +205,7 @@ class LoopState:
     def _kinds(self) -> dict[str, str]:
         optimizer = _optimizer(self._replica)
         return {
-            "optimizer": "" if optimizer is None else type(optimizer).__name__,
+            "optimizer": "" if optimizer is None else getattr(optimizer, "kind", type(optimizer).__name__),
             "schedule": "" if self._schedule is None else describe(self._schedule),
         }
 

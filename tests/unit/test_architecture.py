@@ -85,7 +85,7 @@ STAIRS = [
     ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file"],
     ["training.checkpoint_files", "training.host_copy", "training.dry_run"],
     ["training.descent", "training.mirror"],
-    ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
+    ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "optim.sharded", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference", "training.outputs", "training.events"],
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
@@ -120,7 +120,7 @@ STAIRS = [
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_several",
-     "testing.conformance.test_partition", "testing.conformance.test_nn", "testing.conformance.test_activations"],
+     "testing.conformance.test_partition", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
