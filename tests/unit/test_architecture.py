@@ -90,7 +90,7 @@ STAIRS = [
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference", "training.outputs", "training.events"],
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
     ["training.position", "training.loop_state", "training.evaluation", "training.predicting"],
-    ["training.resume", "training.compiling", "training.callbacks.goal"],
+    ["training.resume", "training.compiling", "training.callbacks.goal", "training.callbacks.weights"],
     ["training.trainer", "tasks.byte_language_model", "training.callbacks.early_stopping", "training.callbacks.best_checkpoint", "training.callbacks.averaging"],
     ["exchange.content", "exchange.files"],
     ["exchange.dcp"],
@@ -120,7 +120,7 @@ STAIRS = [
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_several",
-     "testing.conformance.test_partition", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded"],
+     "testing.conformance.test_partition", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_odd_parameters"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

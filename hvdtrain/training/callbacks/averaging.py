@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.checkpoint import model_state
+from hvdtrain.training.callbacks.weights import swap, weights_of
 from hvdtrain.training.events import StepEvent
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class ExponentialMovingAverage:
 
     def on_start(self, trainer: Trainer) -> None:
         """Begin with the weights as they are, or go on."""
-        self._weights, before = _floating(trainer.replica.module), self._average
+        self._weights, before = weights_of(trainer.replica.module), self._average
         if before and {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in self._weights.items()}:
             raise CheckpointError(
                 "the average of the weights is of another model; train without it, or with the model it is of"
@@ -59,14 +58,14 @@ class ExponentialMovingAverage:
     @contextmanager
     def applied(self, trainer: Trainer) -> Iterator[None]:
         """Let the model hold the average; its own weights come back afterwards, bit for bit."""
-        now = _floating(trainer.replica.module)
+        now = weights_of(trainer.replica.module)
         if {k: v.data_ptr() for k, v in now.items()} != {k: v.data_ptr() for k, v in self._weights.items()}:
             raise ConfigError("the model's parameters are not those that are averaged; replace them before fit begins")
-        self._swap()
+        swap(self._weights, self._average)
         try:
             yield
         finally:
-            self._swap()
+            swap(self._weights, self._average)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average by the names of the model's state."""
@@ -75,18 +74,3 @@ class ExponentialMovingAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._average = state["average"]
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, weight in self._weights.items():
-            kept = weight.clone()
-            weight.copy_(self._average[name])
-            self._average[name].copy_(kept)
-
-
-def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """What is averaged of a model, each tensor once, though parameters are shared."""
-    found = {
-        tensor.data_ptr(): (name, tensor) for name, tensor in model_state(model).items() if tensor.is_floating_point()
-    }
-    return dict(found.values())
