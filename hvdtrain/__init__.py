@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from hvdtrain.topology import Topology as Topology
     from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
     from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
+    from hvdtrain.training.callbacks.averaging import ExponentialMovingAverage as ExponentialMovingAverage
+    from hvdtrain.training.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
+    from hvdtrain.training.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
+    from hvdtrain.training.events import Callback as Callback
     from hvdtrain.training.loop_state import LoopState as LoopState
     from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
     from hvdtrain.training.random_numbers import seed_everything as seed_everything
@@ -48,9 +52,13 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AsyncCheckpoints": "hvdtrain.training.async_checkpoints:AsyncCheckpoints",
     "Backend": "hvdtrain.backends.base:Backend",
+    "BestCheckpoint": "hvdtrain.training.callbacks.best_checkpoint:BestCheckpoint",
+    "Callback": "hvdtrain.training.events:Callback",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
+    "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
     "FitResult": "hvdtrain.training.trainer:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
     "LoopState": "hvdtrain.training.loop_state:LoopState",

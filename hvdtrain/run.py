@@ -112,6 +112,7 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
+            callbacks=getattr(task, "build_callbacks", list)(),
             compile=config.compile,
             checkpoint_modules=config.checkpoint_modules,
             checkpoint_policy=config.checkpoint_policy,
@@ -395,10 +396,14 @@ def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console:
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)
         show_summary(summary, console, run_dir)
+        if result.stopped:
+            console.print(f"ended early: {result.stopped}", highlight=False, markup=False)
         return
     done = f"{result.epochs} epochs, {result.steps} steps"
     if config.epochs == 0:
         line = f"evaluated {result.resumed_from} ({done}); {file} stays as it was"
+    elif result.stopped:
+        line = f"this run was ended by a callback already: {done}, {result.stopped}. {file} stays as it was"
     else:
         line = f"this run was finished already: {done}. {file} stays as it was; more --epochs go on, another --run-dir begins anew"
     console.print(line, highlight=False, markup=False)

@@ -68,7 +68,9 @@ class HorovodReplica(HookedReplica):
         factor = self._config.gradient_predivide_factor
         scales = {} if factor == 1.0 else {"prescale_factor": 1.0 / factor, "postscale_factor": factor}
         name = f"{self._label}.{pack.name}"
-        tensors = [torch.view_as_real(t) if t.is_complex() else t for t in pack.tensors]  # Horovod knows no complex numbers
+        tensors = [
+            torch.view_as_real(t) if t.is_complex() else t for t in pack.tensors
+        ]  # Horovod knows no complex numbers
         if len(tensors) == 1:
             handle = hvd.allreduce_async_(tensors[0].view(-1), name=name, op=op, **scales)
         else:
