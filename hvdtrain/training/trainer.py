@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,7 @@ class Trainer:
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         self._pacemaker = Pacemaker(schedule, schedule_interval, schedule_metric)
+        self._pacemaker.check_optimizer(optimizer)
         self._events = Events(callbacks)
         if checkpoints is not None:
             self._pacemaker.check_savable(optimizer)
@@ -210,6 +212,7 @@ class Trainer:
         self._logger: Logger = logger or NullLogger()
         self._progress = progress
         self._checkpoints = checkpoints
+        self._beside: list[Checkpoints] = []  # of callbacks, in folders of their own
         self._checkpoint_every = checkpoint_every
         self._checkpoint_minutes = checkpoint_minutes
         self._checkup = Checkup(
@@ -598,6 +601,18 @@ class Trainer:
             save(self._state, checkpoints, self.position, self._seed, last=last)
 
         self._events.when_all_are_told(write)
+
+    def keep_apart(self, checkpoints: Checkpoints) -> None:
+        """Refuse a folder beside the run's own in which something else of this run writes, which would thin out its checkpoints.
+
+        Raises:
+            ConfigError: It is the run's own, or another callback's.
+        """
+        place = os.path.realpath(checkpoints.folder)
+        others = [self._checkpoints, *self._beside]
+        if any(one not in (None, checkpoints) and os.path.realpath(one.folder) == place for one in others):
+            raise ConfigError(f"{checkpoints.folder} is the folder of other checkpoints of this run; give a folder for each")
+        self._beside.append(checkpoints)
 
     def _stop_reason(self) -> str:
         """Why the run ended early, the same on every rank."""
