@@ -31,6 +31,7 @@ from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.loader import make_loader
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.rank_batches import RankStep
+from hvdtrain.data.rank_stream import StreamStep
 from hvdtrain.data.samplers import PartitionSampler
 
 BATCH = 16  # per rank
@@ -105,7 +106,7 @@ class Clocked(hvdtrain.Trainer):
 
     times: list[float]
 
-    def _train_step(self, step: RankStep) -> None:
+    def _train_step(self, step: RankStep | StreamStep) -> None:
         began = time.perf_counter()
         super()._train_step(step)
         self.times.append(time.perf_counter() - began)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from hvdtrain.data.loader import empty_batch, make_loader
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition, Step
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
 from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.data.source import Source
@@ -128,6 +129,8 @@ class RankBatches:
         )
         self._sampler = PartitionSampler(self.partition, shuffle=source.shuffle, seed=seed)
         self._loader = _loader(source, self._sampler, ranks, seed)
+        if equal_passes and self.partition.needs_empty_batches:
+            self.prepare_empty()
 
     def __len__(self) -> int:
         """Steps in an epoch, the same on every rank."""
@@ -166,6 +169,44 @@ class RankBatches:
         """
         self.partition.step_at(state["samples"])
         self.epoch, self._first_sample, self._under_way = state["epoch"], state["samples"], None
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step over all ranks; the last step of an epoch may have fewer, or more."""
+        return self.partition.global_batch_size
+
+    def steps_in(self, epochs: int) -> float:
+        """Return the steps of so many epochs."""
+        return epochs * len(self)
+
+    def is_over(self, samples: int) -> bool:
+        """Whether an epoch has no samples left after so many, over all ranks."""
+        return samples >= self.partition.samples_per_epoch
+
+    def go_on(self, samples: int, states: Sequence[Any]) -> None:
+        """See whether an epoch can be taken up.
+
+        Args:
+            samples: Of it that are done, over all ranks.
+            states: What every rank's `state_of_this_rank` returned then.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if samples and any(state is not None for state in states):
+            raise ConfigError("it was reading a stream, and this is a data set with numbers; give the same data")
+        self.partition.step_at(samples)
+
+    def state_of_this_rank(self) -> None:
+        """Return what `go_on` needs of this rank: nothing."""
+
+    def example(self) -> Any:
+        """Return a batch, on the device; None where not every rank has one. Every rank must call it."""
+        if not self.partition.step(0).every_rank:
+            return None
+        with untouched_random_numbers():
+            first, _ = next(iter(next(self.steps(0))))
+        return first
 
     def steps(self, epoch: int, start_sample: int = 0) -> Iterator[RankStep]:
         """Yield this rank's steps from a position in an epoch to its end.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.rank_stream import Batches, RankStream
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
@@ -17,7 +18,7 @@ from hvdtrain.training.position import Position
 _log = logging.getLogger(__name__)
 
 
-def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int) -> str:
+def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int, batches: Batches) -> str:
     """Write a checkpoint and return its folder; every rank must call it.
 
     Args:
@@ -25,9 +26,13 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         checkpoints: Where to.
         position: This rank's, for its part of the epoch's tally.
         seed: Of the order of the samples.
+        batches: The data, and where they are read.
     """
     tally = position.epoch_tally
-    of_this_rank = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
+    of_this_rank: dict[str, Any] = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
+    reading = batches.state_of_this_rank()
+    if reading is not None:
+        of_this_rank["stream"] = reading
     return state.save(checkpoints, position.steps, of_this_rank=of_this_rank)
 
 
@@ -37,7 +42,7 @@ def resume(
     position: Position,
     seed: int,
     backend: Backend,
-    partition: BatchPartition,
+    batches: Batches,
 ) -> str:
     """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches.
 
@@ -47,7 +52,7 @@ def resume(
         position: Set to where the checkpoint was written.
         seed: As for `save`; another one than the checkpoint's is warned of.
         backend: All ranks.
-        partition: The position must lie between two of its global batches.
+        batches: Taken up at that position, which must lie between two of their global batches.
 
     Returns:
         The checkpoint's folder.
@@ -66,7 +71,24 @@ def resume(
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
     try:
-        partition.step_at(position.samples)
+        batches.go_on(position.samples, [one.get("stream") for one in ranks])
     except ConfigError as error:
         raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path
+
+
+def take_up(earlier: Batches | None, batches: Batches, position: Position) -> None:
+    """Go on where another `Trainer.fit` has stopped in the middle of an epoch; every rank must call it.
+
+    Args:
+        earlier: What that one read; None if there was none.
+        batches: What is read now.
+        position: Where it stopped.
+
+    Raises:
+        ConfigError: What is read now cannot be taken up there.
+    """
+    if not position.samples:
+        return
+    states = earlier.state_dict()["ranks"] if isinstance(earlier, RankStream) else [None]
+    batches.go_on(position.samples, states)

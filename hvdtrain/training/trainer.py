@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.random_numbers import untouched_random_numbers
-from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches
+from hvdtrain.data.rank_batches import RankBatches, RankStep
+from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.source import Source, source_of
+from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
@@ -41,12 +42,14 @@ from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.random_numbers import OwnRandomNumbers
-from hvdtrain.training.resume import resume, save
+from hvdtrain.training.resume import resume, save, take_up
 from hvdtrain.training.same_call import check_same_call
 from hvdtrain.training.schedules import Pacemaker
 from hvdtrain.training.task import Learning, Supervised
 
 _log = logging.getLogger(__name__)
+
+Data = Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,13 +194,14 @@ class Trainer:
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
         self._train_seconds = 0.0
         self._samples = 0
+        self._batches: Batches | None = None
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def fit(
         self,
-        train_data: Dataset[Any] | DataLoader[Any],
-        eval_data: Dataset[Any] | DataLoader[Any] | None = None,
+        train_data: Data,
+        eval_data: Data | None = None,
         *,
         epochs: int = 1,
         max_steps: int | None = None,
@@ -214,7 +218,8 @@ class Trainer:
         Args:
             train_data: With ``__len__`` and ``__getitem__``; the same whole data on every rank, in a new random order
                 each epoch. Or a DataLoader: of it are taken the data set, batch size, shuffling or sampler, drop_last,
-                collate function and loader processes, and not its random numbers (see `Backend.loader`).
+                collate function and loader processes, and not its random numbers (see `Backend.loader`). Or a stream, which
+                is read in its own order: an IterableDataset, what has ``__iter__`` alone, or a function that returns such.
             eval_data: Likewise; evaluated every ``eval_every`` epochs and at the end, each sample once.
             epochs: Passes over the data, those before a resume included; 0 to evaluate only.
             max_steps: End after so many optimizer steps, if that is earlier.
@@ -255,30 +260,31 @@ class Trainer:
         )
         if batch_size is not None and global_batch_size is not None:
             raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
-        batches = RankBatches(
+        batches = batches_of(
             source if batch_size is None else replace(source, batch_size=batch_size),
             self.backend,
             global_batch_size=global_batch_size,
             accumulate=self._accumulate,
             seed=self._seed,
             equal_passes=self._in_step,
+            keep_states=self._checkpoints is not None,
         )
-        partition = batches.partition
-        if self._in_step and partition.needs_empty_batches:
-            batches.prepare_empty()
-        total_steps = min(epochs * partition.steps_per_epoch, math.inf if max_steps is None else max_steps)
-        per_rank = max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
+        earlier, self._batches = self._batches, batches
+        total_steps = min(batches.steps_in(epochs), math.inf if max_steps is None else max_steps)
+        per_rank = max(1, math.ceil(batches.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         position, resumed_from = self.position, None
         with self._own_random_numbers:
             if resume_from is not None:
-                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, partition)
+                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, batches)
                 if position.steps < total_steps:
                     self._rehearse(batches)
+            else:
+                take_up(earlier, batches, position)
             self._checkup.begin(position.steps)
-            while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
-                self._train_epoch(batches, int(total_steps))
-                ended = position.has_ended(epochs, total_steps, partition.samples_per_epoch)
+            while not position.has_ended(epochs, total_steps, batches.is_over):
+                self._train_epoch(batches, total_steps)
+                ended = position.has_ended(epochs, total_steps, batches.is_over)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
                     self._evaluate_here(eval_source, eval_batch_size)
@@ -300,9 +306,8 @@ class Trainer:
             resumed_from=resumed_from,
         )
 
-    def _train_epoch(self, batches: RankBatches, total_steps: int) -> None:
-        position = self.position
-        epoch_samples = batches.partition.samples_per_epoch
+    def _train_epoch(self, batches: Batches, total_steps: float) -> None:
+        position, whole_epoch = self.position, True
         self.replica.module.train()
         for step in batches.steps(position.epoch, position.samples):
             began = time.perf_counter()
@@ -315,18 +320,19 @@ class Trainer:
                 save |= self._hold_checkup(total_steps)
             if save:
                 self._save()
-            if position.steps >= total_steps and position.samples < epoch_samples:
+            if position.steps >= total_steps and not batches.is_over(position.samples):
+                whole_epoch = False
                 break
         self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
         ).tolist()
         position.train_loss = Tally(*whole).mean
-        if position.samples >= epoch_samples:
+        if whole_epoch:
             position.finish_epoch()
             self._pacemaker.after_epoch()
 
-    def _train_step(self, step: RankStep) -> None:
+    def _train_step(self, step: RankStep | StreamStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
         for number, (loaded, samples) in enumerate(step, 1):
@@ -351,7 +357,7 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None) -> dict[str, float]:
+    def evaluate(self, data: Data, *, batch_size: int | None = None) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
@@ -372,10 +378,11 @@ class Trainer:
         return self._evaluate(source, batch_size or source.batch_size or 64)
 
     def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
-        if source.length == 0:
+        batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed)
+        metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
+        if not metrics:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
-        batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
-        return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
+        return metrics
 
     def _evaluate_here(self, source: Source, batch_size: int) -> None:
         """Evaluate at this position, and say it."""
@@ -388,10 +395,10 @@ class Trainer:
 
     def _source(self, data: Any, shuffle: bool = False, last_batch: str = "keep", drop_last: bool = False) -> Source:
         """What to load: as a DataLoader says, and else as this Trainer was told."""
-        own = isinstance(data, DataLoader | RankBatches)
+        own = isinstance(data, DataLoader | RankBatches | RankStream)
         said = source_of(
-            data.source if isinstance(data, RankBatches) else data,
-            shuffle=None if own else shuffle,
+            data.source if isinstance(data, RankBatches | RankStream) else data,
+            shuffle=None if own or is_stream(data) else shuffle,
             last_batch=last_batch,
             drop_last=drop_last,
         )
@@ -405,6 +412,8 @@ class Trainer:
             arguments
             | {
                 "eval_data given": eval_source is not None,
+                "train_data a stream": source.is_stream,
+                "eval_data a stream": eval_source is not None and eval_source.is_stream,
                 "last_batch": source.last_batch,
                 "shuffle": source.shuffle,
                 "accumulate": self._accumulate,
@@ -420,7 +429,7 @@ class Trainer:
         if eval_source is not None:
             check_same_data(eval_source, self.backend, seed=self._seed, name="eval_data")
 
-    def _hold_checkup(self, total_steps: int) -> bool:
+    def _hold_checkup(self, total_steps: float) -> bool:
         """Log, stop if asked, and return whether it is time for a checkpoint."""
         self._pending_loss.look()
         position = self.position
@@ -433,7 +442,7 @@ class Trainer:
             report(
                 StepRecord(
                     step=position.steps,
-                    total_steps=total_steps,
+                    total_steps=None if total_steps == math.inf else int(total_steps),
                     epoch=position.epoch,
                     loss=verdict.tally.mean,
                     lr=float(self._lr),
@@ -459,10 +468,10 @@ class Trainer:
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
     def _save(self) -> str | None:
-        if self._checkpoints is None:
+        if self._checkpoints is None or self._batches is None:
             return None
         self._pending_loss.look()
-        path = save(self._state, self._checkpoints, self.position, self._seed)
+        path = save(self._state, self._checkpoints, self.position, self._seed, self._batches)
         self._checkup.saved()
         return path
 
@@ -471,12 +480,11 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.settle(self.backend)
 
-    def _rehearse(self, batches: RankBatches) -> None:
-        if not batches.partition.step(0).every_rank:
+    def _rehearse(self, batches: Batches) -> None:
+        example = batches.example()
+        if example is None:
             return
-        with untouched_random_numbers():
-            first, _ = next(iter(next(batches.steps(0))))
-        batch = self.precision.cast(first)
+        batch = self.precision.cast(example)
 
         def forward(model: nn.Module) -> Tensor:
             with self.precision.autocast():
