@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hvdtrain.data.loader import stream_loader
 from hvdtrain.data.nested import empty_from, to_device
-from hvdtrain.data.portions import Cut, End, Opening, Portion, PortionReader, Start
+from hvdtrain.data.portions import Cut, Opening, Portion, Start
 from hvdtrain.data.rank_batches import RankBatches, Ranks, evaluation_batches
-from hvdtrain.data.same_data import describe, difference
 from hvdtrain.data.source import Source
-from hvdtrain.data.streams import STRIDE, name_of, set_epoch, way_of
+from hvdtrain.data.stream_place import Place
+from hvdtrain.data.stream_reading import Reading, other_streams
+from hvdtrain.data.streams import STRIDE, name_of, way_of
 from hvdtrain.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -70,92 +70,6 @@ class StreamStep:
         """Yield the micro-batches, on the device, each with the number of its samples."""
         for number, size in enumerate(self.sizes):
             yield self._owner.on_device(self._batches[number] if size else self._owner.empty), size
-
-
-class Reading:
-    """One pass over a stream, on this rank: its portions, one after the other.
-
-    Args:
-        source: What is read, and how.
-        ranks: All of them; every rank must begin the pass.
-        cut: Whose share.
-        seed: Of random numbers.
-        start: Where.
-        keep_states: Portions bring the stream's state.
-        show_pair: The openings bring what an empty batch is made from.
-
-    Attributes:
-        openings: Of this rank's readers.
-
-    Raises:
-        ConfigError: The ranks do not read the same.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        ranks: Ranks,
-        cut: Cut,
-        *,
-        seed: int,
-        start: Start,
-        keep_states: bool = False,
-        show_pair: bool = False,
-    ) -> None:
-        reader = PortionReader(source.dataset, cut, collate=source.collate, seed=seed, look=describe)
-        reader.start, reader.keep_states, reader.show_pair = start, keep_states, show_pair
-        set_epoch(source.dataset, start.epoch)
-        self._loaded = iter(
-            stream_loader(
-                reader,
-                workers=source.workers,
-                pin_memory=ranks.device.type == "cuda" if source.pin_memory is None else source.pin_memory,
-                timeout_s=ranks.timeout_s if source.timeout_s is None else source.timeout_s,
-                worker_init=source.worker_init,
-                prefetch_factor=source.prefetch_factor,
-                multiprocessing_context=source.multiprocessing_context,
-            )
-        )
-        self._ended = set(start.ended)
-        self.openings: list[Opening] = [next(self._loaded) for _ in range(cut.readers)]
-        if way_of(source.dataset) == STRIDE:
-            self._compare(source, ranks, start)
-
-    def next(self) -> Portion | None:
-        """Return the next portion; None at the end."""
-        for item in self._loaded:
-            if not isinstance(item, End):
-                assert isinstance(item, Portion)
-                return item
-            self._ended.add(item.worker)
-        return None
-
-    @property
-    def ended(self) -> tuple[int, ...]:
-        """The readers that have no more, after the portions that were returned."""
-        return tuple(sorted(self._ended))
-
-    def _compare(self, source: Source, ranks: Ranks, start: Start) -> None:
-        """Every rank reads the whole stream, and keeps its samples: so it must be the same stream everywhere."""
-        first = next((opening.first for opening in self.openings if opening.first is not None), None)
-        everyone = ranks.all_gather_object(first)
-        for rank, theirs in enumerate(everyone):
-            if (theirs is None) != (everyone[0] is None):
-                what = f"is missing on rank {rank if theirs is None else 0}"
-            elif theirs is None or not (found := difference([everyone[0]], [theirs])):
-                continue
-            else:
-                what = f"is another on rank {rank} than on rank 0 ({found[1]})"
-            raise ConfigError(other_streams(source.dataset, f"the first sample in epoch {start.epoch + 1} {what}"))
-
-
-def other_streams(stream: Any, what: str) -> str:
-    """Say what differs where ranks read different streams, and the ways out."""
-    return (
-        f"{name_of(stream)} is not the same stream on every rank: {what}. Either give every rank the same samples in the same "
-        "order (seeded alike, without a look at the rank), and each keeps its own; or let its method shard(num_shards, index) "
-        "return the stream of part `index`"
-    )
 
 
 class RankStream:
@@ -415,114 +329,6 @@ class RankStream:
             return
         theirs = self._ranks.broadcast_object(self._empty, src=[has for has, _ in made].index(True))
         self._empty = self._empty if pair is not None else theirs
-
-
-class Place:
-    """Where in a stream this rank is, after the steps that were handed out.
-
-    Args:
-        cut: Whose share.
-
-    Attributes:
-        epoch: Epochs completed.
-        samples: Samples of the epoch that are done, over all ranks.
-        over: Nothing is left of the epoch.
-        again: What was taken up is read a second time, and left out.
-    """
-
-    def __init__(self, cut: Cut, epoch: int = 0) -> None:
-        self._cut = cut
-        self.epoch = epoch
-        self._reset()
-
-    def _reset(self) -> None:
-        self.samples = 0
-        self.over = self.again = self._taken_up = False
-        self._taken = [0] * self._cut.readers
-        self._states: list[Any] = [None] * self._cut.readers
-        self._ended: tuple[int, ...] = ()
-        self._turn = 0
-
-    def take(self, epoch: int) -> bool:
-        """Whether a place in this epoch was taken up, which can be begun at once."""
-        taken, self._taken_up = self._taken_up and epoch == self.epoch, False
-        return taken
-
-    def finish(self) -> None:
-        """The epoch is done."""
-        self._reset()
-        self.epoch += 1
-
-    def start(self, *, whole: bool) -> Start:
-        """Where the readers begin."""
-        if whole:
-            state = next((state for state in self._states if state is not None), None)
-            readers = self._cut.readers
-            return Start(
-                epoch=self.epoch,
-                at=self.samples,
-                skip=() if state is not None else (self.samples,) * readers,
-                states=() if state is None else (state,) * readers,
-            )
-        skip = tuple(0 if state is not None else taken for state, taken in zip(self._states, self._taken, strict=True))
-        return Start(epoch=self.epoch, skip=skip, states=tuple(self._states), ended=self._ended, first=self._turn)
-
-    def advance(self, portion: Portion | None, samples: int, ended: tuple[int, ...]) -> None:
-        """A step is handed out."""
-        self.samples += samples
-        self._ended = ended
-        if portion is not None:
-            self._taken[portion.worker] += portion.samples
-            self._states = [None] * len(self._states) if portion.total is not None else self._states
-            self._states[portion.worker] = portion.state
-            self._turn = (portion.worker + 1) % self._cut.readers
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's."""
-        return {
-            "epoch": self.epoch,
-            "samples": self.samples,
-            "over": self.over,
-            "global_batch_size": self._cut.global_batch_size,
-            "accumulate": self._cut.accumulate,
-            "workers": self._cut.workers,
-            "turn": self._turn,
-            "taken": list(self._taken),
-            "states": list(self._states),
-            "ended": list(self._ended),
-        }
-
-    def take_up(self, everyone: list[Mapping[str, Any]], *, whole: bool) -> None:
-        """Go on from the states of all ranks.
-
-        Raises:
-            ConfigError: That cannot be.
-        """
-        first, cut = everyone[0], self._cut
-        self.epoch, self.samples, self.over = first["epoch"], first["samples"], first["over"]
-        self._taken_up = True
-        if self.over or not self.samples:
-            return
-        before = {"global_batch_size": first["global_batch_size"]}
-        now = {"global_batch_size": cut.global_batch_size}
-        if not whole:
-            before |= {"ranks": len(everyone), "workers": max(1, first["workers"])}
-            now |= {"ranks": cut.world_size, "workers": cut.readers}
-        differing = [f"{name} {before[name]} (now {now[name]})" for name in before if before[name] != now[name]]
-        if differing:
-            raise ConfigError(
-                f"it is in the middle of a stream, after {self.samples} samples, which was read with {', '.join(differing)}; go on "
-                "with the same, or from the end of an epoch"
-            )
-        states = [state for one in everyone for state in one["states"]]
-        if whole:
-            self._states = [next((state for state in states if state is not None), None)] * cut.readers
-            self.again = self._states[0] is None
-            return
-        mine = everyone[cut.rank]
-        self._turn, self._taken, self._states = mine["turn"], list(mine["taken"]), list(mine["states"])
-        self._ended = tuple(mine["ended"])
-        self.again = any(s is None and t for one in everyone for s, t in zip(one["states"], one["taken"], strict=True))
 
 
 Batches = RankBatches | RankStream

@@ -29,6 +29,7 @@ STAIRS = [
     ["launch.detect", "data.source", "data.portions"],
     ["data.rank_batches"],
     ["data.same_data"],
+    ["data.stream_reading", "data.stream_place"],
     ["data.rank_stream"],
     ["launch.siblings", "ranks.frames", "ranks.records", "ranks.process_state", "ranks.describing", "ranks.addresses", "ranks.rendezvous_file"],
     ["ranks.store", "ranks.store_server"],
