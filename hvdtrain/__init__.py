@@ -20,6 +20,7 @@ from hvdtrain import errors as errors
 from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
+    from hvdtrain import nn as nn
     from hvdtrain.backends import available as available
     from hvdtrain.backends import create
     from hvdtrain.backends.base import Backend as Backend
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
     from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
     from hvdtrain.training.loop_state import LoopState as LoopState
@@ -58,8 +60,10 @@ _PUBLIC = {
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",
     "available": "hvdtrain.backends:available",
+    "checkpoint_activations": "hvdtrain.training.activation_checkpointing:checkpoint_activations",
     "convert_sync_batch_norm": "hvdtrain.sync_batch_norm:convert_sync_batch_norm",
     "init": "hvdtrain.backends:create",
+    "nn": "hvdtrain.nn",
     "seed_everything": "hvdtrain.training.random_numbers:seed_everything",
     "spawn": "hvdtrain.workers:spawn",
 }
@@ -72,7 +76,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hvdtrain' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute)
+    value: Any = importlib.import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

@@ -80,7 +80,7 @@ def run_training(config: TrainConfig) -> Summary:
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
-        steps_per_epoch = _steps_per_epoch(config, train_data, batch)
+        steps_per_epoch = _steps_per_epoch(config, train_data, batch, backend)
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
@@ -109,6 +109,9 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
+            compile=config.compile,
+            checkpoint_modules=config.checkpoint_modules,
+            checkpoint_policy=config.checkpoint_policy,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
@@ -124,6 +127,7 @@ def run_training(config: TrainConfig) -> Summary:
                     eval_batch_size=config.eval_batch_size,
                     eval_every=config.eval_every,
                     last_batch=config.last_batch,
+                    partition=config.partition,
                     resume_from=resume_from,
                 )
         finally:
@@ -232,7 +236,7 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     return lambda: cast(nn.Module, build(**extra))
 
 
-def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int:
+def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int, backend: Backend) -> int:
     try:
         samples = len(data)  # type: ignore[arg-type]
     except TypeError as error:
@@ -240,6 +244,8 @@ def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int
             f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
             "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
         ) from error
+    if config.partition == "sample-own":
+        samples = sum(backend.all_gather_object(samples))
     return BatchPartition(length=samples, global_batch_size=batch, last_batch=config.last_batch).steps_per_epoch
 
 

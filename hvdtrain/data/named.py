@@ -66,7 +66,7 @@ def load_data(component: Component, *, folder: Path, download: bool, timeout_s: 
     """Load a data set; any number of ranks of a node may call this at once, and one of them downloads.
 
     Args:
-        component: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``imagefolder:DIR`` or ``synthetic`` with the
+        component: ``digits``, ``mnist``, ``fashion-mnist``, ``cifar10``, ``cifar100``, ``imagefolder:DIR`` or ``synthetic`` with the
             arguments of the function of that name below; or an import path. What that names may return a `NamedData`,
             a pair of data sets (training, evaluation), or one data set; where it takes an argument ``train`` that is
             not given, it is called for both parts, as suits torchvision's classes.
@@ -114,6 +114,11 @@ def cifar10(place: Place, mirror: str | None = None, augment: bool = True) -> Na
     return _published("CIFAR10", place, mirror, augment=augment)
 
 
+def cifar100(place: Place, mirror: str | None = None, augment: bool = True) -> NamedData:
+    """CIFAR-100, as `cifar10`, with 100 classes."""
+    return _published("CIFAR100", place, mirror, augment=augment, classes=100)
+
+
 def imagefolder(
     place: Place, directory: str, size: int = 224, augment: bool = True, eval_fraction: float = 0.1
 ) -> NamedData:
@@ -152,12 +157,13 @@ _NAMES: dict[str, Callable[..., NamedData]] = {
     "mnist": mnist,
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar10,
+    "cifar100": cifar100,
     "imagefolder": imagefolder,
     "synthetic": synthetic,
 }
 
 
-def _published(name: str, place: Place, mirror: str | None, *, augment: bool) -> NamedData:
+def _published(name: str, place: Place, mirror: str | None, *, augment: bool, classes: int = 10) -> NamedData:
     vision = _vision(name.lower().replace("_", "-"))
     train, evaluation = vision.load_published(
         getattr(vision, name),
@@ -167,7 +173,7 @@ def _published(name: str, place: Place, mirror: str | None, *, augment: bool) ->
         mirror=mirror,
         augment=augment,
     )
-    return NamedData(train=train, evaluation=evaluation, shape=tuple(train.tensors[0].shape[1:]), classes=10)
+    return NamedData(train=train, evaluation=evaluation, shape=tuple(train.tensors[0].shape[1:]), classes=classes)
 
 
 def _vision(name: str) -> ModuleType:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hvdtrain.data.nested import empty_from, to_device
 from hvdtrain.data.portions import Cut, Opening, Portion, Start
-from hvdtrain.data.rank_batches import RankBatches, Ranks, evaluation_batches
+from hvdtrain.data.rank_batches import RankBatches, evaluation_batches
+from hvdtrain.data.reach import Ranks
 from hvdtrain.data.source import Source
 from hvdtrain.data.stream_place import Place
 from hvdtrain.data.stream_reading import Reading, other_streams
@@ -90,6 +91,7 @@ class RankStream:
         batch_size: Samples per rank and micro-batch.
         global_batch_size: Samples per step over all ranks.
         epoch: The epoch that the next iteration begins.
+        cut: "stream".
 
     Raises:
         ConfigError: A value that cannot work.
@@ -126,6 +128,7 @@ class RankStream:
         self.global_batch_size = global_batch_size
         self.batch_size = -(-global_batch_size // each)
         self.epoch = 0
+        self.cut = "stream"
         self._ranks = ranks
         self._seed = seed
         self._equal_passes = equal_passes
@@ -188,28 +191,35 @@ class RankStream:
             self._place.over = True
         return self._place.over and samples == self._place.samples
 
-    def go_on(self, samples: int, states: Sequence[Any]) -> None:
-        """Take up an epoch, as `load_state_dict`.
+    def take_up(self, samples: int, cut: str, states: Sequence[Any]) -> None:
+        """Take up an epoch in its middle, as `load_state_dict` does.
 
         Args:
-            samples: Of it that are done, over all ranks.
-            states: What every rank's `state_of_this_rank` returned then.
+            samples: Done of the epoch, over all ranks.
+            cut: As `cut` was where the position comes from.
+            states: What every rank's `state_of_this_rank` returned there.
 
         Raises:
             ConfigError: It cannot be taken up.
         """
         if not samples:
             return
-        if None in states:
-            raise ConfigError("it was reading a data set with numbers, and this is a stream; give the same data")
+        if cut != self.cut or not states:
+            raise ConfigError(
+                f"cannot continue after {samples} samples: they were read from other data than a stream; give the same data"
+            )
         self.load_state_dict({"ranks": states})
 
-    def example(self) -> Any:
-        """Return the batch, on the device, that the next step begins with; None where not every rank has one. Every rank must call it."""
-        place = self._place
-        if place.over or self._ranks.topology.world_size == 1:
+    def example(self, epoch: int) -> Any:
+        """Return the batch, on the device, that the epoch begins with, or goes on; None where not every rank has one.
+
+        Every rank must call it. Nothing is lost: the next step has it again.
+        """
+        self._begin(epoch)
+        self._place.keep()
+        if self._place.over:
             return None
-        self._opened = self._open(show_pair=self._equal_passes)
+        self._opened = self._opened or self._open(show_pair=self._equal_passes)
         portion = self._opened[1]
         has = self._ranks.all_gather_object(portion is not None and portion.samples > 0)
         return self.on_device(portion.batches[0]) if portion is not None and all(has) else None
@@ -334,18 +344,25 @@ class RankStream:
 Batches = RankBatches | RankStream
 
 
-def batches_of(source: Source, ranks: StreamRanks, *, keep_states: bool = True, **options: Any) -> Batches:
+def batches_of(
+    source: Source, ranks: StreamRanks, *, equal_passes: bool = False, keep_states: bool = True, **options: Any
+) -> Batches:
     """Return this rank's share of a data set or a stream.
 
     Args:
         source: What is loaded, and how.
         ranks: All of them.
+        equal_passes: Every rank gets as many micro-batches as the others, if need be empty ones; what those look like is
+            found out at once where it can be.
         keep_states: See `RankStream`.
         options: As both have them.
     """
     if source.is_stream:
-        return RankStream(source, ranks, keep_states=keep_states, **options)
-    return RankBatches(source, ranks, **options)
+        return RankStream(source, ranks, equal_passes=equal_passes, keep_states=keep_states, **options)
+    batches = RankBatches(source, ranks, equal_passes=equal_passes, **options)
+    if equal_passes and batches.partition.needs_empty_batches:
+        batches.prepare_empty()
+    return batches
 
 
 def evaluation_of(source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0) -> Iterator[tuple[Any, int]]:

@@ -40,6 +40,10 @@ class Place:
         taken, self._taken_up = self._taken_up and epoch == self.epoch, False
         return taken
 
+    def keep(self) -> None:
+        """The epoch was begun already when the next iteration asks for it."""
+        self._taken_up = True
+
     def finish(self) -> None:
         """The epoch is done."""
         self._reset()

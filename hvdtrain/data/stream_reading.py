@@ -6,7 +6,7 @@ from typing import Any
 
 from hvdtrain.data.loader import stream_loader
 from hvdtrain.data.portions import Cut, End, Opening, Portion, PortionReader, Start
-from hvdtrain.data.rank_batches import Ranks
+from hvdtrain.data.reach import Ranks
 from hvdtrain.data.same_data import describe, difference
 from hvdtrain.data.source import Source
 from hvdtrain.data.streams import STRIDE, name_of, set_epoch, way_of

@@ -1,4 +1,4 @@
-"""torchvision's data sets: MNIST, Fashion-MNIST, CIFAR-10, and folders of images.
+"""torchvision's data sets: MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, and folders of images.
 
 This module imports torchvision; `hvdtrain.data.named` imports it when one of these is asked for. torchvision reads the
 files and knows where they are; checksums and downloading are ours (`hvdtrain.data.downloads`), because many ranks may ask at once.
@@ -35,6 +35,7 @@ _SHA256 = {
     ("FashionMNIST", "t10k-images-idx3-ubyte.gz"): "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     ("FashionMNIST", "t10k-labels-idx1-ubyte.gz"): "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     ("CIFAR10", "cifar-10-python.tar.gz"): "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    ("CIFAR100", "cifar-100-python.tar.gz"): "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 }
 
 
@@ -102,6 +103,13 @@ CIFAR10 = Published(
     archives=functools.partial(_cifar_archives, datasets.CIFAR10),
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2470, 0.2435, 0.2616),
+)
+CIFAR100 = Published(
+    name="cifar100",
+    make=datasets.CIFAR100,
+    archives=functools.partial(_cifar_archives, datasets.CIFAR100),
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
 )
 
 

@@ -30,7 +30,7 @@ __all__ = [
 BACKENDS = ("auto", "local", "torch", "mpi", "horovod")
 BACKEND_GROUP = "hvdtrain.backends"
 """Entry-point group under which other packages register backends."""
-DATA_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "synthetic")
+DATA_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "synthetic")
 MODEL_NAMES = ("cnn", "mlp")
 SCHEDULES = ("constant", "cosine", "step", "linear")
 IMAGE_FOLDER = "imagefolder:"
@@ -57,7 +57,7 @@ class TrainConfig:
 
     data: Component | None = option(
         None,
-        "data set: digits (inside the package), mnist, fashion-mnist, cifar10, imagefolder:DIR (one folder a class "
+        "data set: digits (inside the package), mnist, fashion-mnist, cifar10, cifar100, imagefolder:DIR (one folder a class "
         "under DIR/train and DIR/val), synthetic, or an import path",
         group=_DATA,
         metavar="NAME",
@@ -103,6 +103,13 @@ class TrainConfig:
         "the one before it",
         group=_DATA,
         choices=("keep", "drop", "merge"),
+    )
+    partition: str = option(
+        "batch",
+        "cut each global batch over the ranks, or cut the data once, so that each rank reads its own part: a contiguous one (sample), "
+        "every so many-th sample (sample-strided), a part for each node (sample-node), or what each rank's data holds (sample-own)",
+        group=_DATA,
+        choices=("batch", "sample", "sample-strided", "sample-node", "sample-own"),
     )
     workers: int = option(
         0,
@@ -200,6 +207,25 @@ class TrainConfig:
         "arithmetic: fp32, fp64, or autocast to bf16 or fp16 (fp16 with a gradient scaler)",
         group=_OPTIM,
         choices=("fp32", "fp64", "bf16", "fp16"),
+    )
+
+    compile: bool = option(
+        False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
+    )
+    checkpoint_modules: str | None = option(
+        None,
+        "compute the activations of modules again in the backward pass, to need less memory: a regular expression for their "
+        "whole names, such as 'layer[34]'",
+        group=_OPTIM,
+        metavar="REGEX",
+        default_text="none",
+    )
+    checkpoint_policy: str = option(
+        "full",
+        "what --checkpoint-modules computes again: full (everything), selective (all but matrix products, convolutions and "
+        "attention)",
+        group=_OPTIM,
+        choices=("full", "selective"),
     )
 
     backend: str = option(

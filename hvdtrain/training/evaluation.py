@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.errors import ConfigError
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.precision import Precision
@@ -112,6 +113,7 @@ def evaluate(
     precision: Precision,
     batches: Iterable[tuple[Any, int]],
     counting: Counting,
+    seen: SampleCount | None = None,
 ) -> dict[str, float]:
     """Compute a task's mean metrics; every rank must call it.
 
@@ -120,8 +122,9 @@ def evaluate(
         replica: Its inference model is evaluated, in evaluation mode, with rank 0's buffers.
         task: Its `metrics` are computed.
         precision: Of the forward pass.
-        batches: This rank's share of the data: each batch, on the device, with the number of its samples.
+        batches: This rank's share of the data: each batch, on the device, with the number of indices that it was made of.
         counting: Says what the metrics of a batch are means over.
+        seen: Counts the samples that a batch has.
 
     Raises:
         ConfigError: On every rank: the metrics of some rank's batch cannot be averaged over the samples.
@@ -132,10 +135,15 @@ def evaluate(
     model.eval()
     sums = MetricSums(backend.device)
     with torch.no_grad():
-        for loaded, samples in batches:
+        for loaded, indices in batches:
             batch = precision.cast(loaded)
+            try:
+                weight = counting.weight(batch, counting.samples(batch, indices, seen))
+            except ConfigError as error:
+                sums.problem = str(error)
+                break
             with precision.autocast():
-                sums.add(task.metrics(model, batch), counting.weight(batch, samples))
+                sums.add(task.metrics(model, batch), weight)
             if sums.problem:
                 break
     model.train(was_training)

@@ -7,7 +7,8 @@ has a state. It is written as one checkpoint (`hvdtrain.training.checkpoint`); n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -260,12 +261,18 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
         replica: Not in the middle of a step.
         forward: Returns a loss of the model that it is given.
     """
-    module = replica.module
+    with left_as_it_was(replica.module):
+        replica.rehearse(forward)
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Let a module compute in training mode; its buffers and all random numbers are afterwards as before."""
     was_training = module.training
     module.train()
     buffers = [buffer.clone() for buffer in module.buffers()]
     with untouched_random_numbers():
-        replica.rehearse(forward)
+        yield
     with torch.no_grad():
         for buffer, before in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(before)

@@ -71,14 +71,14 @@ def resume(
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
     try:
-        batches.go_on(position.samples, [one.get("stream") for one in ranks])
+        batches.take_up(position.samples, position.cut, [one.get("stream") for one in ranks])
     except ConfigError as error:
         raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path
 
 
-def take_up(earlier: Batches | None, batches: Batches, position: Position) -> None:
-    """Go on where another `Trainer.fit` has stopped in the middle of an epoch; every rank must call it.
+def go_on(earlier: Batches | None, batches: Batches, position: Position) -> None:
+    """Go on where another `Trainer.fit` has stopped, which may be in the middle of an epoch; every rank must call it.
 
     Args:
         earlier: What that one read; None if there was none.
@@ -88,7 +88,5 @@ def take_up(earlier: Batches | None, batches: Batches, position: Position) -> No
     Raises:
         ConfigError: What is read now cannot be taken up there.
     """
-    if not position.samples:
-        return
-    states = earlier.state_dict()["ranks"] if isinstance(earlier, RankStream) else [None]
-    batches.go_on(position.samples, states)
+    states = earlier.state_dict()["ranks"] if isinstance(earlier, RankStream) else []
+    batches.take_up(position.samples, position.cut, states)

@@ -21,6 +21,8 @@ class Learning(Protocol):
     A task may also have:
 
     - ``collate(samples)``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it;
+    - ``samples_of(batch)``, how many samples a batch has, where that is not the number of indices that it was made of: a
+      ``collate`` that leaves broken ones out, or makes several of one;
     - ``weight_of(batch)``, what the batch's loss and metrics are means over if not over its samples: the number of tokens,
       of pairs, a sum of weights; a number from 0, or a tensor without dimensions (on a GPU it is waited for). A batch of
       weight 0 counts nothing, whatever its loss is;
@@ -62,13 +64,18 @@ class Task(Learning, Protocol):
         ...
 
 
+MANY_CLASSES = 50
+"""From so many on, as in CIFAR-100 and ImageNet, top-5 accuracy is reported too."""
+
+
 class Supervised:
     """Inputs and targets: a batch is ``(x, y)``.
 
     Args:
         loss: ``loss(model(x), y)``, a mean over the samples.
 
-    Where the outputs are (samples, classes) and the targets class indices (samples,), evaluation reports the accuracy.
+    Where the outputs are (samples, classes) and the targets class indices (samples,), evaluation reports the accuracy; of
+    `MANY_CLASSES` or more also how often the right class is among the five likeliest.
     """
 
     def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
@@ -86,6 +93,9 @@ class Supervised:
         found = {"loss": self._loss(outputs, targets)}
         if _is_classification(outputs, targets):
             found["accuracy"] = (outputs.argmax(dim=1) == targets).double().mean()
+            if outputs.shape[1] >= MANY_CLASSES:
+                likeliest = outputs.topk(5, dim=1).indices
+                found["accuracy_top5"] = (likeliest == targets.unsqueeze(1)).any(dim=1).double().mean()
         return found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.rank_batches import RankBatches, RankStep
+from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
 from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
 from hvdtrain.data.same_data import check_same_data
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
 from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
+from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.lone_sample import lone_samples_explained
@@ -42,7 +45,7 @@ from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.random_numbers import OwnRandomNumbers
-from hvdtrain.training.resume import resume, save, take_up
+from hvdtrain.training.resume import go_on, resume, save
 from hvdtrain.training.same_call import check_same_call
 from hvdtrain.training.schedules import Pacemaker
 from hvdtrain.training.task import Learning, Supervised
@@ -110,6 +113,11 @@ class Trainer:
         checkpoint_minutes: Minutes of wall time after any checkpoint until the next, by rank 0's clock, at the first step at
             which the ranks talk anyway (about once a second); None for none by time.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
+        checkpoint_modules: Modules whose activations are computed again in the backward pass, to need less memory; see
+            `hvdtrain.training.activation_checkpointing.checkpoint_activations`, also for
+        checkpoint_policy: "full" or "selective".
+        compile: Compile the model's forward and backward pass, or with which arguments of `torch.compile`; the model stays
+            the same object.
         replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
 
     Raises:
@@ -141,6 +149,9 @@ class Trainer:
         checkpoint_every: int = 0,
         checkpoint_minutes: float | None = None,
         stop_requested: Callable[[], bool] | None = None,
+        checkpoint_modules: str | None = None,
+        checkpoint_policy: str = "full",
+        compile: bool | Mapping[str, Any] = False,
         **replica_options: Any,
     ) -> None:
         if (loss is None) == (task is None):
@@ -162,6 +173,11 @@ class Trainer:
         self.backend = backend
         self.precision = Precision(precision, backend.device)
         self.precision.prepare(model)
+        if checkpoint_modules is not None:
+            checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
+        self._compile = compile is not False
+        if self._compile:
+            compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
@@ -188,6 +204,7 @@ class Trainer:
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
         )
+        self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
@@ -211,6 +228,7 @@ class Trainer:
         eval_every: int = 1,
         last_batch: str = "keep",
         drop_last: bool = False,
+        partition: str | None = None,
         resume_from: Saved | Path | str | None = None,
     ) -> FitResult:
         """Train for some epochs; every rank must call it with the same arguments.
@@ -231,6 +249,8 @@ class Trainer:
             last_batch: What becomes of samples that do not fill a last global batch: "keep" trains on them as a shorter
                 one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
             drop_last: DataLoader's word for ``last_batch="drop"``.
+            partition: Whether each global batch is cut over the ranks ("batch", the default), or once the data sets, so that
+                each rank reads a part of its own ("sample", "sample-strided", "sample-node", "sample-own"); see `Backend.loader`.
             resume_from: A checkpoint to continue from: its folder, or what `Checkpoints.find` returned.
 
         Raises:
@@ -245,8 +265,8 @@ class Trainer:
             raise ConfigError(f"epochs must be 0 or more, got {epochs}")
         self._pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
         self.backend.assemble("fit")
-        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last)
-        eval_source = None if eval_data is None else self._source(eval_data)
+        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last, partition=partition)
+        eval_source = None if eval_data is None else self._source(eval_data, partition=partition)
         self._check_call(
             source,
             eval_source,
@@ -270,6 +290,8 @@ class Trainer:
             keep_states=self._checkpoints is not None,
         )
         earlier, self._batches = self._batches, batches
+        self._seen = self._sample_count(source)
+        eval_seen = None if eval_source is None else self._sample_count(eval_source)
         total_steps = min(batches.steps_in(epochs), math.inf if max_steps is None else max_steps)
         per_rank = max(1, math.ceil(batches.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
@@ -280,20 +302,23 @@ class Trainer:
                 if position.steps < total_steps:
                     self._rehearse(batches)
             else:
-                take_up(earlier, batches, position)
+                go_on(earlier, batches, position)
+            position.cut = batches.cut
+            if self._compile and position.steps < total_steps:
+                compile_ahead(self.backend, self.replica, self._first_loss(batches))
             self._checkup.begin(position.steps)
             while not position.has_ended(epochs, total_steps, batches.is_over):
                 self._train_epoch(batches, total_steps)
                 ended = position.has_ended(epochs, total_steps, batches.is_over)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
-                    self._evaluate_here(eval_source, eval_batch_size)
+                    self._evaluate_here(eval_source, eval_batch_size, eval_seen)
                     if regular:
                         self._pacemaker.after_evaluation(position.eval_metrics)
                 self._save()
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
-                self._evaluate_here(eval_source, eval_batch_size)
+                self._evaluate_here(eval_source, eval_batch_size, eval_seen)
             self._settle()
         return FitResult(
             epochs=position.epoch,
@@ -335,16 +360,16 @@ class Trainer:
     def _train_step(self, step: RankStep | StreamStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
-        for number, (loaded, samples) in enumerate(step, 1):
+        for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
-            share = self._counting.share(batch, samples, step.samples)
+            share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
-                replica.backward(precision.scale(loss), samples=samples, weight=share.weight, total=share.total)
+                replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
@@ -357,12 +382,13 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, data: Data, *, batch_size: int | None = None) -> dict[str, float]:
+    def evaluate(self, data: Data, *, batch_size: int | None = None, partition: str | None = None) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
             data: As for `fit`; of a DataLoader, drop_last and shuffling play no part.
             batch_size: Samples per rank and batch; else the DataLoader's, or 64.
+            partition: As for `fit`: which samples this rank may read.
 
         Returns:
             Each metric's mean over all samples, the same on every rank.
@@ -372,37 +398,40 @@ class Trainer:
                 averaged; the message names the metric.
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
-        source = self._source(data)
+        source = self._source(data, partition=partition)
         self.backend.assemble(f"an evaluation after step {self.position.steps}")
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
-        return self._evaluate(source, batch_size or source.batch_size or 64)
+        return self._evaluate(source, batch_size or source.batch_size or 64, self._sample_count(source))
 
-    def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
+    def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
         batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed)
-        metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
+        metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
         if not metrics:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         return metrics
 
-    def _evaluate_here(self, source: Source, batch_size: int) -> None:
+    def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None) -> None:
         """Evaluate at this position, and say it."""
         position = self.position
-        position.eval_metrics = self._evaluate(source, batch_size)
+        position.eval_metrics = self._evaluate(source, batch_size, seen)
         position.evaluated_at = position.steps
         self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=position.eval_metrics))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _source(self, data: Any, shuffle: bool = False, last_batch: str = "keep", drop_last: bool = False) -> Source:
+    def _source(self, data: Any, shuffle: bool = False, **cut: Any) -> Source:
         """What to load: as a DataLoader says, and else as this Trainer was told."""
         own = isinstance(data, DataLoader | RankBatches | RankStream)
         said = source_of(
             data.source if isinstance(data, RankBatches | RankStream) else data,
             shuffle=None if own or is_stream(data) else shuffle,
-            last_batch=last_batch,
-            drop_last=drop_last,
+            **cut,
         )
         return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
+
+    def _sample_count(self, source: Source) -> SampleCount | None:
+        """What sees that samples are missing from a batch, where that would matter."""
+        return sample_count(source, self.backend, seed=self._seed) if self._counting.trusts_indices else None
 
     def _check_call(self, source: Source, eval_source: Source | None, **arguments: Any) -> None:
         """Refuse, on every rank, what would leave the ranks waiting for each other or training on the wrong samples."""
@@ -415,6 +444,7 @@ class Trainer:
                 "train_data a stream": source.is_stream,
                 "eval_data a stream": eval_source is not None and eval_source.is_stream,
                 "last_batch": source.last_batch,
+                "partition": source.partition,
                 "shuffle": source.shuffle,
                 "accumulate": self._accumulate,
                 "seed": self._seed,
@@ -481,13 +511,19 @@ class Trainer:
             self._checkpoints.settle(self.backend)
 
     def _rehearse(self, batches: Batches) -> None:
-        example = batches.example()
-        if example is None:
-            return
-        batch = self.precision.cast(example)
+        forward = self._first_loss(batches)
+        if forward is not None:
+            rehearse(self.replica, forward)
+
+    def _first_loss(self, batches: Batches) -> Callable[[nn.Module], Tensor] | None:
+        """What computes the loss of this rank's first batch; None, on all ranks, if some rank has none."""
+        first = batches.example(self.position.epoch)
+        if first is None:
+            return None
+        batch = self.precision.cast(first)
 
         def forward(model: nn.Module) -> Tensor:
             with self.precision.autocast():
                 return self.task.loss(model, batch)
 
-        rehearse(self.replica, forward)
+        return forward

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, run, torchrun
+from launching import ROOT, horovodrun_gloo, horovodrun_mpi, mpirun, python, run, torchrun
 
 from hvdtrain.training.checkpoint_files import FILES
 
@@ -51,6 +52,44 @@ def test_an_own_loop_that_is_resumed_ends_bit_for_bit_as_if_it_had_not_been_stop
         assert one[file] == other[file], file
 
 
+LAUNCHES = {
+    "python": (python, 1),
+    "torchrun": (torchrun, 2),
+    "mpirun": (mpirun, 3),
+    "horovodrun --mpi": (horovodrun_mpi, 2),
+    "horovodrun --gloo": (horovodrun_gloo, 2),
+}
+OTHERS = [
+    pytest.param(name, marks=() if name == "torchrun" else pytest.mark.slow) for name in LAUNCHES if name != "python"
+]
+
+
+@functools.cache
+def last_words(example: str, launcher: str) -> str:
+    """What an example says at the end, without how many ranks it had."""
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / f"{example}.py")))
+    assert ended.code == 0, ended.output
+    (words,) = re.findall(rf"{ranks} rank\(s\): (.*)", ended.output)
+    return words
+
+
+@pytest.mark.parametrize("launcher", OTHERS)
+@pytest.mark.parametrize("example", ["gan", "contrastive", "wide_features"])
+def test_an_example_ends_alike_under_every_launcher(example, launcher):
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    assert last_words(example, launcher) == last_words(example, "python")
+
+
+@pytest.mark.slow
+def test_detection_learns():
+    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
+    ended = run(torchrun(2, str(EXAMPLES / "detection.py")))
+    assert ended.code == 0, ended.output
+    assert float(re.search(r"train loss (\d\.\d+)", ended.output)[1]) < 0.6
+
+
 def test_spawn_from_script():
     ended = run([sys.executable, str(EXAMPLES / "spawn_from_script.py")])
     assert ended.code == 0, ended.output
@@ -76,5 +115,9 @@ def test_every_example_is_run_here():
         "mnist_files",
         "spawn_from_script",
         "custom_task",
+        "wide_features",
+        "gan",
+        "contrastive",
+        "detection",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

@@ -10,6 +10,7 @@ import struct
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -171,57 +172,80 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         load("mnist", tmp_path)
 
 
-# -- CIFAR-10's format ------------------------------------------------------------------------------------------------
+# -- CIFAR's format ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cifar_archive(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """An archive with six batches of four images; its checksums take the place of the real ones, as above."""
+@dataclass(frozen=True)
+class Cifar:
+    """A data set in CIFAR's format, its archive, and how many images it has."""
+
+    make: type
+    archive: bytes
+    train: int
+    evaluation: int
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return self.make.__name__.lower()
+
+
+CIFARS = [
+    (datasets.CIFAR10, "labels", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    (datasets.CIFAR100, "fine_labels", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+]
+
+
+@pytest.fixture(params=CIFARS, ids=["cifar10", "cifar100"])
+def cifar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cifar:
+    """Batches of four images; the checksums of their archive take the place of the real ones, as above."""
+    cls, labels, classes, mean, std = request.param
     draw = np.random.default_rng(0)
     files: dict[str, bytes] = {}
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+    for name, _ in (*cls.train_list, *cls.test_list):
         batch = {
             "batch_label": name,
-            "labels": draw.integers(0, 10, 4).tolist(),
+            labels: draw.integers(0, classes, 4).tolist(),
             "data": draw.integers(0, 256, (4, 3072), dtype=np.uint8),
             "filenames": [f"{name}_{number}.png" for number in range(4)],
         }
         files[name] = pickle.dumps(batch, protocol=2)
-    files["batches.meta"] = pickle.dumps({"num_cases_per_batch": 4, "label_names": list("abcdefghij"), "num_vis": 3072})
+    files[cls.meta["filename"]] = pickle.dumps({cls.meta["key"]: [str(label) for label in range(classes)]})
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member = tarfile.TarInfo(f"{cls.base_folder}/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    cls = datasets.CIFAR10
-    monkeypatch.setattr(cls, "train_list", [[name, md5(files[name])] for name, _ in cls.train_list])
-    monkeypatch.setattr(cls, "test_list", [[name, md5(files[name])] for name, _ in cls.test_list])
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(files["batches.meta"])})
+    train, test = ([[name, md5(files[name])] for name, _ in part] for part in (cls.train_list, cls.test_list))
+    monkeypatch.setattr(cls, "train_list", train)
+    monkeypatch.setattr(cls, "test_list", test)
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(files[cls.meta["filename"]])})
     know(monkeypatch, cls, cls.filename, buffer.getvalue())
-    return buffer.getvalue()
+    return Cifar(cls, buffer.getvalue(), 4 * len(train), 4 * len(test), classes, mean, std)
 
 
-def test_cifar10_is_downloaded_and_read(cifar_archive: bytes, server: Served, tmp_path: Path) -> None:
-    (server.folder / "cifar-10-python.tar.gz").write_bytes(cifar_archive)
-    data = load("cifar10", tmp_path, mirror=server.url, augment=False)
-    assert (data.shape, data.classes, len(data.train), len(data.evaluation)) == ((3, 32, 32), 10, 20, 4)  # type: ignore[arg-type]
-    theirs = datasets.CIFAR10(tmp_path, train=True)
-    for index in (0, 19):
+def test_cifar_is_downloaded_and_read(cifar: Cifar, server: Served, tmp_path: Path) -> None:
+    (server.folder / cifar.make.filename).write_bytes(cifar.archive)
+    data = load(cifar.name, tmp_path, mirror=server.url, augment=False)
+    assert (data.shape, data.classes) == ((3, 32, 32), cifar.classes)
+    assert (len(data.train), len(data.evaluation)) == (cifar.train, cifar.evaluation)  # type: ignore[arg-type]
+    theirs = cifar.make(tmp_path, train=True)
+    for index in (0, cifar.train - 1):
         image, label = data.train[index]
         raw = torch.from_numpy(np.array(theirs[index][0])).permute(2, 0, 1).float() / 255
-        expected = (raw - torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)) / torch.tensor(
-            [0.2470, 0.2435, 0.2616]
-        ).view(3, 1, 1)
+        expected = (raw - torch.tensor(cifar.mean).view(3, 1, 1)) / torch.tensor(cifar.std).view(3, 1, 1)
         torch.testing.assert_close(image, expected)
         assert int(label) == theirs[index][1]
-    load("cifar10", tmp_path, mirror=server.url)
-    assert server.requests == {"cifar-10-python.tar.gz": 1}
+    load(cifar.name, tmp_path, mirror=server.url)
+    assert server.requests == {cifar.make.filename: 1}
 
 
-def test_only_cifar10s_training_images_vary(cifar_archive: bytes, tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar_archive)
-    data = load("cifar10", tmp_path, download=False)
+def test_only_cifars_training_images_vary(cifar: Cifar, tmp_path: Path) -> None:
+    (tmp_path / cifar.make.filename).write_bytes(cifar.archive)
+    data = load(cifar.name, tmp_path, download=False)
     assert data.evaluation is not None
     assert len({float(data.train[0][0].sum()) for _ in range(8)}) > 1
     assert len({float(data.evaluation[0][0].sum()) for _ in range(8)}) == 1

@@ -1,0 +1,1 @@
+"""Tasks to start from: each is named by ``--task`` as it stands."""
