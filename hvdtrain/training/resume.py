@@ -18,7 +18,15 @@ from hvdtrain.training.position import Position
 _log = logging.getLogger(__name__)
 
 
-def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int, batches: Batches) -> str:
+def save(
+    state: LoopState,
+    checkpoints: Checkpoints,
+    position: Position,
+    seed: int,
+    batches: Batches | None,
+    *,
+    last: str | None = "",
+) -> str:
     """Write a checkpoint and return its folder; every rank must call it.
 
     Args:
@@ -26,14 +34,15 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         checkpoints: Where to.
         position: This rank's, for its part of the epoch's tally.
         seed: Of the order of the samples.
-        batches: The data, and where they are read.
+        batches: The data that are trained on, and where they are read; None before there are any.
+        last: See `LoopState.save`.
     """
     tally = position.epoch_tally
     of_this_rank: dict[str, Any] = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
-    reading = batches.state_of_this_rank()
+    reading = None if batches is None else batches.state_of_this_rank()
     if reading is not None:
         of_this_rank["stream"] = reading
-    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank)
+    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank, last=last)
 
 
 def resume(

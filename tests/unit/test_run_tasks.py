@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import hvdtrain
 from hvdtrain.cli.train import run
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
@@ -40,6 +41,11 @@ class OfAStream(Line):
 class WithOptimizer(Line):
     def build_optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.75)
+
+
+class StopsEarly(Line):
+    def build_callbacks(self):
+        return [hvdtrain.EarlyStopping(patience=1, min_delta=100.0)]
 
 
 class WithNoOptimizer(Line):
@@ -102,7 +108,8 @@ def test_a_task_may_bring_a_stream_whose_length_nobody_knows(tmp_path, capsys):
     assert "step 1  epoch" in capsys.readouterr().out
     schedule = ("--schedule", "cosine", "--warmup-steps", "1")
     assert train(OfAStream, tmp_path / "steps", *schedule, "--max-steps", "3")["steps"] == 3
-    assert learning_rates(tmp_path / "steps")[-1] == pytest.approx(0.0)
+    rates = learning_rates(tmp_path / "steps")
+    assert rates == pytest.approx([rates[0], rates[0], rates[0] / 2])
 
 
 @pytest.mark.parametrize(
@@ -121,3 +128,10 @@ def test_a_task_may_bring_a_stream_whose_length_nobody_knows(tmp_path, capsys):
 def test_what_needs_a_streams_length_is_refused_with_what_to_give(tmp_path, flags, message):
     with pytest.raises(ConfigError, match=message):
         train(OfAStream, tmp_path, *flags)
+
+
+def test_a_task_may_build_callbacks_and_the_run_says_why_it_ended(tmp_path, capsys):
+    assert train(StopsEarly, tmp_path, "--epochs", "9")["epochs"] == 2
+    assert "ended early: loss has not been better than" in capsys.readouterr().out
+    assert train(StopsEarly, tmp_path, "--epochs", "9")["epochs"] == 2
+    assert "this run was ended by a callback already: 2 epochs" in capsys.readouterr().out
