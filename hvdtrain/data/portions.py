@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset, default_collate
 from hvdtrain.data.loader import TwoBatches
 from hvdtrain.data.partition import share
 from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.streams import STRIDE, begin, keeps_state, part_of, way_of
 
 
@@ -141,6 +142,7 @@ class PortionReader(IterableDataset[Any]):
     Attributes:
         start: Where the next iteration begins.
         show_pair: The opening brings two batches, for an empty one.
+        count: A batch must have as many samples as it was made of, as far as that shows.
         keep_states: Portions bring the stream's state.
     """
 
@@ -154,7 +156,8 @@ class PortionReader(IterableDataset[Any]):
         look: Callable[[Any], Any] = type,
     ) -> None:
         self.start = Start()
-        self.show_pair = False
+        self.show_pair = self.count = False
+        self._seen: SampleCount | None = None
         self.keep_states = False
         self._stream = stream
         self._cut = cut
@@ -192,6 +195,9 @@ class PortionReader(IterableDataset[Any]):
         if not first:
             return Opening(None, None)
         look = self._look(first)
+        if self.count and self._collate is not default_collate:
+            with suppress(Exception):  # a collate function need not take the same sample twice
+                self._seen = SampleCount(*(TwoBatches(self._collate)(first) or ()))
         return Opening(look, TwoBatches(self._collate)(first) if self.show_pair else None)
 
     def _blocks(
@@ -243,8 +249,12 @@ class PortionReader(IterableDataset[Any]):
         pieces = [share(len(kept), cut.accumulate, piece) for piece in range(min(cut.accumulate, len(kept)))]
         state = stream.state_dict() if self.keep_states and keeps_state(stream) else None
         seed_process(self._seed, 7, self.start.epoch, at, cut.rank, worker)
+        batches = tuple(self._collate(kept[piece.start : piece.stop]) for piece in pieces)
+        if self._seen is not None:
+            for batch, piece in zip(batches, pieces, strict=True):
+                self._seen.check(batch, len(piece))
         return Portion(
-            batches=tuple(self._collate(kept[piece.start : piece.stop]) for piece in pieces),
+            batches=batches,
             sizes=tuple(map(len, pieces)),
             total=total,
             worker=worker,

@@ -84,6 +84,7 @@ class RankStream:
         seed: Of random numbers that the stream draws.
         equal_passes: Every rank gets as many micro-batches as the others, if need be empty ones.
         keep_states: Note where the stream is, if it can say that, after each step: for `state_dict`.
+        count: Refuse a batch that has fewer samples than it was made of, as far as that shows.
 
     Attributes:
         source: As given.
@@ -107,6 +108,7 @@ class RankStream:
         seed: int = 0,
         equal_passes: bool = False,
         keep_states: bool = True,
+        count: bool = False,
     ) -> None:
         topology = ranks.topology
         each = topology.world_size * accumulate
@@ -133,6 +135,7 @@ class RankStream:
         self._seed = seed
         self._equal_passes = equal_passes
         self._keep_states = keep_states
+        self._count = count
         self._cut = Cut(
             global_batch_size=global_batch_size,
             accumulate=accumulate,
@@ -283,6 +286,7 @@ class RankStream:
             start=self._place.start(whole=self._whole),
             keep_states=self._keep_states,
             show_pair=show_pair,
+            count=self._count,
         )
         if show_pair:
             self._make_empty(reading.openings)
@@ -345,7 +349,13 @@ Batches = RankBatches | RankStream
 
 
 def batches_of(
-    source: Source, ranks: StreamRanks, *, equal_passes: bool = False, keep_states: bool = True, **options: Any
+    source: Source,
+    ranks: StreamRanks,
+    *,
+    equal_passes: bool = False,
+    keep_states: bool = True,
+    count: bool = False,
+    **options: Any,
 ) -> Batches:
     """Return this rank's share of a data set or a stream.
 
@@ -354,18 +364,20 @@ def batches_of(
         ranks: All of them.
         equal_passes: Every rank gets as many micro-batches as the others, if need be empty ones; what those look like is
             found out at once where it can be.
-        keep_states: See `RankStream`.
+        keep_states, count: See `RankStream`; of a data set they play no part.
         options: As both have them.
     """
     if source.is_stream:
-        return RankStream(source, ranks, equal_passes=equal_passes, keep_states=keep_states, **options)
+        return RankStream(source, ranks, equal_passes=equal_passes, keep_states=keep_states, count=count, **options)
     batches = RankBatches(source, ranks, equal_passes=equal_passes, **options)
     if equal_passes and batches.partition.needs_empty_batches:
         batches.prepare_empty()
     return batches
 
 
-def evaluation_of(source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0) -> Iterator[tuple[Any, int]]:
+def evaluation_of(
+    source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0, count: bool = False
+) -> Iterator[tuple[Any, int]]:
     """Yield this rank's share of a data set or a stream, as `evaluation_batches` does; every rank must begin it."""
     if not source.is_stream:
         yield from evaluation_batches(source, ranks, batch_size=batch_size, seed=seed)
@@ -378,7 +390,7 @@ def evaluation_of(source: Source, ranks: Ranks, *, batch_size: int, seed: int = 
         world_size=topology.world_size,
         workers=source.workers,
     )
-    reading = Reading(source, ranks, cut, seed=seed, start=Start())
+    reading = Reading(source, ranks, cut, seed=seed, start=Start(), count=count)
     while (portion := reading.next()) is not None:
         for batch, samples in zip(portion.batches, portion.sizes, strict=True):
             yield to_device(batch, ranks.device, non_blocking=True), samples

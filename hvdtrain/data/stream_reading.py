@@ -24,6 +24,7 @@ class Reading:
         start: Where.
         keep_states: Portions bring the stream's state.
         show_pair: The openings bring what an empty batch is made from.
+        count: A batch must have as many samples as it was made of, as far as that shows.
 
     Attributes:
         openings: Of this rank's readers.
@@ -42,9 +43,11 @@ class Reading:
         start: Start,
         keep_states: bool = False,
         show_pair: bool = False,
+        count: bool = False,
     ) -> None:
         reader = PortionReader(source.dataset, cut, collate=source.collate, seed=seed, look=describe)
         reader.start, reader.keep_states, reader.show_pair = start, keep_states, show_pair
+        reader.count = count
         set_epoch(source.dataset, start.epoch)
         self._loaded = iter(
             stream_loader(

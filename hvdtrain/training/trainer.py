@@ -306,6 +306,7 @@ class Trainer:
             seed=self._seed,
             equal_passes=self._in_step,
             keep_states=self._checkpoints is not None or bool(self._events),
+            count=self._counting.trusts_indices,
         )
         earlier, self._batches = self._batches, batches
         self._seen = self._sample_count(source)
@@ -476,7 +477,8 @@ class Trainer:
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
         with self._events.inference(self):
-            batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed)
+            count = self._counting.trusts_indices
+            batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
             metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
         if not metrics:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
