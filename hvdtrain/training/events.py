@@ -7,6 +7,7 @@ the same order, so that they may use the backend; what they do to the model or t
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,6 +18,7 @@ from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.plain_state import is_stateful, to_plain
 
 if TYPE_CHECKING:
+    from hvdtrain.training.checkpoint import Checkpoints
     from hvdtrain.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -137,6 +139,7 @@ class Events:
             method: [getattr(one, method) for one in self._callbacks.values() if callable(getattr(one, method, None))]
             for method in _METHODS
         }
+        self._beside: list[Checkpoints] = []  # of callbacks, in folders of their own
         self._telling = False
         self._later: list[Callable[[], object]] = []
 
@@ -176,6 +179,16 @@ class Events:
             self._later.append(do)
         else:
             do()
+
+    def keep_apart(self, checkpoints: Checkpoints, own: Checkpoints | None) -> None:
+        """Note where a callback writes checkpoints; see `Trainer.keep_apart`."""
+        place = os.path.realpath(checkpoints.folder)
+        for other in (own, *self._beside):
+            if other is not None and other is not checkpoints and os.path.realpath(other.folder) == place:
+                raise ConfigError(
+                    f"{checkpoints.folder} is the folder of other checkpoints of this run; give a folder for each"
+                )
+        self._beside.append(checkpoints)
 
     @contextmanager
     def inference(self, trainer: Trainer) -> Iterator[None]:
@@ -253,7 +266,9 @@ def _named(callbacks: Sequence[object]) -> dict[str, Any]:
         if isinstance(one, type):
             raise ConfigError(f"callbacks holds the class {one.__name__}; give an object of it, {one.__name__}(...)")
         if any(one is other for other in named.values()):
-            raise ConfigError(f"callbacks holds the same {kind} twice, which would be told everything twice; leave one out")
+            raise ConfigError(
+                f"callbacks holds the same {kind} twice, which would be told everything twice; leave one out"
+            )
         unknown = [
             name for name in dir(one) if name.startswith("on_") and name not in _EVENTS and callable(getattr(one, name))
         ]

@@ -250,7 +250,7 @@ class LoopState:
         try:
             own_options = _options(part) if name == "optimizer" else []
             if isinstance(part, Events):
-                state = part.known(state)
+                state = part.known(state or {})
             _load(part, from_plain(state, _state(part), f"the {name}'s state"))
             if name == "optimizer":
                 self._check_options(loaded, part, own_options)

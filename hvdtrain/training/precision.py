@@ -46,10 +46,13 @@ class Precision:
 
         def converted(tensor: Tensor) -> Tensor:
             kind = tensor.dtype
-            return tensor.to(self.dtype.to_complex() if kind.is_complex else self.dtype if kind.is_floating_point else kind)
+            return tensor.to(
+                self.dtype.to_complex() if kind.is_complex else self.dtype if kind.is_floating_point else kind
+            )
 
         model.to(self._device)
-        return model._apply(converted)
+        model._apply(converted)
+        return model
 
     def cast(self, batch: Any) -> Any:
         """Return a batch whose floating-point tensors have the type that the model's parameters have (fp64 only)."""

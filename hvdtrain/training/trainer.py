@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -214,9 +213,7 @@ class Trainer:
         self._logger: Logger = logger or NullLogger()
         self._progress = progress
         self._checkpoints = checkpoints
-        self._beside: list[Checkpoints] = []  # of callbacks, in folders of their own
-        self._checkpoint_every = checkpoint_every
-        self._checkpoint_minutes = checkpoint_minutes
+        self._checkpoint_every, self._checkpoint_minutes = checkpoint_every, checkpoint_minutes
         self._checkup = Checkup(
             backend,
             log_every=log_every,
@@ -618,11 +615,7 @@ class Trainer:
         Raises:
             ConfigError: It is the run's own, or another callback's.
         """
-        place = os.path.realpath(checkpoints.folder)
-        others = [self._checkpoints, *self._beside]
-        if any(one not in (None, checkpoints) and os.path.realpath(one.folder) == place for one in others):
-            raise ConfigError(f"{checkpoints.folder} is the folder of other checkpoints of this run; give a folder for each")
-        self._beside.append(checkpoints)
+        self._events.keep_apart(checkpoints, self._checkpoints)
 
     def _stop_reason(self) -> str:
         """Why the run ended early, the same on every rank."""

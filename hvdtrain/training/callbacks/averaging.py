@@ -57,7 +57,9 @@ class ExponentialMovingAverage:
         """Take in the new weights."""
         if not event.skipped:
             now = self._weights(trainer)
-            self._update(list(self._average.values()), [now[k].detach().to(v.dtype) for k, v in self._average.items()], None)
+            self._update(
+                list(self._average.values()), [now[k].detach().to(v.dtype) for k, v in self._average.items()], None
+            )
 
     def inference(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Let evaluations use the average."""
@@ -93,7 +95,9 @@ class ExponentialMovingAverage:
             raise ConfigError("there is no average of the weights yet; it begins with fit")
         now = weights_of(trainer.replica.module)
         parameters = {name: id(weight) for name, weight in now.items() if isinstance(weight, nn.Parameter)}
-        if now.keys() != self._averaged.keys() or any(id(self._averaged[name]) != one for name, one in parameters.items()):
+        if now.keys() != self._averaged.keys() or any(
+            id(self._averaged[name]) != one for name, one in parameters.items()
+        ):
             raise ConfigError("the model's parameters are not those that are averaged; replace them before fit begins")
         return now
 

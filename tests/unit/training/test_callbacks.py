@@ -184,7 +184,9 @@ def test_what_is_no_context_manager_is_refused(alone):
         def inference(self, trainer):
             pass
 
-    with pytest.raises(ConfigError, match=r"Forgetful.inference must return a context manager, and returned a NoneType"):
+    with pytest.raises(
+        ConfigError, match=r"Forgetful.inference must return a context manager, and returned a NoneType"
+    ):
         fit(trainer_of(alone, [Forgetful()]))
 
 

@@ -31,7 +31,9 @@ def test_parameters_and_products_have_the_types_of_the_precision(name, parameter
         assert model(batch["x"]).dtype == computes
 
 
-@pytest.mark.parametrize(("name", "kind"), [("fp32", torch.complex64), ("bf16", torch.complex64), ("fp64", torch.complex128)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fp32", torch.complex64), ("bf16", torch.complex64), ("fp64", torch.complex128)]
+)
 def test_complex_numbers_keep_their_imaginary_parts(name, kind):
     model = nn.Linear(2, 2)
     model.register_buffer("turns", torch.tensor([1j, 2 + 1j]))
