@@ -345,9 +345,9 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: Two tensors have the same name without it.
     """
     state = model.state_dict()
-    plain = {_without_compile(name): value for name, value in state.items()}
+    plain = {without_compile(name): value for name, value in state.items()}
     if len(plain) != len(state):
-        twice = sorted(name for name in plain if sum(_without_compile(other) == name for other in state) > 1)
+        twice = sorted(name for name in plain if sum(without_compile(other) == name for other in state) > 1)
         raise CheckpointError(
             f"the model has several tensors named {twice[0]!r}, apart from {_COMPILED!r}; rename a module"
         )
@@ -411,7 +411,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: The model is another; names the first differences.
     """
-    tensors = {_without_compile(name): value for name, value in tensors.items()}
+    tensors = {without_compile(name): value for name, value in tensors.items()}
     own = model_state(model)
     differences = [f"missing {name}" for name in own if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in own]
@@ -426,9 +426,9 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
             f"{where} is of another model: {'; '.join(differences[:5])}{more}. Use the --model and --precision it was written "
             "with, another --run-dir, or --resume never"
         )
-    model.load_state_dict({name: tensors[_without_compile(name)] for name in model.state_dict()})
+    model.load_state_dict({name: tensors[without_compile(name)] for name in model.state_dict()})
 
 
-def _without_compile(name: str) -> str:
+def without_compile(name: str) -> str:
     """A tensor's name without what `torch.compile` puts before it: its wrapper holds the module under a name of its own."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)

@@ -16,6 +16,7 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.callbacks.goal import Goal
+from hvdtrain.training.callbacks.weights import weights_of
 
 BATCH, STEPS = 4, 3
 
@@ -544,6 +545,14 @@ def test_weights_of_16_bits_are_averaged_in_32(alone):
     assert torch.allclose(moved, torch.full_like(moved, 1 - 0.999**300), atol=0.01)
     with average.applied(trainer):
         assert torch.equal(trainer.replica.module.weight, (before + moved).bfloat16())
+
+
+def test_names_are_those_without_compilation():
+    model = nn.Sequential(torch.compile(nn.Linear(2, 2)), Tied())
+    assert sorted(weights_of(model)) == sorted(
+        ["0.weight", "0.bias", *(f"1.{name}" for name in weights_of(Tied()))]
+    )  # fmt: skip
+    assert "third.weight" not in weights_of(Tied())
 
 
 def test_an_average_shares_nothing_with_the_one_it_was_loaded_from(alone):
