@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
-from hvdtrain.backends.keeper import Keeper, differ, nothing_added, values
+from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
+from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.sparse import unexpected
@@ -208,12 +209,13 @@ class Replica(ABC):
             self._follow_changes()
         share = self._weighting.weigh(samples, weight, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
-        if leaving:
+        if leaving or (not self._weighting.settled and ranks_meet(loss)):  # what they send each other is in one unit
             share *= self._settle_unit()
+        if leaving:
             self._phase = _Phase.INTERRUPTED
         others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
-            with nullcontext() if share else nothing_added(self._parameters):
+            with nullcontext() if share else nothing_added(loss):
                 self._run_backward(loss, loss.new_full(loss.shape, share), leaving=leaving, retain_graph=retain_graph)
         except RuntimeError as error:
             explained = _explained(error)

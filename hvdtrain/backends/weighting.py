@@ -74,6 +74,7 @@ class Weighting:
     Attributes:
         tally: Of this rank in this step.
         steps: Optimizer steps on exchanged gradients so far.
+        settled: The unit is the same on all ranks.
     """
 
     def __init__(self, communicator: Communicator, divisor: int, *, number: int = 1) -> None:
@@ -82,7 +83,7 @@ class Weighting:
         self._replica = number
         self.steps = 0
         self._unit: float | None = None  # about a step's weight
-        self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
+        self.settled = communicator.wire.size == 1
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -150,12 +151,12 @@ class Weighting:
         Returns:
             What weights that were given in this step must be multiplied by for it.
         """
-        if self._settled:
+        if self.settled:
             return 1.0
         seen = float(self._communicator.all_reduce(torch.tensor(float(self._seen), dtype=torch.float64)))
         if not seen:  # nobody has any
             return 1.0
-        before, self._unit, self._settled = self._unit, _power_of_two(seen), True
+        before, self._unit, self.settled = self._unit, _power_of_two(seen), True
         return before / self._unit if before is not None and self.tally.uncounted else 1.0
 
     def factor(self, summed: Tally) -> float | None:

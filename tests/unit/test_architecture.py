@@ -36,7 +36,7 @@ STAIRS = [
     ["ranks.last_words"],
     ["ranks.watch", "ranks.exit"],
     ["ranks.everyone", "ranks.rendezvous"],
-    ["backends.wire", "backends.optimizer_guard", "backends.loss_scale", "backends.watched"],
+    ["backends.wire", "backends.optimizer_guard", "backends.loss_scale", "backends.watched", "backends.backward_graph"],
     ["backends.keeper"],
     ["backends.forms", "backends.local_first"],
     ["backends.member"],
