@@ -580,6 +580,11 @@ def _explained(error: RuntimeError) -> TrainingError | None:
             "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
             "checkpointing does that: pass use_reentrant=False"
         )
+    if "cached during selective activation checkpoint has been mutated" in text:
+        return TrainingError(
+            "selective activation checkpointing keeps the result of a product or convolution that the next operation writes into; let "
+            "that be no in-place one, such as ReLU(inplace=True), or use --checkpoint-policy full"
+        )
     if "access storage of SparseTensorImpl" in text or "Expected variable to have sparse gradient" in text:
         return unexpected("a parameter")
     return None

@@ -119,7 +119,7 @@ STAIRS = [
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
-     "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_several",
+     "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_weights_apart", "testing.conformance.test_several",
      "testing.conformance.test_partition", "testing.conformance.test_nn", "testing.conformance.test_activations"],
 ]  # fmt: skip
 PUBLIC_DOORS = {

@@ -41,7 +41,9 @@ def test_a_rank_where_nothing_counts_takes_part_in_batch_normalisation_and_adds_
         with replica.accumulate(last=micro == micro_batches - 1):
             replica.backward(loss_of(model, mine, mask), samples=5, weight=mask.sum())
         if counts[:, micro].sum():
-            whole.append((loss_of(alone, x[:, micro].flatten(0, 1), counts[:, micro].flatten()), counts[:, micro].sum()))
+            whole.append(
+                (loss_of(alone, x[:, micro].flatten(0, 1), counts[:, micro].flatten()), counts[:, micro].sum())
+            )
         else:
             alone(x[:, micro].flatten(0, 1))
     replica.reduce_gradients()
@@ -64,4 +66,3 @@ def test_ranks_that_meet_in_an_earlier_micro_batch_of_the_first_step_weigh_alike
         (alone(torch.cat([of[micro] for of in x])).square().sum(1).mean() / 2).backward()
     for own, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-10, atol=1e-12)
-
