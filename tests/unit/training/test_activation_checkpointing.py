@@ -121,7 +121,7 @@ def test_what_has_changed_since_the_forward_pass_is_not_computed_with(change: An
     checkpoint_activations(model, "0")
     loss = model(torch.randn(5, 3)).sum()
     change(model[0])
-    with pytest.raises(TrainingError, match="'0'.* changed between its forward pass and the backward pass"):
+    with pytest.raises(TrainingError, match=r"'0'.* changed between its forward pass and the backward pass"):
         loss.backward()
 
 
