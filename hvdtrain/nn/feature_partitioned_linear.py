@@ -97,8 +97,8 @@ class FeaturePartitionedLinear(nn.Module):
         """Return the layer's output, the same on every rank.
 
         Args:
-            input: The same batch on every rank: all features, shape (..., in_features), or this rank's alone, shape
-                (..., len(columns)). Sparse (COO or CSR) in two dimensions too, if it requires no grad.
+            input: The same batch on every rank: all features, shape (..., in_features), or on every rank its own alone, shape
+                (..., len(columns)), if there is more than one feature. Sparse (COO or CSR) in two dimensions too, if it requires no grad.
 
         Returns:
             Shape (..., out_features), dense.
@@ -107,7 +107,8 @@ class FeaturePartitionedLinear(nn.Module):
             TrainingError: Another shape, or on every rank: the ranks have different batches.
         """
         width = input.shape[-1] if input.dim() else 0
-        if width not in (self.in_features, len(self.columns)):
+        cut = self.in_features > 1  # else rank 0's part and the whole look the same, and are gone through differently
+        if width != self.in_features and not (cut and width == len(self.columns)):
             raise TrainingError(
                 f"expected {self.in_features} input features, or this rank's {len(self.columns)} of them, got shape {tuple(input.shape)}"
             )
@@ -120,9 +121,13 @@ class FeaturePartitionedLinear(nn.Module):
             raise TrainingError("a sparse input must have two dimensions and require no grad; use input.to_dense()")
         if width == self.in_features:
             input = self._own_entries(input) if sparse else taken(input, self.columns, communicator)
-        partial = torch.sparse.mm(input, self.weight.t()) if sparse else nn.functional.linear(input, self.weight)
+        if sparse:
+            with torch.autocast(input.device.type, enabled=False):  # there are no such products in half precision
+                partial = torch.sparse.mm(input, self.weight.t())
+        else:
+            partial = nn.functional.linear(input, self.weight)
         output = summed(partial, communicator)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the whole layer's state, as `torch.nn.Linear` has it, on every rank; every rank must call it."""
@@ -147,6 +152,23 @@ class FeaturePartitionedLinear(nn.Module):
         self.weight.copy_(state["weight"][:, self.columns.start : self.columns.stop])
         if self.bias is not None:
             self.bias.copy_(state["bias"])
+
+    def get_extra_state(self) -> Tensor:
+        """Which features a `state_dict` is of: the first, one after the last, and how many there are in all."""
+        return torch.tensor([self.columns.start, self.columns.stop, self.in_features])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse another rank's part, or that of another number of ranks.
+
+        Raises:
+            ConfigError: It is not this rank's.
+        """
+        if state.tolist() != self.get_extra_state().tolist():
+            start, stop, whole = state.tolist()
+            raise ConfigError(
+                f"this state_dict is of features {start}:{stop} of {whole}, and this rank holds {self.columns.start}:{self.columns.stop} of "
+                f"{self.in_features}. Each rank loads what it saved itself; for other ranks, full_state_dict() and load_full_state_dict()"
+            )
 
     def extra_repr(self) -> str:
         """What `torch.nn.Linear` shows, and this rank's features."""
@@ -178,7 +200,7 @@ class FeaturePartitionedLinear(nn.Module):
     @torch.no_grad()
     def _compare(self, input: Tensor) -> None:
         """Refuse different batches, at the first one; of a rank's own features only their number of rows can be seen."""
-        rows = input if input.layout != torch.strided else input.reshape(-1, input.shape[-1])
+        rows = input if input.layout != torch.strided else input.reshape(input.shape[:-1].numel(), input.shape[-1])
         seen = [float(rows.shape[0]), 0.0, 0.0]
         if input.shape[-1] == self.in_features:  # a projection: rounding hardly moves it, another batch does
             seen[1:] = [float(_projection(rows)), float(_norm(rows))]
