@@ -33,7 +33,7 @@ from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.watched import Watched
-from hvdtrain.backends.weighting import Tally, Weighting
+from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -195,10 +195,10 @@ class Replica(ABC):
 
         Raises:
             TrainingError: Out of order; gradients are there that no backward() of this step made; some calls of a step
-                gave ``total`` and others did not; the loss is no scalar or depends on no parameter; a weight is negative or
-                not finite.
+                gave ``total`` and others did not; the loss is no scalar or depends on no parameter; a weight is no
+                number from 0 to 1e18.
         """
-        weight = None if weight is None else float(weight)
+        weight = None if weight is None else checked(weight)
         self._check_loss(loss, counts=samples > 0 and weight != 0)
         if self._phase is not _Phase.GATHERING:
             self._begin_or_refuse()

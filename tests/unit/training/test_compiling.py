@@ -85,5 +85,5 @@ def test_a_model_whose_forward_is_replaced_is_not_copied_to_several_gpus(alone: 
     replica = alone.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
     replica.split_over_gpus()
     hvdtrain.checkpoint_activations(model, "0")
-    with pytest.raises(ConfigError, match="forward.. of '0' has been replaced"):
+    with pytest.raises(ConfigError, match=r"forward.. of '0' has been replaced"):
         replica.split_over_gpus()
