@@ -29,11 +29,16 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
+    from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
     from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
     from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
+    from hvdtrain.training.callbacks.averaging import ExponentialMovingAverage as ExponentialMovingAverage
+    from hvdtrain.training.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
+    from hvdtrain.training.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
+    from hvdtrain.training.events import Callback as Callback
     from hvdtrain.training.loop_state import LoopState as LoopState
     from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
     from hvdtrain.training.random_numbers import seed_everything as seed_everything
@@ -47,14 +52,19 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AsyncCheckpoints": "hvdtrain.training.async_checkpoints:AsyncCheckpoints",
     "Backend": "hvdtrain.backends.base:Backend",
+    "BestCheckpoint": "hvdtrain.training.callbacks.best_checkpoint:BestCheckpoint",
+    "Callback": "hvdtrain.training.events:Callback",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
+    "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
     "FitResult": "hvdtrain.training.trainer:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
+    "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",

@@ -34,6 +34,7 @@ from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
+from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
 from hvdtrain.settings.options import Component
@@ -84,6 +85,8 @@ def run_training(config: TrainConfig) -> Summary:
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
+        if config.shard_optimizer:
+            optimizer = ShardedOptimizer(optimizer, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
@@ -109,6 +112,7 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
+            callbacks=getattr(task, "build_callbacks", list)(),
             compile=config.compile,
             checkpoint_modules=config.checkpoint_modules,
             checkpoint_policy=config.checkpoint_policy,
@@ -392,10 +396,14 @@ def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console:
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)
         show_summary(summary, console, run_dir)
+        if result.stopped:
+            console.print(f"ended early: {result.stopped}", highlight=False, markup=False)
         return
     done = f"{result.epochs} epochs, {result.steps} steps"
     if config.epochs == 0:
         line = f"evaluated {result.resumed_from} ({done}); {file} stays as it was"
+    elif result.stopped:
+        line = f"this run was ended by a callback already: {done}, {result.stopped}. {file} stays as it was"
     else:
         line = f"this run was finished already: {done}. {file} stays as it was; more --epochs go on, another --run-dir begins anew"
     console.print(line, highlight=False, markup=False)

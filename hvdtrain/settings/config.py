@@ -209,6 +209,9 @@ class TrainConfig:
         choices=("fp32", "fp64", "bf16", "fp16"),
     )
 
+    shard_optimizer: bool = option(
+        False, "cut the optimizer's state over the ranks (ZeRO, stage 1), to need less memory", group=_OPTIM
+    )
     compile: bool = option(
         False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
     )

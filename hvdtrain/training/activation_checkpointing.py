@@ -116,7 +116,7 @@ class _Recomputed:
     def state(self) -> list[Any]:
         """Whatever the module computes with, as far as it may not change before it computes again."""
         parts = list(self._module.modules())
-        tensors = [*self._module.parameters()]
+        tensors: list[Tensor] = [*self._module.parameters()]
         tensors += [buffer for part in parts if not _counts(part) for buffer in part.buffers(recurse=False)]
         return [(id(tensor), tensor._version) for tensor in tensors] + [part.training for part in parts]
 
@@ -157,7 +157,8 @@ class _Run:
 
 
 def _selective() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_COSTLY)
+    first, again = create_selective_checkpoint_contexts(_COSTLY)
+    return first, again
 
 
 def _place(values: tuple[Any, ...]) -> Tensor | None:
@@ -218,7 +219,7 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by name; one that is in several places by each of its names."""
-    return model.named_modules(remove_duplicate=False)
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def _counts(module: nn.Module) -> bool:

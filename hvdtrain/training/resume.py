@@ -17,7 +17,7 @@ from hvdtrain.training.position import Position
 _log = logging.getLogger(__name__)
 
 
-def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int) -> str:
+def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int, *, last: str | None = "") -> str:
     """Write a checkpoint and return its folder; every rank must call it.
 
     Args:
@@ -25,10 +25,11 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         checkpoints: Where to.
         position: This rank's, for its part of the epoch's tally.
         seed: Of the order of the samples.
+        last: See `LoopState.save`.
     """
     tally = position.epoch_tally
     of_this_rank = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
-    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank)
+    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank, last=last)
 
 
 def resume(
