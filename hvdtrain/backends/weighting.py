@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -204,18 +204,12 @@ def _power_of_two(value: float) -> float:
 
 def weight_of(value: object) -> float | None:
     """Return a weight as a number; None for what is none from 0 to `MOST`."""
+    if isinstance(value, str | bytes):
+        return None
+    plain: Any = value.detach() if isinstance(value, Tensor) else value
     try:
-        number = (
-            math.nan
-            if isinstance(value, str | bytes)
-            else float(value.detach() if isinstance(value, Tensor) else value)
-        )  # type: ignore[arg-type]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-    ):  # objects, tensors with dimensions, integers of any length
+        number = float(plain)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # objects, tensors with dimensions, endless integers
         return None
     if not 0 <= number <= MOST:
         return None
