@@ -98,7 +98,7 @@ class FeaturePartitionedLinear(nn.Module):
 
         Args:
             input: The same batch on every rank: all features, shape (..., in_features), or on every rank its own alone, shape
-                (..., len(columns)), if there is more than one feature. Sparse (COO or CSR) in two dimensions too, if it requires no grad.
+                (..., len(columns)). Sparse (COO or CSR) in two dimensions too, if it requires no grad.
 
         Returns:
             Shape (..., out_features), dense.
@@ -107,8 +107,7 @@ class FeaturePartitionedLinear(nn.Module):
             TrainingError: Another shape, or on every rank: the ranks have different batches.
         """
         width = input.shape[-1] if input.dim() else 0
-        cut = self.in_features > 1  # else rank 0's part and the whole look the same, and are gone through differently
-        if width != self.in_features and not (cut and width == len(self.columns)):
+        if width not in (self.in_features, len(self.columns)):
             raise TrainingError(
                 f"expected {self.in_features} input features, or this rank's {len(self.columns)} of them, got shape {tuple(input.shape)}"
             )
@@ -119,6 +118,8 @@ class FeaturePartitionedLinear(nn.Module):
         sparse = input.layout != torch.strided
         if sparse and (input.dim() != 2 or input.requires_grad):
             raise TrainingError("a sparse input must have two dimensions and require no grad; use input.to_dense()")
+        if width < self.in_features == 1:  # rank 0's own feature is all there are, and goes the way of a whole input
+            input, width = nn.functional.pad(input, (0, 1)), 1
         if width == self.in_features:
             input = self._own_entries(input) if sparse else taken(input, self.columns, communicator)
         if sparse:
@@ -201,13 +202,18 @@ class FeaturePartitionedLinear(nn.Module):
     def _compare(self, input: Tensor) -> None:
         """Refuse different batches, at the first one; of a rank's own features only their number of rows can be seen."""
         rows = input if input.layout != torch.strided else input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        seen = [float(rows.shape[0]), 0.0, 0.0]
-        if input.shape[-1] == self.in_features:  # a projection: rounding hardly moves it, another batch does
-            seen[1:] = [float(_projection(rows)), float(_norm(rows))]
+        whole = input.shape[-1] == self.in_features
+        seen = [float(rows.shape[0]), whole, 0.0, 0.0]
+        if whole:  # a projection: rounding hardly moves it, another batch does
+            seen[2:] = [float(_projection(rows)), float(_norm(rows))]
         everyone = self._communicator.all_gather_object(seen)
-        count, projection, norm = everyone[0]
-        for rank, (other_count, other, _) in enumerate(everyone):
-            if other_count != count or abs(other - projection) > _CLOSE * norm:
+        if self.in_features > 1 and len({whole for _, whole, _, _ in everyone}) > 1:
+            raise TrainingError(
+                f"some ranks give a FeaturePartitionedLinear all {self.in_features} features, and others their own alone; do the same on all"
+            )
+        count, _, projection, norm = everyone[0]
+        for rank, (other_count, other_whole, other, _) in enumerate(everyone):
+            if other_count != count or (other_whole and abs(other - projection) > _CLOSE * norm):
                 raise TrainingError(
                     f"ranks 0 and {rank} give a FeaturePartitionedLinear different batches, of {count:g} and {other_count:g} rows. Its "
                     "ranks hold parts of one layer and must all be given the same batch: no DistributedSampler, no "

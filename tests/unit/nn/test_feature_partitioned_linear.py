@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hvdtrain
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, TrainingError
 from hvdtrain.testing.threads import run_ranks
 
 
@@ -29,7 +29,6 @@ from hvdtrain.testing.threads import run_ranks
 def test_outputs_gradients_and_state_are_the_dense_layers(
     world: int, in_features: int, out_features: int, rows: int, bias: bool, sparse: bool, cut: bool
 ) -> None:
-    cut = cut and in_features > 1
     dense = nn.Linear(in_features, out_features, bias=bias, dtype=torch.float64)
     x = torch.randn(rows, in_features, dtype=torch.float64).relu().requires_grad_(not sparse)
     dense(x).tanh().square().sum().backward()
@@ -95,3 +94,13 @@ def test_a_part_of_the_state_goes_to_no_other_rank() -> None:
 
     with pytest.raises(ConfigError, match="of features 0:3 of 6, and this rank holds 3:6"):
         run_ranks(2, other)
+
+
+def test_all_features_on_one_rank_and_its_own_on_another_are_refused() -> None:
+    def rank(communicator: Communicator) -> None:
+        layer = hvdtrain.nn.FeaturePartitionedLinear(4, 2, backend=communicator)
+        x = torch.ones(3, 4)
+        layer(x[:, layer.columns.start : layer.columns.stop] if communicator.wire.rank else x)
+
+    with pytest.raises(TrainingError, match=r"some ranks give .* all 4 features, and others their own"):
+        run_ranks(2, rank)
