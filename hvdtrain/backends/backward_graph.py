@@ -52,7 +52,13 @@ def _zeros(gradients: _Gradients, _: _Gradients) -> _Gradients:
 
 def _numbers(gradients: _Gradients, _: _Gradients) -> _Gradients:
     """What a function of somebody's own makes of zeros, if it does not ask the other ranks, may be NaN too."""
-    return tuple(None if gradient is None else gradient.masked_fill(gradient.isnan(), 0) for gradient in gradients)
+
+    def number(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or gradient.layout != torch.strided or gradient.is_nested:
+            return gradient
+        return gradient.masked_fill(gradient.isnan(), 0)
+
+    return tuple(map(number, gradients))
 
 
 def _nodes(first: list[Node | None]) -> set[Node]:

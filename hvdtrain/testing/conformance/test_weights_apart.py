@@ -66,3 +66,37 @@ def test_ranks_that_meet_in_an_earlier_micro_batch_of_the_first_step_weigh_alike
         (alone(torch.cat([of[micro] for of in x])).square().sum(1).mean() / 2).backward()
     for own, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+class Quotient(torch.autograd.Function):
+    """A division of one's own, which asks no other rank."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a / b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return grad / b, -grad * a / b**2
+
+
+def test_nothing_comes_of_a_mean_over_nothing_in_a_function_of_ones_own(backend):
+    x, counts = parts(backend)
+    mine, mask = x[backend.rank, 1], counts[backend.rank, 1]
+    gradients = []
+    for divide in (Quotient.apply, torch.div):
+        model = model_of()[::3].append(nn.Embedding(3, 2, sparse=True).double())
+        replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        words = model[2](torch.tensor([0, 2])).sum()
+        outputs = model[1](model[0](mine).tanh()).square().sum(1) + words
+        with replica.accumulate(last=False):
+            replica.backward(divide((outputs * mask * 0).sum(), mask.sum() * 0), samples=5, weight=0)
+        outputs = model[1](model[0](mine).tanh()).square().sum(1) + model[2](torch.tensor([0, 2])).sum()
+        replica.backward(divide((outputs * mask).sum(), mask.sum()), samples=5, weight=mask.sum())
+        replica.reduce_gradients()
+        gradients.append([parameter.grad.to_dense() for parameter in model.parameters()])
+    for own, theirs in zip(*gradients, strict=True):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-12)
