@@ -8,6 +8,9 @@ By hand means DistributedDataParallel, or horovod.torch.DistributedOptimizer. Bo
 model: fetch a batch, forward, cross-entropy, backward, all-reduce, clip, momentum SGD, read the loss. They take turns in
 rounds of steps within one process, so Horovod has its own default settings for both, and not ours; benchmarks/engines.py
 compares those. The figure is the ratio of the medians over all steps. The last line of the output is one JSON object.
+
+The last row is what streams cost besides: before each step all ranks learn how many samples it has. Steps on batches that
+are there, with and without that, take turns.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.data.loader import make_loader
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.rank_batches import RankStep
+from hvdtrain.data.rank_stream import StreamStep
 from hvdtrain.data.samplers import PartitionSampler
 
 BATCH = 16  # per rank
@@ -105,7 +109,7 @@ class Clocked(hvdtrain.Trainer):
 
     times: list[float]
 
-    def _train_step(self, step: RankStep) -> None:
+    def _train_step(self, step: RankStep | StreamStep) -> None:
         began = time.perf_counter()
         super()._train_step(step)
         self.times.append(time.perf_counter() - began)
@@ -141,6 +145,36 @@ def measure(backend: hvdtrain.Backend, name: str, width: int, depth: int, steps:
     return result
 
 
+def agreement(backend: hvdtrain.Backend, width: int, depth: int, steps: int) -> dict[str, object]:
+    """Steps with `Backend.ahead`, as streams have it, and without."""
+    torch.manual_seed(0)
+    model = mlp(width, depth)
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    x, y, total = torch.randn(BATCH, width), torch.randint(0, 10, (BATCH,)), BATCH * backend.world_size
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(2 * steps):
+        agree = number % 2 == 1
+        began = time.perf_counter()
+        ahead = backend.ahead(BATCH) if agree else None
+        loss = cross_entropy(replica.model(x), y)
+        replica.backward(loss, samples=BATCH, total=total)
+        replica.step(clip_norm=1.0)
+        if ahead is not None:
+            total = ahead.total()
+        if number > steps // 10:
+            times[agree].append(time.perf_counter() - began)
+    without, with_it = (statistics.median(times[agree]) * 1e3 for agree in (False, True))
+    result: dict[str, object] = {
+        "model": f"MLP {depth} x {width}, agreement on the next step's samples",
+        "without_ms": round(without, 3),
+        "with_ms": round(with_it, 3),
+        "ratio": round(with_it / without, 4),
+    }
+    if backend.rank == 0:
+        print(result, flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
@@ -153,6 +187,7 @@ def main() -> None:
         results = [
             measure(backend, "MLP 3 x 384", 384, 3, args.steps, args.rounds),
             measure(backend, "MLP 8 x 1024", 1024, 8, max(30, args.steps // 4), args.rounds),
+            agreement(backend, 384, 3, args.steps * args.rounds),
         ]
         if backend.rank == 0:
             machine = {

@@ -17,12 +17,12 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.source import source_of
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
@@ -240,14 +240,12 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     return lambda: cast(nn.Module, build(**extra))
 
 
-def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int, backend: Backend) -> int:
-    try:
-        samples = len(data)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ConfigError(
-            f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
-            "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
-        ) from error
+def _steps_per_epoch(config: TrainConfig, data: Any, batch: int, backend: Backend) -> int | None:
+    """Steps in an epoch; None with a stream, of which nobody knows."""
+    source = source_of(data)
+    if source.is_stream:
+        return None
+    samples = source.length
     if config.partition == "sample-own":
         samples = sum(backend.all_gather_object(samples))
     return BatchPartition(length=samples, global_batch_size=batch, last_batch=config.last_batch).steps_per_epoch
@@ -289,7 +287,7 @@ def _optimizer(config: TrainConfig, task: Task, model: nn.Module, backend: Backe
 
 
 def _schedule(
-    config: TrainConfig, optimizer: Optimizer, backend: Backend, steps_per_epoch: int
+    config: TrainConfig, optimizer: Optimizer, backend: Backend, steps_per_epoch: int | None
 ) -> tuple[LRScheduler, str]:
     if config.schedule.is_path:
         if config.warmup_epochs or config.warmup_steps:
@@ -306,6 +304,9 @@ def _schedule(
                 f"--schedule {config.schedule.name} made a {type(schedule).__name__}, not one of torch's schedulers"
             )
         return schedule, interval
+    if steps_per_epoch is None:
+        _check_without_length(config)
+        steps_per_epoch = config.max_steps or 1  # what needs more than a schedule by steps is refused
     total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     warmup_steps = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
     if config.epochs and (config.warmup_steps or 0) > total:
@@ -323,6 +324,23 @@ def _schedule(
         warmup_start=1 / backend.world_size if config.scale_lr else 0.0,
     )
     return schedule, "step"
+
+
+def _check_without_length(config: TrainConfig) -> None:
+    """Refuse schedules over epochs of which nobody knows the length."""
+    name = config.schedule.name
+    if config.warmup_epochs:
+        problem = f"--warmup-epochs {config.warmup_epochs:g} cannot be counted in steps; give --warmup-steps"
+    elif name == "step":
+        problem = (
+            "--schedule step, which counts epochs in steps, does not go with it; give --schedule "
+            "torch.optim.lr_scheduler.StepLR --schedule.step_size EPOCHS"
+        )
+    elif name != "constant" and config.max_steps is None:
+        problem = f"--schedule {name} needs the run's end; give --max-steps, or --schedule constant"
+    else:
+        return
+    raise ConfigError(f"the training data are a stream, of unknown length: {problem}")
 
 
 def _checkpoints(config: TrainConfig, backend: Backend, run_dir: Path) -> Checkpoints:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from hvdtrain.backends.ahead import Ahead
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.group import Group
@@ -26,6 +27,7 @@ from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.data.rank_batches import RankBatches
+from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
 from hvdtrain.errors import (
     BackendUnavailable,
@@ -114,6 +116,7 @@ class Backend(Communicator):
         self._launcher_freed = False
         self._agreements = itertools.count()
         self._siblings: Siblings | None = None
+        self._ahead: Ahead | None = None
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +287,7 @@ class Backend(Communicator):
 
     def loader(
         self,
-        dataset: Dataset[Any] | DataLoader[Any],
+        dataset: Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]],
         *,
         batch_size: int | None = None,
         global_batch_size: int | None = None,
@@ -298,7 +301,7 @@ class Backend(Communicator):
         partition: str | None = None,
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
-    ) -> RankBatches:
+    ) -> RankBatches | RankStream:
         """Iterate over this rank's share of a data set, batch by batch, already on `device`.
 
         The global batch is ``batch_size * world_size`` samples, the last one as many as are left; each rank gets its
@@ -309,7 +312,8 @@ class Backend(Communicator):
             dataset: With ``__len__`` and ``__getitem__``. Or a `torch.utils.data.DataLoader`, which says what the
                 arguments below leave open: its data set, batch size, shuffling or sampler, drop_last, collate function,
                 loader processes and what they are told. Its own random numbers (generator, a DistributedSampler's seed)
-                play no part, ``seed`` does; a DistributedSampler is not cut a second time.
+                play no part, ``seed`` does; a DistributedSampler is not cut a second time. Or a stream: an IterableDataset,
+                what has ``__iter__`` alone, or a function that returns such; it has its own order and no length.
             batch_size: Samples per rank and step; or
             global_batch_size: samples per step over all ranks, which gives the same steps at every world size.
             shuffle: A new order each epoch (each iteration over the loader is the next epoch), the same for every
@@ -332,8 +336,8 @@ class Backend(Communicator):
             persistent_workers: Loader processes outlive an epoch; None for yes.
 
         Raises:
-            ConfigError: Arguments exclude each other, the data cannot be cut (a stream, batches made elsewhere), or
-                loader processes have no room.
+            ConfigError: Arguments exclude each other, the data cannot be cut (batches made elsewhere), or loader
+                processes have no room.
         """
         source = source_of(
             dataset,
@@ -356,7 +360,7 @@ class Backend(Communicator):
             raise ConfigError(
                 "give batch_size=, the samples per rank and step, or global_batch_size=, those over all ranks"
             )
-        return RankBatches(source, self, global_batch_size=global_batch_size, seed=seed)
+        return batches_of(source, self, global_batch_size=global_batch_size, seed=seed)
 
     def group(self, ranks: Sequence[int]) -> Group | None:
         """Make a communicator for some of the ranks; every rank of the world must call it with the same list.
@@ -452,6 +456,23 @@ class Backend(Communicator):
         for rank, theirs in enumerate(texts):
             if theirs != texts[0]:
                 raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
+
+    def ahead(self, number: int) -> Ahead:
+        """Begin to sum a number over the ranks that is wanted later; every rank must call it at the same place.
+
+        It travels with the next gradients that are exchanged, and so costs nothing. One at a time does: an earlier one that
+        is not on its way yet is summed when it is asked for.
+
+        Args:
+            number: A whole number from 0; the sum must be less than 2**24.
+        """
+        self._ahead = Ahead(number, self)
+        return self._ahead
+
+    def boarding(self) -> Ahead | None:
+        """What travels with the exchange of gradients that begins now, asked by a replica."""
+        waiting = self._ahead
+        return waiting if waiting is not None and waiting.board() else None
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 

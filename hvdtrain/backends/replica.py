@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
+    from hvdtrain.backends.ahead import Ahead
     from hvdtrain.backends.base import Backend
 
 
@@ -212,6 +213,7 @@ class Replica(ABC):
         if leaving or (not self._weighting.settled and ranks_meet(loss)):  # what they send each other is in one unit
             share *= self._settle_unit()
         if leaving:
+            self._board()
             self._phase = _Phase.INTERRUPTED
         others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
@@ -308,6 +310,8 @@ class Replica(ABC):
         if self._phase is _Phase.LEAVING:
             with self._exchanging():
                 self._finish(False)
+            if self._aboard is not None:
+                self._aboard.lose()
         for parameter in self._watched.held:
             parameter.grad = None
         self._begin_step()
@@ -433,6 +437,7 @@ class Replica(ABC):
             self._follow_changes()
             self._settle_unit()
             self._weighting.close()
+            self._board()
             with self._exchanging():
                 self._send_after(self._weighting.tally, empty)
         for parameter in self._watched.frozen:
@@ -443,6 +448,8 @@ class Replica(ABC):
                 )
         with self._exchanging():
             summed = self._finish(empty)
+        if self._aboard is not None:
+            self._aboard.arrive(summed[-1])
         if empty or self._weighting.tally.uncounted or summed.device.type == "cpu":  # else a GPU need not be waited for
             self._scale(Tally.of(summed.tolist()))
         self._keeper.lend(self._reuses_gradients)
@@ -455,7 +462,13 @@ class Replica(ABC):
         self._samples: int | None = None  # of all ranks, once that is known
         self._weightless = False  # there were samples, and nothing that their losses are means over
         self._left_gradients = False  # the exchange left any
+        self._aboard: Ahead | None = None
         self._keeper.forget()
+
+    def _board(self) -> None:
+        """Let a number that waits for an exchange travel with this one."""
+        self._aboard = self._backend.boarding()
+        self._weighting.tally.ahead = 0 if self._aboard is None else self._aboard.number
 
     def _is_over(self) -> bool:
         """Whether the user has used and cleared this step's gradients."""

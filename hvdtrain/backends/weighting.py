@@ -42,6 +42,7 @@ class Tally:
         began: `hvdtrain.backends.loss_scale.now` of the first of them, summed over these ranks.
         steps: Optimizer steps on exchanged gradients so far, summed over all ranks.
         replica: The replica's number, summed over all ranks.
+        ahead: What `hvdtrain.backends.ahead.Ahead` sends along, summed over all ranks.
     """
 
     weight: float = 0.0
@@ -52,13 +53,15 @@ class Tally:
     began: int = 0
     steps: int = 0
     replica: int = 0
+    ahead: int = 0
 
-    SIZE: ClassVar[int] = 8
+    SIZE: ClassVar[int] = 9
 
     def values(self) -> list[float]:
         """As numbers that can be summed, small ones that float32 holds."""
         small = (self.began % _MODULO, self.steps % _MODULO, self.replica % _MODULO)
-        return [float(v) for v in (self.weight, self.samples, self.uncounted, self.counted, self.ranks, *small)]
+        counts = (self.samples, self.uncounted, self.counted, self.ranks)
+        return [float(v) for v in (self.weight, *counts, *small, self.ahead)]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Tally:

@@ -64,10 +64,6 @@ def make_loader(
     Raises:
         ConfigError: A value that cannot work, or a data set that cannot be indexed.
     """
-    if workers < 0:
-        raise ConfigError(f"workers must be 0 or more, got {workers}")
-    if timeout_s < 0:
-        raise ConfigError(f"timeout_s must be 0 or more, got {timeout_s}")
     check_indexable(dataset)
     whole = collate is None and _loads_whole_batches(dataset)
     source: Any = _WholeBatches(dataset) if whole else dataset
@@ -76,15 +72,38 @@ def make_loader(
     return _Loader(
         source,
         batch_sampler=batch_sampler,
-        num_workers=workers,
         collate_fn=_as_it_is if whole else collate,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        timeout=timeout_s if workers else 0,
-        generator=torch.Generator().manual_seed(seed),  # else each iterator would draw from the global one
-        worker_init_fn=_WorkerStart(worker_init, _start_method(multiprocessing_context)) if workers else None,
         persistent_workers=workers > 0 and persistent_workers,
-        prefetch_factor=prefetch_factor if workers else None,
-        multiprocessing_context=multiprocessing_context if workers else None,
+        generator=torch.Generator().manual_seed(seed),  # else each iterator would draw from the global one
+        **_processes(workers, pin_memory, timeout_s, worker_init, prefetch_factor, multiprocessing_context),
+    )
+
+
+def stream_loader(
+    reader: IterableDataset[Any],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    timeout_s: float = 0,
+    worker_init: Callable[[int], None] | None = None,
+    prefetch_factor: int | None = None,
+    multiprocessing_context: Any = None,
+) -> DataLoader[Any]:
+    """Return a loader of what ``reader`` yields, as it is; loader processes begin anew with each epoch.
+
+    Args:
+        reader: Makes whole batches itself.
+        workers: As for `make_loader`, as for all further arguments.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+    return _Loader(
+        reader,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # as above; the reader seeds what it draws
+        **_processes(workers, pin_memory, timeout_s, worker_init, prefetch_factor, multiprocessing_context),
     )
 
 
@@ -92,14 +111,11 @@ def check_indexable(dataset: Any) -> None:
     """Refuse what has no samples to point at.
 
     Raises:
-        ConfigError: Says how to train on it all the same.
+        ConfigError: Says what a data set needs.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ConfigError(
-            f"{type(dataset).__name__} cannot be split over ranks exactly: a data set needs __len__ and __getitem__. A stream "
-            "needs a loop of your own: let each rank read its own part of it, and for each batch call "
-            "replica.backward(loss, samples=len(batch)) and replica.step(); a rank whose part has ended calls replica.step() "
-            "alone until all have"
+            f"a {type(dataset).__name__} is no data set: it needs __len__ and __getitem__, or, as a stream of samples, __iter__"
         )
 
 
@@ -182,7 +198,7 @@ def two_batches(
     if collate is None and _loads_whole_batches(dataset):
         whole: Any = dataset
         return whole.batch([index] * SHORTER), whole.batch([index] * LONGER)
-    look = _TwoBatches(collate or default_collate)
+    look = TwoBatches(collate or default_collate)
     pair: tuple[Any, Any] | None
     (pair,) = look_at_samples(dataset, [index], look, workers=workers, **processes)
     if pair is None:
@@ -201,17 +217,41 @@ def _loads_whole_batches(dataset: Dataset[Any]) -> bool:
     return "batch" in vars(owner)
 
 
+def _processes(
+    workers: int,
+    pin_memory: bool,
+    timeout_s: float,
+    worker_init: Callable[[int], None] | None,
+    prefetch_factor: int | None,
+    multiprocessing_context: Any,
+) -> dict[str, Any]:
+    """Arguments of a DataLoader, checked."""
+    if workers < 0:
+        raise ConfigError(f"workers must be 0 or more, got {workers}")
+    if timeout_s < 0:
+        raise ConfigError(f"timeout_s must be 0 or more, got {timeout_s}")
+    return {
+        "num_workers": workers,
+        "pin_memory": pin_memory and torch.cuda.is_available(),
+        "timeout": timeout_s if workers else 0,
+        "worker_init_fn": _WorkerStart(worker_init, _start_method(multiprocessing_context)) if workers else None,
+        "prefetch_factor": prefetch_factor if workers else None,
+        "multiprocessing_context": multiprocessing_context if workers else None,
+    }
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class _TwoBatches:
+class TwoBatches:
     """Collates one sample into two batches that differ in nothing but their length; None for what is no list."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
     def __call__(self, samples: Any) -> tuple[Any, Any] | None:
+        """Collate a list with one sample twice and three times."""
         if not isinstance(samples, list):  # a data set whose __getitems__ makes batches
             return None
         return self._batch(samples, SHORTER), self._batch(samples, LONGER)

@@ -7,7 +7,7 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from hvdtrain.data.loader import empty_batch, length_explained, make_loader, two_batches
 from hvdtrain.data.nested import to_device
 from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
+from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.data.reach import Ranks, first_index, order_of, shard_for, whole_length
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
@@ -169,6 +170,43 @@ class RankBatches:
         self.check_position(state["samples"], state.get("cut", "batch"))
         self.epoch, self._first_sample, self._under_way = state["epoch"], state["samples"], None
 
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step over all ranks; the last step of an epoch may have fewer, or more."""
+        return self.partition.global_batch_size
+
+    def steps_in(self, epochs: int) -> float:
+        """Return the steps of so many epochs."""
+        return epochs * len(self)
+
+    def is_over(self, samples: int) -> bool:
+        """Whether an epoch has no samples left after so many, over all ranks."""
+        return samples >= self.partition.samples_per_epoch
+
+    def example(self, epoch: int) -> Any:
+        """Return a batch, on the device; None where not every rank has one. Every rank must call it."""
+        if not self.partition.step(0).every_rank:
+            return None
+        with untouched_random_numbers():
+            first, _ = next(iter(next(self.steps(0))))
+        return first
+
+    def state_of_this_rank(self) -> None:
+        """Return what `take_up` needs of this rank: nothing."""
+
+    def take_up(self, samples: int, cut: str, states: Sequence[Any]) -> None:
+        """See whether an epoch can be taken up in its middle.
+
+        Args:
+            samples: Done of the epoch, over all ranks.
+            cut: As `cut` was where the position comes from.
+            states: What every rank's `state_of_this_rank` returned there.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        self.check_position(samples, cut)
+
     def check_position(self, samples: int, cut: str) -> None:
         """Refuse a position in an epoch that is none of this loader's.
 
@@ -278,7 +316,7 @@ def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | No
 
     None where nothing can be dropped, or nothing be seen.
     """
-    if source.collate is None and not hasattr(source.dataset, "__getitems__"):
+    if source.is_stream or (source.collate is None and not hasattr(source.dataset, "__getitems__")):
         return None
     shard = shard_for(source, ranks)
     index = first_index(source, shard, seed) if source.length else None

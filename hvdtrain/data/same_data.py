@@ -58,7 +58,7 @@ _Sample = tuple[Seen, ...]
 
 
 def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = "train_data") -> None:
-    """Compare length and a few samples over the ranks; every rank must call it.
+    """Compare length and a few samples over the ranks; every rank must call it. Streams are compared when they are read.
 
     Args:
         source: What this rank was given.
@@ -69,7 +69,7 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
     Raises:
         ConfigError: On every rank; says which ranks differ from rank 0, in what, and the two ways out.
     """
-    if ranks.topology.world_size == 1:
+    if ranks.topology.world_size == 1 or source.is_stream:
         return
     length = source.length
     lengths = ranks.all_gather_object(length)
@@ -97,10 +97,10 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
         if differing:
             raise _refusal(name, differing, "a Subset with other indices")
         return
-    found = [_difference(everyone[0], theirs) for theirs in everyone]
+    found = [difference(everyone[0], theirs) for theirs in everyone]
     differing = [rank for rank, difference in enumerate(found) if difference]
     if differing:
-        steady = not _difference(mine * _TRIES, _look(source, ranks, indices * _TRIES))
+        steady = not difference(mine * _TRIES, _look(source, ranks, indices * _TRIES))
         if all(ranks.all_gather_object(steady)):
             position, what = found[differing[0]]  # type: ignore[misc]
             raise _refusal(name, differing, f"sample {indices[position]!r} is not the same ({what})")
@@ -204,8 +204,8 @@ def _evenly(count: int) -> list[int]:
     return list(range(count)) if count <= _VALUES else [i * (count - 1) // (_VALUES - 1) for i in range(_VALUES)]
 
 
-def _difference(ours: list[_Sample], theirs: list[_Sample]) -> tuple[int, str] | None:
-    """Which sample differs, and in what; None if none does."""
+def difference(ours: list[_Sample], theirs: list[_Sample]) -> tuple[int, str] | None:
+    """Return which of two ranks' samples differs, and in what; None if none does."""
     for position, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if len(mine) != len(other):
             return position, f"{len(mine)} and {len(other)} parts"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from hvdtrain.data.nested import LONGER, SHORTER, parts_of, step_into
+from hvdtrain.errors import ConfigError
 
 _Way = tuple[Any, ...]  # keys that lead to a part of a batch
 
@@ -43,6 +44,20 @@ class SampleCount:
         """Return how many samples a batch has; None where no place shows it, or the places disagree."""
         sizes = {_size(batch, way, dim) for way, dim in self._places}
         return sizes.pop() if len(sizes) == 1 else None
+
+    def check(self, batch: Any, made_of: int) -> None:
+        """Refuse a batch that has fewer samples than it was made of, where that can be seen.
+
+        Raises:
+            ConfigError: It has.
+        """
+        visible = self(batch)
+        if visible is not None and visible < made_of:
+            raise ConfigError(
+                f"a batch of {made_of} samples has {visible} after collate= or the data set made it ({self.place}), and its loss "
+                "would be weighted as a mean over all of them. Give the task samples_of(batch), which returns how many there are; "
+                "or leave such samples out of the data set (torch.utils.data.Subset)"
+            )
 
 
 def _growing(a: Any, b: Any, way: _Way, above: tuple[int, ...]) -> Iterator[tuple[_Way, int | None]]:

@@ -17,6 +17,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     default_collate,
@@ -25,6 +26,7 @@ from torch.utils.data import (
 from hvdtrain.data.loader import check_indexable
 from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
 from hvdtrain.data.shards import check_partition
+from hvdtrain.data.streams import check_repeatable, is_stream, name_of
 from hvdtrain.errors import ConfigError
 
 
@@ -33,7 +35,7 @@ class Source:
     """Samples and how to load them, before anything is cut over ranks.
 
     Attributes:
-        dataset: With ``__len__`` and ``__getitem__``.
+        dataset: With ``__len__`` and ``__getitem__``; or a stream (see `hvdtrain.data.streams.is_stream`).
         batch_size: Samples per rank and batch; None where nobody said.
         shuffle: A new order each epoch.
         sampler: Gives the order of each epoch instead: data set indices for all ranks together.
@@ -65,7 +67,10 @@ class Source:
     multiprocessing_context: Any = None
 
     def __post_init__(self) -> None:
-        check_indexable(self.dataset)
+        if self.is_stream:
+            self._check_stream()
+        else:
+            check_indexable(self.dataset)
         check_partition(self.partition, sampler=self.sampler)
         if self.sampler is not None and self.shuffle:
             raise ConfigError("shuffle=True and sampler= exclude each other: the sampler gives the order")
@@ -74,6 +79,29 @@ class Source:
             raise ConfigError(
                 f"the sampler, a {type(self.sampler).__name__}, already cuts the data into {cut} parts (num_replicas), and hvdtrain "
                 "cuts it over the ranks again; give the sampler that orders the whole data set, or shuffle=True"
+            )
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the samples are read from the first to the last, and have no numbers."""
+        return is_stream(self.dataset)
+
+    def _check_stream(self) -> None:
+        check_repeatable(self.dataset)
+        said = f"{name_of(self.dataset)} is a stream, which is read in its own order to its end"
+        if self.shuffle or self.sampler is not None:
+            what = "shuffle=True" if self.shuffle else "sampler="
+            raise ConfigError(
+                f"{said}: {what} has no effect; let the stream itself shuffle (its files, or a buffer of samples)"
+            )
+        if self.last_batch != "keep":
+            raise ConfigError(
+                f"{said}, of unknown length: last_batch={self.last_batch!r} (drop_last, --last-batch) does not go with it; leave it out"
+            )
+        if self.partition != "batch":
+            raise ConfigError(
+                f"{said}, and is not cut by numbers: partition={self.partition!r} (--partition) does not go with it. A method "
+                "shard(num_shards, index) of the stream lets each rank read its own part"
             )
 
     @property
@@ -171,6 +199,8 @@ def source_of(
 
 def _read(loader: DataLoader[Any]) -> Source:
     """What a user's loader says of itself."""
+    if isinstance(loader.dataset, IterableDataset):
+        return _read_stream(loader)
     check_indexable(loader.dataset)
     batches: Any = loader.batch_sampler
     if type(batches) is not BatchSampler:
@@ -196,12 +226,30 @@ def _read(loader: DataLoader[Any]) -> Source:
         shuffle=shuffle,
         sampler=sampler,
         last_batch="drop" if batches.drop_last else "keep",
-        collate=None if loader.collate_fn is default_collate else loader.collate_fn,
-        workers=loader.num_workers,
-        pin_memory=loader.pin_memory or None,
-        persistent_workers=loader.persistent_workers if loader.num_workers else None,
-        timeout_s=loader.timeout or None,
-        worker_init=loader.worker_init_fn,
-        prefetch_factor=loader.prefetch_factor,
-        multiprocessing_context=loader.multiprocessing_context,
+        **_how(loader),
     )
+
+
+def _read_stream(loader: DataLoader[Any]) -> Source:
+    """What a user's loader says of itself and the stream that it reads."""
+    if loader.batch_size is None:
+        raise ConfigError(
+            "it has batch_size=None, so that its stream makes whole batches, which hvdtrain cannot cut over the ranks; make the "
+            "loader with batch_size= and let the stream yield samples, or pass the stream itself"
+        )
+    last_batch = "drop" if loader.drop_last else "keep"
+    return Source(dataset=loader.dataset, batch_size=loader.batch_size, last_batch=last_batch, **_how(loader))
+
+
+def _how(loader: DataLoader[Any]) -> dict[str, Any]:
+    """How a user's loader loads."""
+    return {
+        "collate": None if loader.collate_fn is default_collate else loader.collate_fn,
+        "workers": loader.num_workers,
+        "pin_memory": loader.pin_memory or None,
+        "persistent_workers": loader.persistent_workers if loader.num_workers else None,
+        "timeout_s": loader.timeout or None,
+        "worker_init": loader.worker_init_fn,
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }

@@ -16,7 +16,7 @@ class StepRecord:
 
     Attributes:
         step: Optimizer steps done.
-        total_steps: Of the whole run.
+        total_steps: Of the whole run; None where nobody knows, as with a stream and no `max_steps`.
         epoch: Epochs completed.
         loss: Mean over the samples of all ranks since the last exchange.
         lr: Of the first parameter group.
@@ -25,7 +25,7 @@ class StepRecord:
     """
 
     step: int
-    total_steps: int
+    total_steps: int | None
     epoch: int
     loss: float
     lr: float

@@ -43,13 +43,15 @@ class ProgressLogger:
         now = time.monotonic()
         if self._began is None:
             self._began = (now, record.step)
-        if now - self._last < self._every_s and record.step < record.total_steps:
+        total = record.total_steps
+        if now - self._last < self._every_s and (total is None or record.step < total):
             return
         self._last = now
         began, first = self._began
-        if record.step > first:
-            text += f"  {(now - began) / (record.step - first) * (record.total_steps - record.step):.0f} s left"
-        self._console.print(f"step {record.step}/{record.total_steps}  {text}", highlight=False)
+        if record.step > first and total is not None:
+            text += f"  {(now - began) / (record.step - first) * (total - record.step):.0f} s left"
+        of_all = "" if total is None else f"/{total}"
+        self._console.print(f"step {record.step}{of_all}  {text}", highlight=False)
 
     def log_eval(self, record: EvalRecord) -> None:
         """Show an evaluation."""
@@ -65,11 +67,12 @@ class ProgressLogger:
 
     def _show_bar(self, record: StepRecord, text: str) -> None:
         if self._bar is None:
+            known = record.total_steps is not None
             self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("step {task.completed:.0f}" + ("/{task.total:.0f}" if known else "")),
                 BarColumn(),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                *([TimeRemainingColumn()] if known else []),
                 console=self._console,
                 transient=True,
             )

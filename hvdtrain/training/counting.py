@@ -69,15 +69,8 @@ class Counting:
             ConfigError: The task's ``samples_of`` returned no whole number from 0; or samples are missing, and there is none.
         """
         if self._samples_of is None or not indices:
-            if seen is None or not indices:
-                return indices
-            visible = seen(batch)
-            if visible is not None and visible < indices:
-                raise ConfigError(
-                    f"a batch of {indices} samples has {visible} after collate= or the data set made it ({seen.place}), and its loss "
-                    "would be weighted as a mean over all of them. Give the task samples_of(batch), which returns how many there are; "
-                    "or leave such samples out of the data set (torch.utils.data.Subset)"
-                )
+            if seen is not None and indices:
+                seen.check(batch, indices)
             return indices
         found = self._samples_of(batch)
         if isinstance(found, Tensor) and not found.dim():

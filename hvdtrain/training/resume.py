@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.data.rank_batches import RankBatches
+from hvdtrain.data.rank_stream import Batches, RankStream
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
@@ -17,7 +18,15 @@ from hvdtrain.training.position import Position
 _log = logging.getLogger(__name__)
 
 
-def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int, *, last: str | None = "") -> str:
+def save(
+    state: LoopState,
+    checkpoints: Checkpoints,
+    position: Position,
+    seed: int,
+    batches: Batches | None,
+    *,
+    last: str | None = "",
+) -> str:
     """Write a checkpoint and return its folder; every rank must call it.
 
     Args:
@@ -25,10 +34,14 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         checkpoints: Where to.
         position: This rank's, for its part of the epoch's tally.
         seed: Of the order of the samples.
+        batches: The data that are trained on, and where they are read; None before there are any.
         last: See `LoopState.save`.
     """
     tally = position.epoch_tally
-    of_this_rank = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
+    of_this_rank: dict[str, Any] = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
+    reading = None if batches is None else batches.state_of_this_rank()
+    if reading is not None:
+        of_this_rank["stream"] = reading
     return state.save(checkpoints, position.steps, of_this_rank=of_this_rank, last=last)
 
 
@@ -38,7 +51,7 @@ def resume(
     position: Position,
     seed: int,
     backend: Backend,
-    batches: RankBatches,
+    batches: Batches,
 ) -> str:
     """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches.
 
@@ -48,7 +61,7 @@ def resume(
         position: Set to where the checkpoint was written.
         seed: As for `save`; another one than the checkpoint's is warned of.
         backend: All ranks.
-        batches: The position must lie between two of its global batches.
+        batches: Taken up at that position, which must lie between two of their global batches.
 
     Returns:
         The checkpoint's folder.
@@ -67,7 +80,22 @@ def resume(
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
     try:
-        batches.check_position(position.samples, position.cut)
+        batches.take_up(position.samples, position.cut, [one.get("stream") for one in ranks])
     except ConfigError as error:
         raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path
+
+
+def go_on(earlier: Batches | None, batches: Batches, position: Position) -> None:
+    """Go on where another `Trainer.fit` has stopped, which may be in the middle of an epoch; every rank must call it.
+
+    Args:
+        earlier: What that one read; None if there was none.
+        batches: What is read now.
+        position: Where it stopped.
+
+    Raises:
+        ConfigError: What is read now cannot be taken up there.
+    """
+    states = earlier.state_dict()["ranks"] if isinstance(earlier, RankStream) else []
+    batches.take_up(position.samples, position.cut, states)

@@ -61,7 +61,7 @@ class Task(Learning, Protocol):
         ...
 
     def train_data(self) -> Dataset[Any]:
-        """Return the training data: ``__len__`` and ``__getitem__``."""
+        """Return the training data: ``__len__`` and ``__getitem__``; or a stream (see docs/data.md)."""
         ...
 
     def eval_data(self) -> Dataset[Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.random_numbers import untouched_random_numbers
-from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches, sample_count
-from hvdtrain.data.reach import shard_for, whole_length
+from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
+from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
+from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
@@ -48,12 +48,14 @@ from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.predicting import destination, predict
 from hvdtrain.training.random_numbers import OwnRandomNumbers
-from hvdtrain.training.resume import resume, save
+from hvdtrain.training.resume import go_on, resume, save
 from hvdtrain.training.same_call import check_same_call
 from hvdtrain.training.schedules import Pacemaker
 from hvdtrain.training.task import Learning, Supervised
 
 _log = logging.getLogger(__name__)
+
+Data = Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,16 +227,16 @@ class Trainer:
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
-        self._train_seconds = 0.0
-        self._samples = 0
+        self._train_seconds, self._samples = 0.0, 0
+        self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def fit(
         self,
-        train_data: Dataset[Any] | DataLoader[Any],
-        eval_data: Dataset[Any] | DataLoader[Any] | None = None,
+        train_data: Data,
+        eval_data: Data | None = None,
         *,
         epochs: int = 1,
         max_steps: int | None = None,
@@ -252,7 +254,8 @@ class Trainer:
         Args:
             train_data: With ``__len__`` and ``__getitem__``; the same whole data on every rank, in a new random order
                 each epoch. Or a DataLoader: of it are taken the data set, batch size, shuffling or sampler, drop_last,
-                collate function and loader processes, and not its random numbers (see `Backend.loader`).
+                collate function and loader processes, and not its random numbers (see `Backend.loader`). Or a stream, which
+                is read in its own order: an IterableDataset, what has ``__iter__`` alone, or a function that returns such.
             eval_data: Likewise; evaluated every ``eval_every`` epochs and at the end, each sample once.
             epochs: Passes over the data, those before a resume included; 0 to evaluate only.
             max_steps: End after so many optimizer steps, if that is earlier.
@@ -295,21 +298,21 @@ class Trainer:
         )
         if batch_size is not None and global_batch_size is not None:
             raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
-        batches = RankBatches(
+        batches = batches_of(
             source if batch_size is None else replace(source, batch_size=batch_size),
             self.backend,
             global_batch_size=global_batch_size,
             accumulate=self._accumulate,
             seed=self._seed,
             equal_passes=self._in_step,
+            keep_states=self._checkpoints is not None or bool(self._events),
+            count=self._counting.trusts_indices,
         )
-        cut = batches.partition
-        if self._in_step and cut.needs_empty_batches:
-            batches.prepare_empty()
+        earlier, self._batches = self._batches, batches
         self._seen = self._sample_count(source)
         eval_seen = None if eval_source is None else self._sample_count(eval_source)
-        total_steps = min(epochs * cut.steps_per_epoch, math.inf if max_steps is None else max_steps)
-        per_rank = max(1, math.ceil(cut.global_batch_size / self.backend.world_size))
+        total_steps = min(batches.steps_in(epochs), math.inf if max_steps is None else max_steps)
+        per_rank = max(1, math.ceil(batches.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         position, resumed_from = self.position, None
         with self._own_random_numbers:
@@ -317,7 +320,8 @@ class Trainer:
                 resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, batches)
                 if position.steps < total_steps:
                     self._rehearse(batches)
-            batches.check_position(position.samples, position.cut)
+            else:
+                go_on(earlier, batches, position)
             position.cut = batches.cut
             if self._compile and position.steps < total_steps:
                 compile_ahead(self.backend, self.replica, self._first_loss(batches))
@@ -326,9 +330,9 @@ class Trainer:
             self._events.started(self)
             if self._events:
                 self._stop_if_asked()
-            while not (self._finishing or position.has_ended(epochs, total_steps, cut.samples_per_epoch)):
-                self._train_epoch(batches, int(total_steps))
-                ended = self._finishing or position.has_ended(epochs, total_steps, cut.samples_per_epoch)
+            while not (self._finishing or position.has_ended(epochs, total_steps, batches.is_over)):
+                self._train_epoch(batches, total_steps)
+                ended = self._finishing or position.has_ended(epochs, total_steps, batches.is_over)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
                     self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=regular)
@@ -349,9 +353,8 @@ class Trainer:
             stopped=self._stop_reason(),
         )
 
-    def _train_epoch(self, batches: RankBatches, total_steps: int) -> None:
-        position = self.position
-        epoch_samples = batches.partition.samples_per_epoch
+    def _train_epoch(self, batches: Batches, total_steps: float) -> None:
+        position, whole_epoch = self.position, True
         self.replica.module.train()
         for step in batches.steps(position.epoch, position.samples):
             began = time.perf_counter()
@@ -365,19 +368,20 @@ class Trainer:
                 save |= self._hold_checkup(total_steps)
             if save:
                 self._save()
-            if self._finishing or (position.steps >= total_steps and position.samples < epoch_samples):
+            if (self._finishing or position.steps >= total_steps) and not batches.is_over(position.samples):
+                whole_epoch = False
                 break
         self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
         ).tolist()
         position.train_loss = Tally(*whole).mean
-        if position.samples >= epoch_samples:
+        if whole_epoch:
             position.finish_epoch()
             self._pacemaker.after_epoch()
             self._events.finished_epoch(self)
 
-    def _train_step(self, step: RankStep) -> None:
+    def _train_step(self, step: RankStep | StreamStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
         for number, (loaded, indices) in enumerate(step, 1):
@@ -403,9 +407,7 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, partition: str | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, data: Data, *, batch_size: int | None = None, partition: str | None = None) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
@@ -454,6 +456,10 @@ class Trainer:
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
         source = self._source(data)
+        if source.is_stream:
+            raise ConfigError(
+                "predictions come in the order of a data set with numbers, which a stream does not have; pass a list of its samples"
+            )
         size = batch_size or source.batch_size or 64
         self.backend.assemble(f"a prediction after step {self.position.steps}")
         arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
@@ -470,11 +476,13 @@ class Trainer:
             return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        if whole_length(source, shard_for(source, self.backend)) == 0:
-            raise ConfigError("the evaluation data set is empty; give one with samples, or none")
-        batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
         with self._events.inference(self):
-            return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
+            count = self._counting.trusts_indices
+            batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
+            metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
+        if not metrics:
+            raise ConfigError("the evaluation data set is empty; give one with samples, or none")
+        return metrics
 
     def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None, *, regular: bool) -> None:
         """Evaluate at this position, and say it; an evaluation only because the run ends here steps no schedule."""
@@ -490,10 +498,10 @@ class Trainer:
 
     def _source(self, data: Any, shuffle: bool = False, **cut: Any) -> Source:
         """What to load: as a DataLoader says, and else as this Trainer was told."""
-        own = isinstance(data, DataLoader | RankBatches)
+        own = isinstance(data, DataLoader | RankBatches | RankStream)
         said = source_of(
-            data.source if isinstance(data, RankBatches) else data,
-            shuffle=None if own else shuffle,
+            data.source if isinstance(data, RankBatches | RankStream) else data,
+            shuffle=None if own or is_stream(data) else shuffle,
             **cut,
         )
         return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
@@ -510,6 +518,8 @@ class Trainer:
             arguments
             | {
                 "eval_data given": eval_source is not None,
+                "train_data a stream": source.is_stream,
+                "eval_data a stream": eval_source is not None and eval_source.is_stream,
                 "epoch_metrics": described(self.task),
                 "last_batch": source.last_batch,
                 "partition": source.partition,
@@ -528,7 +538,7 @@ class Trainer:
         if eval_source is not None:
             check_same_data(eval_source, self.backend, seed=self._seed, name="eval_data")
 
-    def _hold_checkup(self, total_steps: int) -> bool:
+    def _hold_checkup(self, total_steps: float) -> bool:
         """Log, stop if asked, and return whether it is time for a checkpoint."""
         self._pending_loss.look()
         position = self.position
@@ -541,7 +551,7 @@ class Trainer:
             report(
                 StepRecord(
                     step=position.steps,
-                    total_steps=total_steps,
+                    total_steps=None if total_steps == math.inf else int(total_steps),
                     epoch=position.epoch,
                     loss=verdict.tally.mean,
                     lr=float(self._lr),
@@ -595,7 +605,7 @@ class Trainer:
 
         def write() -> None:
             self._pending_loss.look()
-            save(self._state, checkpoints, self.position, self._seed, last=last)
+            save(self._state, checkpoints, self.position, self._seed, self._batches, last=last)
 
         self._events.when_all_are_told(write)
 
@@ -611,7 +621,7 @@ class Trainer:
         if self._checkpoints is None:
             return None
         self._pending_loss.look()
-        path = save(self._state, self._checkpoints, self.position, self._seed)
+        path = save(self._state, self._checkpoints, self.position, self._seed, self._batches)
         self._checkup.saved()
         self._events.saved(self, path)
         return path
@@ -621,17 +631,16 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.settle(self.backend)
 
-    def _rehearse(self, batches: RankBatches) -> None:
+    def _rehearse(self, batches: Batches) -> None:
         forward = self._first_loss(batches)
         if forward is not None:
             rehearse(self.replica, forward)
 
-    def _first_loss(self, batches: RankBatches) -> Callable[[nn.Module], Tensor] | None:
+    def _first_loss(self, batches: Batches) -> Callable[[nn.Module], Tensor] | None:
         """What computes the loss of this rank's first batch; None, on all ranks, if some rank has none."""
-        if not batches.partition.step(0).every_rank:
+        first = batches.example(self.position.epoch)
+        if first is None:
             return None
-        with untouched_random_numbers():
-            first, _ = next(iter(next(batches.steps(0))))
         batch = self.precision.cast(first)
 
         def forward(model: nn.Module) -> Tensor:

@@ -39,6 +39,28 @@ class Leave(Exception):
     pass
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Every rank's own part, of which that of one rank cannot be read to its end."""
+
+    def shard(self, num_shards, index):
+        self.bad = index == CULPRIT
+        return self
+
+    def __iter__(self):
+        for number in range(90):
+            if self.bad and number == 40:
+                raise ValueError("planted in the stream")
+            yield torch.ones(4), torch.zeros((), dtype=torch.int64)
+
+
+def of_a_stream(backend):
+    model = nn.Linear(4, 2)
+    trainer = hvdtrain.Trainer(
+        backend, model, torch.optim.SGD(model.parameters(), lr=0.1), loss=nn.functional.cross_entropy
+    )
+    trainer.fit(Stream(), batch_size=4)
+
+
 def alone(mode, backend):
     """Rank 0 does alone what all ranks must do; the others train on, or are done."""
     model = nn.Linear(4, 2)
@@ -68,6 +90,8 @@ def main():
         if "-" in mode:
             alone(mode, backend)
             return
+        if mode == "stream":
+            of_a_stream(backend)
         model = Faulty(mode, backend.rank)
         replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
         try:

@@ -45,6 +45,7 @@ def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
     ("mode", "text"),
     [
         ("raise", "planted in the model"),
+        pytest.param("stream", "planted in the stream", marks=pytest.mark.slow),
         pytest.param("collective", "planted between collectives", marks=pytest.mark.slow),
     ],
 )

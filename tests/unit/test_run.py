@@ -90,9 +90,9 @@ def test_no_epochs_without_evaluation_data_are_refused() -> None:
         run_training(TrainConfig(task=task, epochs=0, backend="local", device="cpu"))
 
 
-def test_training_data_without_a_length_are_refused_with_a_way_out() -> None:
-    task = Component(f"{__name__}:Stream")
-    with pytest.raises(ConfigError, match=r"\(generator\) have no length, .* __len__ and __getitem__"):
+def test_a_generator_is_refused_with_a_way_out() -> None:
+    task = Component(f"{__name__}:Once")
+    with pytest.raises(ConfigError, match=r"generator can be read only once.*give the function that makes it"):
         run_training(TrainConfig(task=task, backend="local", device="cpu"))
 
 
@@ -115,7 +115,7 @@ class NothingToEvaluate:
         return None
 
 
-class Stream(NothingToEvaluate):
+class Once(NothingToEvaluate):
     def train_data(self) -> Any:
         return ([1.0] for _ in range(3))
 

@@ -33,6 +33,11 @@ class Line:
         return self.train_data()
 
 
+class OfAStream(Line):
+    def train_data(self):
+        return lambda: iter(super(OfAStream, self).train_data())
+
+
 class WithOptimizer(Line):
     def build_optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.75)
@@ -95,6 +100,34 @@ def test_a_compiled_model_has_the_fingerprint_of_the_plain_one(tmp_path):
     plain, compiled = train(Line, tmp_path / "plain"), train(Compiled, tmp_path / "compiled")
     assert compiled["parameters_sha256"] == plain["parameters_sha256"]
     assert train(Line, tmp_path / "compiled", "--epochs", "3")["resumed_from"] is not None
+
+
+def test_a_task_may_bring_a_stream_whose_length_nobody_knows(tmp_path, capsys):
+    written = train(OfAStream, tmp_path / "epochs")
+    assert (written["epochs"], written["steps"]) == (2, 4)
+    assert "step 1  epoch" in capsys.readouterr().out
+    schedule = ("--schedule", "cosine", "--warmup-steps", "1")
+    assert train(OfAStream, tmp_path / "steps", *schedule, "--max-steps", "3")["steps"] == 3
+    rates = learning_rates(tmp_path / "steps")
+    assert rates == pytest.approx([rates[0], rates[0], rates[0] / 2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--schedule", "cosine"), "--schedule cosine needs the run's end; give --max-steps"),
+        (
+            ("--warmup-epochs", "1", "--max-steps", "5"),
+            "--warmup-epochs 1 cannot be counted in steps; give --warmup-steps",
+        ),
+        (("--schedule", "step", "--max-steps", "5"), "--schedule step, which counts epochs.*StepLR"),
+        (("--last-batch", "drop"), "of unknown length: last_batch='drop'"),
+        (("--partition", "sample"), "partition='sample' .--partition. does not go with it"),
+    ],
+)
+def test_what_needs_a_streams_length_is_refused_with_what_to_give(tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        train(OfAStream, tmp_path, *flags)
 
 
 def test_a_task_may_build_callbacks_and_the_run_says_why_it_ended(tmp_path, capsys):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
@@ -295,23 +295,3 @@ def test_augmentation_that_differs_between_ranks_is_no_other_data(backend):
             return torch.rand(4) + torch.rand(4, generator=self.rng), torch.rand(2)
 
     assert trainer(backend, linear()).fit(Augmented(), epochs=1, global_batch_size=4).steps == 2
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from regression(3)
-
-
-def test_a_stream_is_refused_with_the_way_out(backend):
-    fitting = trainer(backend, linear())
-    for call in (
-        lambda data: fitting.fit(data, epochs=1, batch_size=2),
-        lambda data: fitting.fit(regression(4), data, epochs=1, batch_size=2),
-        fitting.evaluate,
-        lambda data: backend.loader(data, batch_size=2),
-    ):
-        for data in (Stream(), DataLoader(Stream(), batch_size=2)):
-            with pytest.raises(
-                ConfigError, match=r"Stream cannot be split.*replica\.backward\(.*replica\.step\(\) alone"
-            ):
-                call(data)

@@ -134,9 +134,12 @@ class OwnBatches(Sampler[list[int]]):
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
-        (Stream(), {}, "Stream cannot be split.*replica.backward.*replica.step"),
-        (DataLoader(Stream()), {}, "Stream cannot be split.*replica.backward.*replica.step"),
-        ((index for index in range(3)), {}, "generator cannot be split.*replica.step"),
+        (Stream(), {"shuffle": True}, "Stream is a stream.*shuffle=True has no effect; let the stream itself"),
+        (Stream(), {"sampler": [1]}, "sampler= has no effect"),
+        (Stream(), {"last_batch": "merge"}, "unknown length: last_batch='merge'.*leave it out"),
+        (DataLoader(Stream(), drop_last=True), {}, "unknown length: last_batch='drop' .drop_last"),
+        (DataLoader(Stream(), batch_size=None), {}, "batch_size=None.*let the stream yield samples"),
+        ((index for index in range(3)), {}, "a generator can be read only once.*the function that makes it"),
         (DataLoader(DATA, batch_sampler=OwnBatches()), {}, "OwnBatches of your own.*batch_size="),
         (DataLoader(DATA, batch_size=None), {}, "batch_size=None.*batch_size="),
         (DataLoader(DATA, sampler=Mine(DATA, 2, 0)), {}, "a Mine, already cuts the data into 2 parts"),
