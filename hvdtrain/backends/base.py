@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import os
 import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,6 +109,7 @@ class Backend(Communicator):
         self.device = self._choose_device(device)
         self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
         self._running = False
+        self._process = 0  # in which it was started
         self._ended = False
         self._meeting: Meeting | None = None
         self._local_first: LocalFirst | None = None
@@ -186,7 +188,7 @@ class Backend(Communicator):
         except BaseException as error:
             self._end_start(error)
             raise
-        self._running = True
+        self._running, self._process = True, os.getpid()
         atexit.register(self._leave_at_exit)
 
     def stop(self) -> None:
@@ -195,7 +197,7 @@ class Backend(Communicator):
         Raises:
             RankFailure: Another rank failed, or did not come within the timeout.
         """
-        if not self._running:
+        if not self._running or self._in_child():
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
@@ -214,7 +216,7 @@ class Backend(Communicator):
             None if this rank is the first that failed (its traceback is what the user should read); otherwise the
             failure of the rank that was, and this rank should end quietly.
         """
-        if not self._running:
+        if not self._running or self._in_child():
             return None
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
@@ -572,8 +574,14 @@ class Backend(Communicator):
         torch.cuda.set_device(device)
         return device
 
+    def _in_child(self) -> bool:
+        """Whether this process was forked from the rank, and so must say nothing in its name."""
+        return self._process != os.getpid()
+
     def _leave_at_exit(self) -> None:
         """The program ends without stop(): tell the others, so that none waits for this rank."""
+        if self._in_child():
+            return
         _log.warning("rank %d ends without backend.stop(); use `with hvdtrain.init() as backend:`", self.rank)
         try:
             self.stop()

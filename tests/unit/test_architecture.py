@@ -66,6 +66,7 @@ STAIRS = [
     ["horovod.streams", "horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
     ["horovod.requests", "horovod.passing_through"],
     ["horovod.ledger", "horovod.performing", "horovod.timeline"],
+    ["horovod.surroundings"],
     ["horovod.inline"],
     ["horovod.controller"],
     ["horovod.state"],
