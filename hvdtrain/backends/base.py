@@ -37,7 +37,7 @@ from hvdtrain.errors import (
     Preempted,
     RankFailure,
 )
-from hvdtrain.launch import guard, leash
+from hvdtrain.launch import guard, leash, once
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
@@ -180,6 +180,7 @@ class Backend(Communicator):
                 f"backend {self.name!r} cannot start a second time in one process; keep one `with` block around all work, or "
                 "start a new process"
             )
+        once.begin(self.topology.rank, self.topology.world_size)
         if self.device.type == "cpu":
             keep_freed_memory()
         leash.hold(self.topology.launcher)

@@ -73,6 +73,7 @@ class _Window:
     )  # by a pack's name, with what decompression needs
     sparse: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
     versions: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # of gradients when they left
+    told: bool = False  # that there was a backward pass too many; who catches it may go on with what was sent
 
 
 class Exchange:
@@ -153,7 +154,7 @@ class Exchange:
 
     def _changed(self, window: _Window) -> str:
         """A parameter whose gradient is not what it was when it left; "" if there is none. One that was taken away arrives."""
-        for parameter in self._parameters:
+        for parameter in [] if window.told else self._parameters:
             sent = window.versions.get(id(parameter))
             if sent is None or parameter.grad is None:
                 continue
@@ -185,6 +186,7 @@ class Exchange:
             window.fired.add(id(parameter))
             left = window.left.get(id(parameter), self.passes) - 1
             if left < 0:
+                window.told = True
                 raise AssertionError(_TOO_MANY.format(passes=self.passes, name=self.names[id(parameter)]))
             window.left[id(parameter)] = left
             if left or id(parameter) in window.sparse:

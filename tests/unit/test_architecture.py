@@ -24,7 +24,7 @@ STAIRS = [
     ["settings.record"],
     ["settings.resuming"],
     ["launch.hostlist", "launch.ancestry", "launch.environment", "launch.processes", "data.partition", "data.arrays", "data.samplers", "data.worker_signals", "data.worker_end", "data.nested", "data.random_numbers"],
-    ["launch.launchers", "launch.leash", "launch.guard", "launch.stuck", "launch.algorithms", "launch.cores", "launch.listening", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
+    ["launch.launchers", "launch.leash", "launch.guard", "launch.stuck", "launch.algorithms", "launch.cores", "launch.listening", "launch.once", "data.shared_memory", "data.loader", "data.digits", "data.images", "data.downloads"],
     ["launch.leftovers"],
     ["launch.detect", "data.source"],
     ["data.rank_batches"],
