@@ -46,7 +46,7 @@ from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
-from hvdtrain.ranks.exit import end_anyway
+from hvdtrain.ranks.exit import end_anyway, prepare
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
@@ -190,6 +190,7 @@ class Backend(Communicator):
             self._end_start(error)
             raise
         self._running, self._process = True, os.getpid()
+        prepare()
         atexit.register(self._leave_at_exit)
 
     def stop(self) -> None:

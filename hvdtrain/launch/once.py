@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.environment import given, settle
 
-_MARK = "HVDTRAIN_RANK_IS"  # the process that is the rank, and which rank that is
+_MARK = "HVDTRAIN_RANK_IS"  # inherited by the processes that a rank begins
 
 
 def begin(rank: int, world_size: int) -> None:
@@ -19,10 +18,15 @@ def begin(rank: int, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    parent = multiprocessing.parent_process()
-    if parent is not None and given(_MARK) == f"{parent.pid} {rank}/{world_size}":
+    if _of_multiprocessing() and given(_MARK) == f"{rank}/{world_size}":
         raise LaunchError(
-            f"this process was begun by rank {rank} (pid {parent.pid}) and cannot be that rank again: put the script's own work under "
+            f"this process was begun by rank {rank} and cannot be that rank again: put the script's own work under "
             "`if __name__ == '__main__':`, because processes that are spawned (loader workers, too) run the rest of it first"
         )
-    settle({_MARK: f"{os.getpid()} {rank}/{world_size}"})
+    settle({_MARK: f"{rank}/{world_size}"})
+
+
+def _of_multiprocessing() -> bool:
+    """Whether multiprocessing has begun this process, and runs the main script in it or something later."""
+    preparing = getattr(multiprocessing.current_process(), "_inheriting", False)
+    return preparing or multiprocessing.parent_process() is not None

@@ -44,7 +44,7 @@ class _Ending:
     shows: Callable[[type[BaseException], BaseException, TracebackType | None], Any] | None = None
 
 
-_CHILD_S = 1.0  # for an engine that a forked process has no part in
+_CHILD_S = 2.0  # for the end of an engine that a forked process has no part in
 
 _ending = _Ending()
 
@@ -179,9 +179,9 @@ def _leave() -> None:
 
 
 def _in_child() -> None:
-    """In a forked process: the engine's own end would wait for its parent's ranks, and nothing is to be said to them."""
+    """In a forked process: the engine's own end would wait for its parent's ranks or threads, and has nothing to say to them."""
     _ending.farewells.clear()
-    if _ending.bound_s is not None:
+    if _ending.prepared:
         _ending.bound_s = _CHILD_S
 
 
