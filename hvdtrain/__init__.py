@@ -20,6 +20,7 @@ from hvdtrain import errors as errors
 from hvdtrain.version import __version__
 
 if TYPE_CHECKING:
+    from hvdtrain import nn as nn
     from hvdtrain.backends import available as available
     from hvdtrain.backends import create
     from hvdtrain.backends.base import Backend as Backend
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
+    from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
+    from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
     from hvdtrain.training.async_checkpoints import AsyncCheckpoints as AsyncCheckpoints
+    from hvdtrain.training.callbacks.averaging import ExponentialMovingAverage as ExponentialMovingAverage
+    from hvdtrain.training.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
+    from hvdtrain.training.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
+    from hvdtrain.training.events import Callback as Callback
     from hvdtrain.training.loop_state import LoopState as LoopState
     from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
     from hvdtrain.training.random_numbers import seed_everything as seed_everything
@@ -45,21 +52,28 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "AsyncCheckpoints": "hvdtrain.training.async_checkpoints:AsyncCheckpoints",
     "Backend": "hvdtrain.backends.base:Backend",
+    "BestCheckpoint": "hvdtrain.training.callbacks.best_checkpoint:BestCheckpoint",
+    "Callback": "hvdtrain.training.events:Callback",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
+    "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
     "FitResult": "hvdtrain.training.trainer:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
+    "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",
     "available": "hvdtrain.backends:available",
+    "checkpoint_activations": "hvdtrain.training.activation_checkpointing:checkpoint_activations",
     "convert_sync_batch_norm": "hvdtrain.sync_batch_norm:convert_sync_batch_norm",
     "init": "hvdtrain.backends:create",
+    "nn": "hvdtrain.nn",
     "seed_everything": "hvdtrain.training.random_numbers:seed_everything",
     "spawn": "hvdtrain.workers:spawn",
 }
@@ -72,7 +86,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hvdtrain' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute)
+    value: Any = importlib.import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

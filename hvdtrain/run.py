@@ -34,6 +34,7 @@ from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
+from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
 from hvdtrain.settings.options import Component
@@ -80,10 +81,12 @@ def run_training(config: TrainConfig) -> Summary:
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
         batch = _global_batch_size(config, backend)
-        steps_per_epoch = _steps_per_epoch(config, train_data, batch)
+        steps_per_epoch = _steps_per_epoch(config, train_data, batch, backend)
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
+        if config.shard_optimizer:
+            optimizer = ShardedOptimizer(optimizer, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
@@ -109,6 +112,10 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
+            callbacks=getattr(task, "build_callbacks", list)(),
+            compile=config.compile,
+            checkpoint_modules=config.checkpoint_modules,
+            checkpoint_policy=config.checkpoint_policy,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
@@ -124,6 +131,7 @@ def run_training(config: TrainConfig) -> Summary:
                     eval_batch_size=config.eval_batch_size,
                     eval_every=config.eval_every,
                     last_batch=config.last_batch,
+                    partition=config.partition,
                     resume_from=resume_from,
                 )
         finally:
@@ -232,7 +240,7 @@ def _model_maker(component: Component, data: NamedData) -> Callable[[], nn.Modul
     return lambda: cast(nn.Module, build(**extra))
 
 
-def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int:
+def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int, backend: Backend) -> int:
     try:
         samples = len(data)  # type: ignore[arg-type]
     except TypeError as error:
@@ -240,6 +248,8 @@ def _steps_per_epoch(config: TrainConfig, data: Dataset[Any], batch: int) -> int
             f"the training data ({type(data).__name__}) have no length, which a schedule over epochs and an even share for "
             "each rank need; give data with __len__ and __getitem__, such as a list of what the stream yields"
         ) from error
+    if config.partition == "sample-own":
+        samples = sum(backend.all_gather_object(samples))
     return BatchPartition(length=samples, global_batch_size=batch, last_batch=config.last_batch).steps_per_epoch
 
 
@@ -386,10 +396,14 @@ def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console:
     if result.samples or result.resumed_from is None or not file.exists():
         write_summary(summary, file)
         show_summary(summary, console, run_dir)
+        if result.stopped:
+            console.print(f"ended early: {result.stopped}", highlight=False, markup=False)
         return
     done = f"{result.epochs} epochs, {result.steps} steps"
     if config.epochs == 0:
         line = f"evaluated {result.resumed_from} ({done}); {file} stays as it was"
+    elif result.stopped:
+        line = f"this run was ended by a callback already: {done}, {result.stopped}. {file} stays as it was"
     else:
         line = f"this run was finished already: {done}. {file} stays as it was; more --epochs go on, another --run-dir begins anew"
     console.print(line, highlight=False, markup=False)

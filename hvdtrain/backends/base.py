@@ -299,6 +299,7 @@ class Backend(Communicator):
         sampler: Iterable[Any] | None = None,
         drop_last: bool = False,
         last_batch: str = "keep",
+        partition: str | None = None,
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
     ) -> RankBatches:
@@ -326,6 +327,11 @@ class Backend(Communicator):
             drop_last: DataLoader's word for ``last_batch="drop"``.
             last_batch: What becomes of samples that do not fill a last global batch: "keep", "drop", or "merge" with
                 the one before.
+            partition: "batch" (the default) cuts each global batch over the ranks. "sample", "sample-strided" and "sample-node"
+                cut the data set once, and each epoch shuffles within the parts: rank r reads the r-th contiguous part alone,
+                every world-size-th sample, or with the other ranks of its node a contiguous part for all of them. With
+                "sample-own" each rank gives a data set of its own, of any length. (With the last two every rank must call
+                this.)
             pin_memory: None for yes where the device is a GPU.
             persistent_workers: Loader processes outlive an epoch; None for yes.
 
@@ -340,6 +346,7 @@ class Backend(Communicator):
             sampler=sampler,
             last_batch=last_batch,
             drop_last=drop_last,
+            partition=partition,
             collate=collate,
             workers=workers,
             pin_memory=pin_memory,
@@ -401,7 +408,7 @@ class Backend(Communicator):
         with turn, self._without_engine(reason):
             yield
 
-    def agree_beside(self, what: str, mine: str) -> list[str]:
+    def agree_beside(self, what: str, mine: str, *, timeout_s: float | None = None) -> list[str]:
         """Collect one small text of every rank on every rank, beside the engine; every rank must call it.
 
         For what is rare: it costs some messages through rank 0's store, some milliseconds, and disturbs no operation of
@@ -410,6 +417,7 @@ class Backend(Communicator):
         Args:
             what: The occasion, for messages: "the agreement on the model's structure".
             mine: This rank's text.
+            timeout_s: Longest wait, in seconds; None for the backend's.
 
         Returns:
             The texts, in rank order.
@@ -426,7 +434,7 @@ class Backend(Communicator):
         number, store = next(self._agreements), self._meeting.store
         texts = exchange(
             store, self._watch, f"agreement/{number}", mine,
-            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s, what=what,
+            rank=self.rank, world_size=self.world_size, timeout_s=timeout_s or self.timeout_s, what=what,
         )  # fmt: skip
         for name in (str(self.rank), *(["all"] if self.rank == 0 else [])):  # everybody is through the one before
             store.delete_key(f"agreement/{number - 1}/{name}")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from hvdtrain.errors import CollectiveError
+from hvdtrain.launch.launchers import node_of
 from hvdtrain.ranks.describing import described
 from hvdtrain.ranks.store import Store, StoreLost
 from hvdtrain.ranks.watch import NullWatch
@@ -21,7 +21,6 @@ from hvdtrain.ranks.watch import NullWatch
 if TYPE_CHECKING:
     from hvdtrain.topology import Topology
 
-_STATED = ("torchrun", "srun")  # launchers that number the nodes; elsewhere the number may be derived from the rank
 _FIRST_PAUSE_S = 0.002
 _LAST_PAUSE_S = 0.1
 _HEAR_S = 2.5  # how long a rank waits to hear whether the first rank's exception ends the job
@@ -38,7 +37,7 @@ class LocalFirst:
     """
 
     def __init__(self, store: Store, topology: Topology, watch: NullWatch) -> None:
-        node = topology.node_rank if topology.launcher in _STATED else socket.gethostname()
+        node = node_of(topology)
         self._node = f"node {node}"
         self._label = f"local_rank_first on {self._node}"
         self._store = store.under(f"local-first/{node}")

@@ -70,8 +70,16 @@ def check_parameters(
         device: This rank's.
 
     Raises:
-        ConfigError: Nothing to train, or parameters without a shape, on another device or of another model.
+        ConfigError: Nothing to train, or parameters without a shape, on another device, of another model, or not meant to be
+            the same on all ranks (their module has ``parameters_differ_between_ranks``).
     """
+    for name, part in module.named_modules():
+        if getattr(part, "parameters_differ_between_ranks", False):
+            raise ConfigError(
+                f"{name or 'the model'!r} is a {type(part).__name__}: each rank holds another part of it and needs the same batch, and a "
+                "replica is equal on all ranks and has another batch on each. Train such a model without replicate() and without "
+                "a Trainer: loss.backward() and optimizer.step() on every rank, with the same batch"
+            )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise ConfigError(

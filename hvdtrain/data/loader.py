@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,24 @@ def check_indexable(dataset: Any) -> None:
         )
 
 
+@contextmanager
+def length_explained(dataset: Any) -> Iterator[None]:
+    """Surround the reading of samples.
+
+    Raises:
+        ConfigError: There is no such sample, though the data set's length says so.
+    """
+    try:
+        yield
+    except IndexError as error:
+        said = str(error).strip().rpartition("\n")[2] or "IndexError"
+        raise ConfigError(
+            f"reading samples of the data set, a {type(dataset).__name__}, ended in an IndexError ({said}), and its length says "
+            f"{len(dataset)} samples. If it has fewer, let its __len__ return how many can be read, or give "
+            "torch.utils.data.Subset(data, range(N)); a sampler of your own must give indices that there are"
+        ) from error
+
+
 def look_at_samples(
     dataset: Dataset[Any], indices: Sequence[Any], look: Callable[[Any], Any], *, workers: int = 0, **processes: Any
 ) -> list[Any]:
@@ -130,36 +149,48 @@ def look_at_samples(
         return [look(seeded.__getitems__(batch)) for batch in batches]
 
 
-def empty_batch(
+def empty_batch(dataset: Dataset[Any], **how: Any) -> Any:
+    """Return a batch of length 0, of the shapes and types that a batch of this data set has.
+
+    Args:
+        dataset: With ``__len__`` and ``__getitem__``.
+        how: As for `two_batches`.
+
+    Raises:
+        ConfigError: The batches do not show what an empty one would be.
+    """
+    return empty_from(*two_batches(dataset, **how))
+
+
+def two_batches(
     dataset: Dataset[Any],
     *,
     collate: Callable[[list[Any]], Any] | None = None,
     index: Any = 0,
     workers: int = 0,
     **processes: Any,
-) -> Any:
-    """Return a batch of length 0, of the shapes and types that a batch of this data set has.
+) -> tuple[Any, Any]:
+    """Return two batches that differ in nothing but their length: `SHORTER` and `LONGER` times the same sample.
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
         collate: As for `make_loader`.
-        index: Of the sample that shows how a batch looks.
+        index: Of the sample.
         workers: As for `look_at_samples`.
         processes: As for `look_at_samples`.
-
-    Raises:
-        ConfigError: The batches do not show what an empty one would be.
     """
     if collate is None and _loads_whole_batches(dataset):
         whole: Any = dataset
-        return empty_from(whole.batch([index] * SHORTER), whole.batch([index] * LONGER))
+        return whole.batch([index] * SHORTER), whole.batch([index] * LONGER)
     look = _TwoBatches(collate or default_collate)
+    pair: tuple[Any, Any] | None
     (pair,) = look_at_samples(dataset, [index], look, workers=workers, **processes)
     if pair is None:
         batches = [IndexBatch([index] * length, (2,)) for length in (SHORTER, LONGER)]
         with untouched_random_numbers():
-            pair = list(make_loader(dataset, batches, workers=min(workers, 1), collate=collate, **processes))
-    return empty_from(*pair)
+            shorter, longer = make_loader(dataset, batches, workers=min(workers, 1), collate=collate, **processes)
+        pair = shorter, longer
+    return pair
 
 
 def _loads_whole_batches(dataset: Dataset[Any]) -> bool:

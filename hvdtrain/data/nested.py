@@ -49,9 +49,9 @@ def to_device(batch: Any, device: torch.device | str, non_blocking: bool = False
         if kind is dict:
             return {key: moved(part, above) for key, part in value.items()}
         if _moves_itself(value):
-            return value.to(
-                device, **({"non_blocking": True} if non_blocking and _takes_non_blocking(value.to) else {})
-            )
+            said = {"non_blocking": True} if non_blocking and _takes_non_blocking(value.to) else {}
+            result = value.to(device, **said)
+            return value if result is None else result  # some move in place, as modules do
         return _changed(value, moved, above)
 
     return moved(batch, ())
@@ -99,7 +99,7 @@ def parts_of(value: Any) -> _Parts | None:
 def with_parts(value: Any, parts: _Parts) -> Any:
     """Return a copy of a node that holds other parts; a sequence or mapping may become shorter."""
     if isinstance(value, tuple):
-        return value._make(parts.values()) if hasattr(value, "_make") else type(value)(parts.values())
+        return _tuple_with(value, parts)
     if _is_sequence(value):
         clone = copy.copy(value)
         clone.clear()
@@ -325,8 +325,21 @@ def _attributes(value: Any) -> _Parts:
     return found
 
 
+def _tuple_with(value: Any, parts: _Parts) -> Any:
+    kind: Any = type(value)
+    if hasattr(kind, "n_sequence_fields"):  # what torch.max returns: tuple.__new__ refuses these
+        return kind(parts.values())
+    clone = tuple.__new__(kind, parts.values())  # and not kind(...), which may take other arguments
+    if hasattr(value, "__dict__"):
+        vars(clone).update(vars(value))
+    return clone
+
+
 def _moves_itself(value: Any) -> bool:
-    return not isinstance(value, type) and callable(getattr(value, "to", None))
+    try:
+        return not isinstance(value, type) and callable(getattr(value, "to", None))
+    except KeyError:  # a dictionary that shows its keys as attributes
+        return False
 
 
 def _takes_non_blocking(to: Callable[..., Any]) -> bool:
@@ -338,9 +351,20 @@ def _takes_non_blocking(to: Callable[..., Any]) -> bool:
     return keywords or "non_blocking" in parameters
 
 
+def _stored(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor keeps: of a sparse one, where its values stand and the values."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
 def _leaf_bytes(leaf: Any) -> int:
     if isinstance(leaf, Tensor):
-        return leaf.numel() * leaf.element_size()
+        return sum(part.numel() * part.element_size() for part in _stored(leaf))
     if isinstance(leaf, str | bytes | bytearray):
         return len(leaf)
     return int(getattr(leaf, "nbytes", 8))

@@ -4,14 +4,20 @@ Global batch ``b`` holds the positions ``b * G`` to ``(b + 1) * G`` of an epoch'
 Each rank takes a contiguous share of it, cut into micro-batches; shares differ by at most one sample. So the global
 batches, and with them the training, are the same at every world size, and every sample counts exactly once.
 
+`SamplePartition` has global batches of the same sizes, and fills them from shards: parts of the data set that stay with
+their ranks for the whole run (`hvdtrain.data.shards`).
+
 Everything here is a `range`: memory does not grow with the data set. No torch, no order of samples (see
 `hvdtrain.data.samplers`), no padding, no repeated samples.
 """
 
 from __future__ import annotations
 
+import functools
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from hvdtrain.errors import ConfigError
 
@@ -116,8 +122,12 @@ class BatchPartition:
         """Whether some rank has fewer micro-batches than another in some step."""
         if self.world_size == 1:
             return False
-        kinds = {self._samples(0), self._samples(self.steps_per_epoch - 1)}  # those between are as the first
-        return any(self._passes(samples, self.world_size - 1) < self._passes(samples, 0) for samples in kinds)
+        return any(min(self.accumulate, fewest) < min(self.accumulate, most) for fewest, most in self._kinds())
+
+    @property
+    def every_rank(self) -> bool:
+        """Whether every rank has a sample in every step."""
+        return all(fewest > 0 for fewest, _ in self._kinds())
 
     def step(self, index: int) -> Step:
         """Return this rank's part of global batch ``index`` of an epoch.
@@ -129,15 +139,15 @@ class BatchPartition:
             raise IndexError(f"there is no global batch {index} in an epoch of {self.steps_per_epoch}")
         start = index * self.global_batch_size
         samples = self._samples(index)
-        mine = share(samples, self.world_size, self.rank)
-        first = start + mine.start
+        mine = self._mine(start, samples)
+        fewest, most = self._extremes(start, samples)
         pieces = (share(len(mine), self.accumulate, piece) for piece in range(min(self.accumulate, len(mine))))
         return Step(
             start=start,
             samples=samples,
-            micro_batches=tuple(range(first + piece.start, first + piece.stop) for piece in pieces),
-            every_rank=samples >= self.world_size,
-            passes=self._passes(samples, 0),
+            micro_batches=tuple(mine[piece.start : piece.stop] for piece in pieces),
+            every_rank=fewest > 0,
+            passes=min(self.accumulate, most),
         )
 
     def steps(self, start_sample: int = 0) -> Iterator[Step]:
@@ -169,12 +179,107 @@ class BatchPartition:
             )
         return index
 
+    def micro_batches(self, first_step: int = 0) -> int:
+        """Return how many micro-batches this rank has from a global batch to the end of the epoch."""
+        remaining = self.steps_per_epoch - first_step
+        if remaining == 0:
+            return 0
+        last = len(self.step(self.steps_per_epoch - 1).micro_batches)
+        return (remaining - 1) * len(self.step(first_step).micro_batches) + last
+
+    def _mine(self, start: int, samples: int) -> range:
+        """This rank's positions of the global batch that begins at ``start``."""
+        mine = share(samples, self.world_size, self.rank)
+        return range(start + mine.start, start + mine.stop)
+
     def _samples(self, index: int) -> int:
         """Of a global batch, over all ranks."""
         start = index * self.global_batch_size
         merged = self.last_batch == "merge" and index == self.steps_per_epoch - 1
         return self.length - start if merged else min(self.global_batch_size, self.length - start)
 
-    def _passes(self, samples: int, rank: int) -> int:
-        """Micro-batches of a rank."""
-        return min(self.accumulate, len(share(samples, self.world_size, rank)))
+    def _extremes(self, start: int, samples: int) -> tuple[int, int]:
+        """Samples of the ranks with fewest and with most in a global batch."""
+        return samples // self.world_size, -(-samples // self.world_size)
+
+    def _kinds(self) -> Iterator[tuple[int, int]]:
+        """`_extremes` of the first and the last global batch; those between are as the first."""
+        for index in {0, self.steps_per_epoch - 1}:
+            yield self._extremes(index * self.global_batch_size, self._samples(index))
+
+
+@functools.lru_cache(maxsize=8)  # each step begins where the one before ended
+def taken(sizes: tuple[int, ...], done: int) -> tuple[int, ...]:
+    """Return how many samples each shard has given, after so many of all, where all are used up at the same pace.
+
+    Sample i of a shard of s comes after (2 i + 1) / 2 s of the epoch; at the same point, that of the lower shard first. (So does
+    Webster's method hand out seats one after the other.)
+
+    Args:
+        sizes: Samples of each shard.
+        done: 0 to all of them.
+    """
+    total = sum(sizes)
+    counts = [(2 * size * done + total) // (2 * total) for size in sizes]  # all that come up to done / total
+    excess = sum(counts) - done
+    back = 1 if excess > 0 else 0  # take the latest back, or give the earliest
+    sign = 1 - 2 * back
+    queue = [
+        (sign * Fraction(2 * (count - back) + 1, 2 * size), sign * shard)
+        for shard, (count, size) in enumerate(zip(counts, sizes, strict=True))
+        if 0 <= count - back < size
+    ]
+    heapq.heapify(queue)
+    for _ in range(abs(excess)):
+        _, signed = heapq.heappop(queue)
+        shard = sign * signed
+        counts[shard] += sign
+        if 0 <= counts[shard] - back < sizes[shard]:
+            at = Fraction(2 * (counts[shard] - back) + 1, 2 * sizes[shard])
+            heapq.heappush(queue, (sign * at, signed))
+    return tuple(counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplePartition(BatchPartition):
+    """Fills each global batch from shards, one a rank, that are used up at the same pace (see `taken`).
+
+    Positions are those of an epoch's order that is the shards' orders one after the other. Global batches are as many and as
+    large as `BatchPartition`'s, unequal shards end in the same step, and every sample counts exactly once. Where the shards
+    differ by one sample at most, so do the ranks' parts of a global batch.
+
+    Args:
+        sizes: Samples of each rank's shard; None for ``share(length, world_size, rank)``.
+    """
+
+    sizes: tuple[int, ...] | None = None
+
+    def micro_batches(self, first_step: int = 0) -> int:
+        """Return how many micro-batches this rank has from a global batch to the end of the epoch."""
+        return sum(len(self.step(index).micro_batches) for index in range(first_step, self.steps_per_epoch))
+
+    def _mine(self, start: int, samples: int) -> range:
+        if self.sizes is None:  # the same, in less time
+            shard = share(self.length, self.world_size, self.rank)
+            before, after = (len(share(done, self.world_size, self.rank)) for done in (start, start + samples))
+        else:
+            first = sum(self.sizes[: self.rank])
+            shard = range(first, first + self.sizes[self.rank])
+            before, after = (taken(self.sizes, done)[self.rank] for done in (start, start + samples))
+        return shard[before:after]
+
+    def _extremes(self, start: int, samples: int) -> tuple[int, int]:
+        if self.sizes is None:
+            return BatchPartition._extremes(self, start, samples)
+        given = [
+            after - before
+            for before, after in zip(taken(self.sizes, start), taken(self.sizes, start + samples), strict=True)
+        ]
+        return min(given), max(given)
+
+    def _kinds(self) -> Iterator[tuple[int, int]]:
+        if self.sizes is None:
+            yield from BatchPartition._kinds(self)
+            return
+        for index in range(self.steps_per_epoch):
+            yield self._extremes(index * self.global_batch_size, self._samples(index))

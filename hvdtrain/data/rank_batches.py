@@ -7,34 +7,22 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
-from hvdtrain.data.loader import empty_batch, make_loader
+from hvdtrain.data.loader import empty_batch, length_explained, make_loader, two_batches
 from hvdtrain.data.nested import to_device
-from hvdtrain.data.partition import BatchPartition, Step
+from hvdtrain.data.partition import BatchPartition, SamplePartition, Step
+from hvdtrain.data.reach import Ranks, first_index, order_of, shard_for, whole_length
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.samplers import EvalSampler, PartitionSampler
+from hvdtrain.data.shards import Shard
 from hvdtrain.data.shared_memory import check_shared_memory
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
-from hvdtrain.topology import Topology
-
-
-class Ranks(Protocol):
-    """What is asked of a backend here."""
-
-    topology: Topology
-    device: torch.device
-    timeout_s: float
-
-    def all_gather_object(self, obj: Any) -> list[Any]:
-        """Return every rank's object, in the order of the ranks."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +41,12 @@ class RankStep:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Yield the micro-batches, on the device, each with the number of its samples."""
+        owner = self._owner
         for size in self.sizes:
-            yield self._owner.on_device(next(self._loaded) if size else self._owner.empty), size
+            if size:
+                with length_explained(owner.dataset):
+                    batch = next(self._loaded)
+            yield owner.on_device(batch if size else owner.empty), size
 
 
 class RankBatches:
@@ -73,7 +65,8 @@ class RankBatches:
         dataset: The data set.
         batch_size: Samples per rank and micro-batch; where a share is shorter, or longer by a merged last batch, it has
             as many as it has.
-        partition: How the data is cut.
+        partition: How the data is cut into steps.
+        cut: How the data set is cut over the ranks, in words; what a position in an epoch means depends on it.
         epoch: The epoch that the next iteration begins; set it to continue an earlier run.
 
     Raises:
@@ -98,28 +91,35 @@ class RankBatches:
             global_batch_size = source.batch_size * each
         self.source = source
         self.dataset = source.dataset
-        self.partition = BatchPartition(
-            length=source.length,
+        self._shard = shard = shard_for(source, ranks)
+        self.cut = "batch" if shard is None else shard.cut
+        self.partition = _partition(
+            shard,
+            length=whole_length(source, shard),
             global_batch_size=global_batch_size,
             world_size=topology.world_size,
-            rank=topology.rank,
+            rank=topology.rank if shard is None else shard.place,
             accumulate=accumulate,
             last_batch=source.last_batch,
         )
         self.batch_size = -(-global_batch_size // each)
+        if shard is not None and shard.sizes is not None:
+            mine = -(-global_batch_size * shard.sizes[shard.place] // self.partition.length)
+            self.batch_size = max(1, -(-mine // accumulate))
         self.epoch = 0
         self._first_sample = 0  # of the next iteration
-        self._under_way: dict[str, int] | None = None  # the position, while one is iterated over
+        self._under_way: dict[str, Any] | None = None  # the position, while one is iterated over
         self._ranks = ranks
         self._seed = seed
         self._equal_passes = equal_passes
         self._empty: Any = None
         self._has_empty = False
-        self._first_index = 0 if source.sampler is None else source.order(0, seed=seed)[0]
+        self._every_rank: bool | None = None
+        self._first_index = first_index(source, shard, seed)
         check_shared_memory(
             source.dataset,
             batch_size=self.batch_size,
-            workers=source.workers,
+            workers=0 if self._first_index is None else source.workers,
             ranks=topology.local_world_size,
             index=self._first_index,
             prefetch_factor=source.prefetch_factor,
@@ -135,9 +135,11 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's batches of the next epoch, one a step; of length 0 where it has no sample in one."""
-        if not self.partition.step(len(self) - 1).every_rank:
+        if self._every_rank is None:
+            self._every_rank = self.partition.every_rank
+        if not self._every_rank:
             self.prepare_empty()
-        position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample}
+        position = self._under_way = {"epoch": self.epoch, "samples": self._first_sample, "cut": self.cut}
         self.epoch, self._first_sample = self.epoch + 1, 0
         try:
             for step in self.steps(position["epoch"], position["samples"]):
@@ -154,18 +156,36 @@ class RankBatches:
         """Choose the epoch that the next iteration begins, as one tells a DistributedSampler."""
         self.epoch, self._first_sample, self._under_way = epoch, 0, None
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position, counted in samples over all ranks, the same on each; a batch that was handed out is done."""
-        return dict(self._under_way or {"epoch": self.epoch, "samples": self._first_sample})
+        return dict(self._under_way or {"epoch": self.epoch, "samples": self._first_sample, "cut": self.cut})
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next iteration hand out what was left of the epoch when `state_dict` was called; that may be nothing.
 
         Raises:
-            ConfigError: No global batch of this loader begins there.
+            ConfigError: No global batch of this loader begins there, or the data was cut over the ranks in another way.
         """
-        self.partition.step_at(state["samples"])
+        self.check_position(state["samples"], state.get("cut", "batch"))
         self.epoch, self._first_sample, self._under_way = state["epoch"], state["samples"], None
+
+    def check_position(self, samples: int, cut: str) -> None:
+        """Refuse a position in an epoch that is none of this loader's.
+
+        Args:
+            samples: Done of the epoch, over all ranks.
+            cut: As `cut` was where the position comes from.
+
+        Raises:
+            ConfigError: No global batch begins there, or other samples are done there than here.
+        """
+        step = self.partition.step_at(samples)
+        if cut != self.cut and 0 < step < len(self):
+            raise ConfigError(
+                f"cannot continue after {samples} of {self.partition.samples_per_epoch} samples: which ones are done depends on how the "
+                f"data set was cut, which was {cut!r} and is {self.cut!r} now. Continue with the partition= (--partition) and the "
+                "ranks that the run began with, or from the end of an epoch"
+            )
 
     def steps(self, epoch: int, start_sample: int = 0) -> Iterator[RankStep]:
         """Yield this rank's steps from a position in an epoch to its end.
@@ -180,7 +200,7 @@ class RankBatches:
             ConfigError: No global batch begins there, or the sampler gives the ranks different orders.
         """
         source = self.source
-        order = None if source.sampler is None else agreed_order(source, self._ranks, epoch, self._seed)
+        order = order_of(source, self._shard, self._ranks, epoch=epoch, seed=self._seed, shuffle=source.shuffle)
         self._sampler.set_position(epoch, start_sample, order)
         loaded = iter(self._loader)
         for step in self.partition.steps(start_sample):
@@ -199,14 +219,13 @@ class RankBatches:
         """
         if not self._has_empty:
             source = self.source
-            self._empty = empty_batch(
-                source.dataset,
-                collate=source.collate,
-                index=self._first_index,
-                workers=source.workers,
-                worker_init=source.worker_init,
-                multiprocessing_context=source.multiprocessing_context,
-            )
+            if self._shard is not None and not self._shard.smallest:
+                raise ConfigError(
+                    f"the data set has {self.partition.length} samples for {self.partition.world_size} ranks, and with "
+                    f"partition={source.partition!r} some rank has none of its own to make an empty batch from, which it needs to keep "
+                    "in step; see that every rank has a sample, or use partition='batch' (--partition batch) or fewer ranks"
+                )
+            self._empty = empty_batch(source.dataset, **_how(source, self._first_index))
             self._has_empty = True
 
     @property
@@ -238,37 +257,52 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
     Raises:
         ConfigError: A value that cannot work, or the source's sampler gives the ranks different orders.
     """
-    topology = ranks.topology
+    topology, shard = ranks.topology, shard_for(source, ranks)
     sampler = EvalSampler(
-        source.length,
+        whole_length(source, shard),
         batch_size=batch_size,
         world_size=topology.world_size,
         rank=topology.rank,
-        order=None if source.sampler is None else agreed_order(source, ranks, 0, seed),
+        order=order_of(source, shard, ranks, epoch=0, seed=seed, shuffle=False),
+        positions=None if shard is None else shard.positions,
     )
-    for indices, batch in zip(sampler, _loader(source, sampler, ranks, seed), strict=True):
+    loaded = iter(_loader(source, sampler, ranks, seed))
+    for indices in sampler:
+        with length_explained(source.dataset):
+            batch = next(loaded)
         yield to_device(batch, ranks.device, non_blocking=True), len(indices)
 
 
-def agreed_order(source: Source, ranks: Ranks, epoch: int, seed: int) -> Sequence[Any]:
-    """Return the order that the source's sampler gives for an epoch, which must be the same on every rank.
+def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | None:
+    """Return what counts the samples of a batch, which a collate function or a data set of the user's may have dropped.
 
-    Raises:
-        ConfigError: It is not; names the ranks.
+    None where nothing can be dropped, or nothing be seen.
     """
-    order = source.order(epoch, seed=seed)
-    if ranks.topology.world_size > 1:
-        digest = hashlib.blake2b(repr(order).encode(), digest_size=16).hexdigest()
-        found = ranks.all_gather_object((len(order), digest))
-        differing = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
-        if differing:
-            raise ConfigError(
-                f"the sampler, a {type(source.sampler).__name__}, gives rank{'s' if len(differing) > 1 else ''} "
-                f"{', '.join(map(str, differing))} another order than rank 0 in epoch {epoch + 1}. It must give every rank the "
-                "same order of the whole data set, which hvdtrain cuts: do not let it depend on the rank, and seed its "
-                "generator alike everywhere"
-            )
-    return order
+    if source.collate is None and not hasattr(source.dataset, "__getitems__"):
+        return None
+    shard = shard_for(source, ranks)
+    index = first_index(source, shard, seed) if source.length else None
+    if index is None:
+        return None
+    try:
+        return SampleCount(*two_batches(source.dataset, **_how(source, index)))
+    except Exception:  # a collate function need not take the same sample twice; what fails on any fails in training
+        return None
+
+
+def _partition(shard: Shard | None, **how: Any) -> BatchPartition:
+    return BatchPartition(**how) if shard is None else SamplePartition(sizes=shard.sizes, **how)
+
+
+def _how(source: Source, index: Any) -> dict[str, Any]:
+    """For `hvdtrain.data.loader.two_batches`."""
+    return {
+        "collate": source.collate,
+        "index": index,
+        "workers": source.workers,
+        "worker_init": source.worker_init,
+        "multiprocessing_context": source.multiprocessing_context,
+    }
 
 
 def _loader(source: Source, sampler: PartitionSampler | EvalSampler, ranks: Ranks, seed: int) -> DataLoader[Any]:

@@ -5,6 +5,10 @@ on the wrong samples, without a word or with an engine's error. Three samples ar
 random numbers everywhere, so that augmentation from torch's, NumPy's or `random`'s generators comes out alike. Only if
 they differ is looked at more closely: a data set with random numbers of its own gives another sample each time, and of
 such only the length is compared. Floating-point numbers may differ a little, as decoders on different machines do.
+
+Where each rank keeps a part of its own for the whole run, none of the others' is read: then too only the length is compared, and
+of a `Subset` its indices; but what lies in memory is compared as ever.
+In any case all ranks hear of samples that some rank was promised by the length and cannot read.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
-from hvdtrain.data.loader import look_at_samples
+from hvdtrain.data.arrays import ArrayDataset
+from hvdtrain.data.loader import length_explained, look_at_samples
 from hvdtrain.data.nested import leaves
-from hvdtrain.data.rank_batches import Ranks, agreed_order
+from hvdtrain.data.reach import Ranks, agreed_order, shard_for
 from hvdtrain.data.source import Source
 from hvdtrain.errors import ConfigError
 
@@ -67,17 +73,30 @@ def check_same_data(source: Source, ranks: Ranks, *, seed: int = 0, name: str = 
         return
     length = source.length
     lengths = ranks.all_gather_object(length)
-    differing = _unlike_first(lengths)
+    differing = [] if source.partition == "sample-own" else _unlike_first(lengths)
     if differing:
         raise _refusal(
             name, differing, f"{lengths[0]} samples on rank 0 and {lengths[differing[0]]} on rank {differing[0]}"
         )
-    if length == 0:
+    if not any(lengths):
         return
-    order: Sequence[Any] = range(length) if source.sampler is None else agreed_order(source, ranks, 0, seed)
-    indices = [order[position] for position in sorted({0, length // 2, length - 1})]
-    mine = _look(source, ranks, indices)
-    everyone = ranks.all_gather_object(mine)
+    shard = shard_for(source, ranks)
+    kept_apart = shard is not None and (shard.sizes is not None or not _in_memory(source.dataset))
+    order: Sequence[Any] = shard.kept if shard is not None and kept_apart else range(length)
+    if source.sampler is not None:
+        order = agreed_order(source, ranks, 0, seed)
+    indices = [order[position] for position in sorted({0, len(order) // 2, len(order) - 1}) if order]
+    mine, problem = _look_or_say(source, ranks, indices)
+    chosen = _chosen(source.dataset) if shard is not None and kept_apart and shard.sizes is None else ""
+    everyone, problems, choices = zip(*ranks.all_gather_object((mine, problem, chosen)), strict=True)
+    for rank, said in enumerate(problems):
+        if said:
+            raise ConfigError(f"{name}, on rank {rank}: {said}")
+    if kept_apart:
+        differing = _unlike_first(choices)
+        if differing:
+            raise _refusal(name, differing, "a Subset with other indices")
+        return
     found = [_difference(everyone[0], theirs) for theirs in everyone]
     differing = [rank for rank, difference in enumerate(found) if difference]
     if differing:
@@ -93,6 +112,32 @@ def describe(fetched: Any) -> _Sample:
         Seen(path, *_describe_leaf(leaf))
         for path, leaf in leaves(fetched[0] if isinstance(fetched, list) else fetched, "sample")
     )
+
+
+def _in_memory(dataset: Any) -> bool:
+    """Whether any sample can be read without opening anything."""
+    if type(dataset) is Subset:
+        return _in_memory(dataset.dataset)
+    return type(dataset) in (TensorDataset, ArrayDataset, list, tuple)
+
+
+def _chosen(dataset: Any) -> str:
+    """What a Subset chooses, in short."""
+    if type(dataset) is not Subset:
+        return ""
+    indices = np.asarray(dataset.indices, dtype=np.int64)
+    return hashlib.blake2b(indices.tobytes(), digest_size=16).hexdigest() + _chosen(dataset.dataset)
+
+
+def _look_or_say(source: Source, ranks: Ranks, indices: Sequence[Any]) -> tuple[list[_Sample], str]:
+    """Some samples; or why there are none, though the length says so."""
+    try:
+        with length_explained(source.dataset):
+            return _look(source, ranks, indices), ""
+    except ConfigError as error:
+        if not isinstance(error.__cause__, IndexError):
+            raise
+        return [], str(error)
 
 
 def _look(source: Source, ranks: Ranks, indices: Sequence[Any]) -> list[_Sample]:
@@ -189,6 +234,6 @@ def _refusal(name: str, differing: list[int], what: str) -> ConfigError:
     return ConfigError(
         f"{name} differs between the ranks: rank{'s' if len(differing) > 1 else ''} {', '.join(map(str, differing))} "
         f"{'have' if len(differing) > 1 else 'has'} other data than rank 0, {what}. Either give every rank the same whole data "
-        "set, and hvdtrain cuts it over the ranks (no DistributedSampler, no part for each rank); or keep the parts and write "
-        "the loop yourself, with replica.backward(loss, samples=len(batch)) and replica.step() on every rank"
+        "set, and hvdtrain cuts it over the ranks (no DistributedSampler, no part for each rank); or keep the parts, and say so: "
+        "partition='sample-own' (--partition sample-own). In a loop of your own replica.backward(loss, samples=len(batch)) counts them"
     )

@@ -34,7 +34,7 @@ class IndexBatch(list[int]):
         self.key = key
 
 
-def epoch_order(length: int, *, shuffle: bool, seed: int, epoch: int) -> torch.Tensor:
+def epoch_order(length: int, *, shuffle: bool, seed: int, epoch: int, shard: int | None = None) -> torch.Tensor:
     """Return the order in which an epoch goes through a data set.
 
     NumPy promises the stream of `RandomState` to stay as it is in all versions (NEP 19); torch promises nothing for
@@ -45,6 +45,7 @@ def epoch_order(length: int, *, shuffle: bool, seed: int, epoch: int) -> torch.T
         shuffle: False for 0, 1, 2, and so on.
         seed: Of the shuffle, 0 to 2**64 - 1.
         epoch: Each has an order of its own.
+        shard: A number that tells this part of a data set from the others; None for a whole one.
 
     Returns:
         A permutation of ``range(length)``, int64, shape (length,).
@@ -57,7 +58,7 @@ def epoch_order(length: int, *, shuffle: bool, seed: int, epoch: int) -> torch.T
             raise ConfigError(f"{name} must be 0 or more and less than 2**64, got {value}")
     if not shuffle:
         return torch.arange(length)
-    words = [seed & _WORD, seed >> 32, epoch & _WORD, epoch >> 32]
+    words = [seed & _WORD, seed >> 32, epoch & _WORD, epoch >> 32, *([] if shard is None else [shard])]
     order = np.random.RandomState(words).permutation(length)
     return torch.from_numpy(order.astype(np.int64, copy=False))
 
@@ -111,14 +112,7 @@ class PartitionSampler(Sampler[list[int]]):
                 yield IndexBatch(indices.tolist() if isinstance(indices, torch.Tensor) else indices, key)
 
     def __len__(self) -> int:
-        partition = self.partition
-        remaining = partition.steps_per_epoch - self._first_step
-        if remaining == 0:
-            return 0
-        last = len(partition.step(partition.steps_per_epoch - 1).micro_batches)
-        if remaining == 1:
-            return last
-        return (remaining - 1) * len(partition.step(self._first_step).micro_batches) + last
+        return self.partition.micro_batches(self._first_step)
 
 
 class EvalSampler(Sampler[list[int]]):
@@ -130,6 +124,7 @@ class EvalSampler(Sampler[list[int]]):
         world_size: Number of ranks.
         rank: Whose share to yield.
         order: Data set indices of all ``length`` samples; else 0, 1, 2, and so on.
+        positions: Those of this rank's share in the order; else as even a share as can be.
 
     Raises:
         ConfigError: A value that cannot work.
@@ -143,11 +138,12 @@ class EvalSampler(Sampler[list[int]]):
         world_size: int = 1,
         rank: int = 0,
         order: Sequence[Any] | None = None,
+        positions: range | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
-        self.share = share(length, world_size, rank)
+        self.share = share(length, world_size, rank) if positions is None else positions
         self._order = range(length) if order is None else order
 
     def __iter__(self) -> Iterator[list[int]]:

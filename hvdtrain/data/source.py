@@ -24,6 +24,7 @@ from torch.utils.data import (
 
 from hvdtrain.data.loader import check_indexable
 from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
+from hvdtrain.data.shards import check_partition
 from hvdtrain.errors import ConfigError
 
 
@@ -37,6 +38,7 @@ class Source:
         shuffle: A new order each epoch.
         sampler: Gives the order of each epoch instead: data set indices for all ranks together.
         last_batch: See `hvdtrain.data.partition.BatchPartition`.
+        partition: How the data set is cut over the ranks, see `hvdtrain.data.shards`.
         collate: As for `torch.utils.data.DataLoader`; None for its default.
         workers: Loader processes per rank.
         pin_memory: None for what suits the device.
@@ -52,6 +54,7 @@ class Source:
     shuffle: bool = False
     sampler: Iterable[Any] | None = None
     last_batch: str = "keep"
+    partition: str = "batch"
     collate: Callable[[list[Any]], Any] | None = None
     workers: int = 0
     pin_memory: bool | None = None
@@ -63,6 +66,7 @@ class Source:
 
     def __post_init__(self) -> None:
         check_indexable(self.dataset)
+        check_partition(self.partition, sampler=self.sampler)
         if self.sampler is not None and self.shuffle:
             raise ConfigError("shuffle=True and sampler= exclude each other: the sampler gives the order")
         cut = getattr(self.sampler, "num_replicas", 1)
@@ -74,7 +78,7 @@ class Source:
 
     @property
     def length(self) -> int:
-        """Samples in an epoch over all ranks."""
+        """Samples in an epoch over all ranks; with "sample-own" of this rank alone."""
         if self.sampler is None:
             return len(self.dataset)
         return len(self.sampler) if isinstance(self.sampler, Sized) else len(self.order(0, seed=0))
@@ -120,6 +124,7 @@ def source_of(
     sampler: Iterable[Any] | None = None,
     last_batch: str = "keep",
     drop_last: bool = False,
+    partition: str | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
     workers: int = 0,
     pin_memory: bool | None = None,
@@ -134,6 +139,7 @@ def source_of(
         sampler: None for the loader's.
         last_batch: "keep" for what the loader does with its ``drop_last``.
         drop_last: DataLoader's word for ``last_batch="drop"``.
+        partition: None for "batch", or what a `Source` says.
         collate: None for the loader's.
         workers: 0 for the loader's.
         pin_memory: None for the loader's.
@@ -152,6 +158,7 @@ def source_of(
         "shuffle": shuffle,
         "sampler": sampler,
         "last_batch": None if last_batch == "keep" else last_batch,
+        "partition": partition,
         "collate": collate,
         "workers": workers or None,
         "pin_memory": pin_memory,

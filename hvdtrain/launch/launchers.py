@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,11 @@ def horovodrun_server(env: Environment) -> str | None:
 def may_join_by_mpi(launcher: str) -> bool:
     """Whether the ranks of a launcher may find each other through MPI, and speak through it to the user's terminal."""
     return launcher in ("mpirun", "srun", "horovodrun")
+
+
+def node_of(topology: Topology) -> int | str:
+    """What tells a rank's node from the others: the launcher's number, or where that may be derived, the host's name."""
+    return topology.node_rank if topology.launcher in ("torchrun", "srun") else socket.gethostname()
 
 
 def _place(

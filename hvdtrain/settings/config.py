@@ -104,6 +104,13 @@ class TrainConfig:
         group=_DATA,
         choices=("keep", "drop", "merge"),
     )
+    partition: str = option(
+        "batch",
+        "cut each global batch over the ranks, or cut the data once, so that each rank reads its own part: a contiguous one (sample), "
+        "every so many-th sample (sample-strided), a part for each node (sample-node), or what each rank's data holds (sample-own)",
+        group=_DATA,
+        choices=("batch", "sample", "sample-strided", "sample-node", "sample-own"),
+    )
     workers: int = option(
         0,
         "processes per rank that load data; 0 loads in the training process",
@@ -200,6 +207,28 @@ class TrainConfig:
         "arithmetic: fp32, fp64, or autocast to bf16 or fp16 (fp16 with a gradient scaler)",
         group=_OPTIM,
         choices=("fp32", "fp64", "bf16", "fp16"),
+    )
+
+    shard_optimizer: bool = option(
+        False, "cut the optimizer's state over the ranks (ZeRO, stage 1), to need less memory", group=_OPTIM
+    )
+    compile: bool = option(
+        False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
+    )
+    checkpoint_modules: str | None = option(
+        None,
+        "compute the activations of modules again in the backward pass, to need less memory: a regular expression for their "
+        "whole names, such as 'layer[34]'",
+        group=_OPTIM,
+        metavar="REGEX",
+        default_text="none",
+    )
+    checkpoint_policy: str = option(
+        "full",
+        "what --checkpoint-modules computes again: full (everything), selective (all but matrix products, convolutions and "
+        "attention)",
+        group=_OPTIM,
+        choices=("full", "selective"),
     )
 
     backend: str = option(

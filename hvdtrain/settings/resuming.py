@@ -45,6 +45,9 @@ RULES: dict[str, Rule] = {
     "global_batch_size": Rule(TAKEN, _POSITION),
     "eval_batch_size": Rule(FREE),
     "last_batch": Rule(TAKEN, _POSITION),
+    "partition": Rule(
+        TAKEN, "in the middle of an epoch it must be the same, and but for batch the number of ranks too"
+    ),
     "workers": Rule(TAKEN),
     "task": Rule(TAKEN, _FITS),
     "model": Rule(TAKEN, _FITS),
@@ -60,6 +63,10 @@ RULES: dict[str, Rule] = {
     "clip_norm": Rule(TAKEN),
     "label_smoothing": Rule(TAKEN),
     "precision": Rule(TAKEN, "fp64 and the others do not read each other's; a gradient scaler goes on"),
+    "shard_optimizer": Rule(FREE),
+    "compile": Rule(TAKEN),
+    "checkpoint_modules": Rule(FREE),
+    "checkpoint_policy": Rule(FREE),
     "backend": Rule(TAKEN),
     "device": Rule(TAKEN),
     "data_parallel": Rule(TAKEN),

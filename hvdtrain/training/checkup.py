@@ -40,12 +40,14 @@ class Verdict:
 
     Attributes:
         stop: Some rank was asked to stop.
+        finish: Some rank wants training to end here as if it had been its last step.
         save: It is time for a checkpoint, by rank 0's clock.
         failed: Something failed on some rank that does not show itself.
         tally: The ranks' tallies since the last checkup, summed.
     """
 
     stop: bool
+    finish: bool
     save: bool
     failed: bool
     tally: Tally
@@ -58,6 +60,7 @@ class Checkup:
         communicator: All ranks.
         log_every: Steps between logged steps.
         stop_requested: Whether this rank was asked to stop.
+        finish_requested: Whether this rank wants training to end.
         interval_s: The longest time between two checkups, in seconds, as far as whole steps allow.
         failed: Whether something has failed on this rank, beside the training.
         save_every_s: The time between checkpoints, in seconds, after which a checkup says so.
@@ -70,6 +73,7 @@ class Checkup:
         *,
         log_every: int,
         stop_requested: Callable[[], bool],
+        finish_requested: Callable[[], bool] = lambda: False,
         interval_s: float = 1.0,
         failed: Callable[[], bool] = lambda: False,
         save_every_s: float = math.inf,
@@ -78,6 +82,7 @@ class Checkup:
         self._communicator = communicator
         self.log_every = log_every
         self._stop_requested = stop_requested
+        self._finish_requested = finish_requested
         self._interval_s = interval_s
         self._failed = failed
         self._save_every_s = save_every_s
@@ -114,6 +119,7 @@ class Checkup:
         decides = wire.rank == 0  # its clock does, for all
         mine = [
             float(self._stop_requested()),
+            float(self._finish_requested()),
             float(decides and now - self._saved_at >= self._save_every_s),
             float(self._failed()),
             tally.loss_sum,
@@ -121,6 +127,6 @@ class Checkup:
             float(min(until_next, 10_000)) if decides else 0.0,
         ]
         everyone = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        stop, save, failed, loss_sum, weight, steps = everyone
+        stop, finish, save, failed, loss_sum, weight, steps = everyone
         self._next = step + int(steps)
-        return Verdict(stop > 0, save > 0, failed > 0, Tally(loss_sum, weight))
+        return Verdict(stop > 0, finish > 0, save > 0, failed > 0, Tally(loss_sum, weight))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.errors import ConfigError
 
 _REDUCTIONS = ("mean", "sum")
@@ -32,13 +34,14 @@ class Counting:
     """Reads off a task how losses and metrics of batches are put together.
 
     Args:
-        task: May have ``weight_of(batch)`` and ``loss_reduction`` (see `hvdtrain.training.task.Learning`).
+        task: May have ``samples_of(batch)``, ``weight_of(batch)`` and ``loss_reduction`` (see `hvdtrain.training.task.Learning`).
 
     Raises:
         ConfigError: What it has cannot be.
     """
 
     def __init__(self, task: object) -> None:
+        self._samples_of = getattr(task, "samples_of", None)
         self._weight_of = getattr(task, "weight_of", None)
         reduction = getattr(task, "loss_reduction", "mean")
         if reduction not in _REDUCTIONS:
@@ -48,6 +51,42 @@ class Counting:
                 f"{type(task).__name__} has weight_of(), what its loss is a mean over, and loss_reduction 'sum'; leave one of them out"
             )
         self._sums = reduction == "sum"
+
+    @property
+    def trusts_indices(self) -> bool:
+        """Whether losses weigh as many samples as a batch was made of, so that a batch with fewer would come out wrong."""
+        return self._samples_of is None and self._weight_of is None
+
+    def samples(self, batch: Any, indices: int, seen: SampleCount | None = None) -> int:
+        """Return how many samples a batch has.
+
+        Args:
+            batch: As the task's ``loss`` gets it.
+            indices: Data set indices that it was made of.
+            seen: Counts what can be seen, where the task does not say.
+
+        Raises:
+            ConfigError: The task's ``samples_of`` returned no whole number from 0; or samples are missing, and there is none.
+        """
+        if self._samples_of is None or not indices:
+            if seen is None or not indices:
+                return indices
+            visible = seen(batch)
+            if visible is not None and visible < indices:
+                raise ConfigError(
+                    f"a batch of {indices} samples has {visible} after collate= or the data set made it ({seen.place}), and its loss "
+                    "would be weighted as a mean over all of them. Give the task samples_of(batch), which returns how many there are; "
+                    "or leave such samples out of the data set (torch.utils.data.Subset)"
+                )
+            return indices
+        found = self._samples_of(batch)
+        if isinstance(found, Tensor) and not found.dim():
+            found = found.item()
+        if isinstance(found, bool) or not isinstance(found, Integral) or found < 0:
+            raise ConfigError(
+                f"the task's samples_of must return how many samples the batch has, a whole number from 0; got {found!r:.80}"
+            )
+        return int(found)
 
     def weight(self, batch: Any, samples: int) -> float:
         """Return what a batch's metrics, and its loss if that is a mean, are means over.
@@ -60,16 +99,10 @@ class Counting:
         value = self._weight_of(batch)
         try:
             weight = float(value)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ):  # what float says of text, of objects and of tensors with dimensions
-            what = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            )
+        except (TypeError, ValueError, RuntimeError):  # of text, of objects, of tensors with dimensions
+            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no number"
             raise ConfigError(
-                f"the task's weight_of must return what the batch's loss is a mean over, a number; got {what}"
+                f"the task's weight_of must return what the batch's loss is a mean over, a number; got a {type(value).__name__} {what}"
             ) from None
         if not 0 <= weight < math.inf:
             raise ConfigError(
@@ -83,14 +116,14 @@ class Counting:
         Args:
             batch: As the task's ``loss`` gets it.
             samples: In it.
-            of_step: Samples of the whole step, over all ranks, if known.
+            of_step: Samples of the whole step, over all ranks, as the indices say.
 
         Raises:
             ConfigError: As `weight`.
         """
         if self._sums:
             return Share(samples, float(samples > 0), 1.0)
-        return Share(samples, self.weight(batch, samples), of_step if self._weight_of is None else None)
+        return Share(samples, self.weight(batch, samples), of_step if self.trusts_indices else None)
 
     def mean(self, loss: Tensor, share: Share) -> tuple[Tensor, float]:
         """Return a loss for the log: a mean, and what it is the mean over."""

@@ -1,23 +1,25 @@
-"""Mean metrics over a data set, each sample once, the same on every rank, or the same refusal on every rank.
+"""Metrics over a data set, each sample once, the same on every rank, or the same refusal on every rank.
 
 What a task's `metrics` returns for a batch is a mean over that batch's samples, or over what the task's ``weight_of`` says;
-here it is weighted by that. A metric that is no such mean (an area under a curve, an F-score) cannot come out right this way.
+here it is weighted by that. A metric that is no such mean (an area under a curve, an F-score) belongs into its ``epoch_metrics``.
 """
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.errors import ConfigError
 from hvdtrain.training.counting import Counting
+from hvdtrain.training.epoch_metrics import EpochMetrics
+from hvdtrain.training.inference import inference
+from hvdtrain.training.metric_value import scalar
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.task import Learning
 
@@ -93,7 +95,7 @@ class MetricSums:
         return ""
 
     def _count(self, name: str, value: object, weight: object) -> str:
-        number, over = _scalar(value), _scalar(weight)
+        number, over = scalar(value), scalar(weight)
         if isinstance(number, str):
             return f"{number}; return a mean over samples, a number or a tensor without dimensions"
         if isinstance(over, str):
@@ -112,44 +114,34 @@ def evaluate(
     precision: Precision,
     batches: Iterable[tuple[Any, int]],
     counting: Counting,
+    seen: SampleCount | None = None,
 ) -> dict[str, float]:
-    """Compute a task's mean metrics; every rank must call it.
+    """Compute a task's metrics; every rank must call it.
 
     Args:
         backend: A running backend.
         replica: Its inference model is evaluated, in evaluation mode, with rank 0's buffers.
-        task: Its `metrics` are computed.
+        task: Its `metrics` and, if it has them, its ``epoch_metrics`` are computed.
         precision: Of the forward pass.
-        batches: This rank's share of the data: each batch, on the device, with the number of its samples.
+        batches: This rank's share of the data: each batch, on the device, with the number of indices that it was made of.
         counting: Says what the metrics of a batch are means over.
+        seen: Counts the samples that a batch has.
 
     Raises:
         ConfigError: On every rank: the metrics of some rank's batch cannot be averaged over the samples.
     """
-    replica.sync_buffers()
-    model = replica.inference_model
-    was_training = model.training
-    model.eval()
-    sums = MetricSums(backend.device)
-    with torch.no_grad():
-        for loaded, samples in batches:
+    sums, whole = MetricSums(backend.device), EpochMetrics(task, backend.device)
+    with inference(replica) as model:
+        for loaded, indices in batches:
             batch = precision.cast(loaded)
+            try:
+                weight = counting.weight(batch, counting.samples(batch, indices, seen))
+            except ConfigError as error:
+                sums.problem = str(error)
+                break
             with precision.autocast():
-                sums.add(task.metrics(model, batch), counting.weight(batch, samples))
+                sums.add(task.metrics(model, batch), weight)
             if sums.problem:
                 break
-    model.train(was_training)
-    return sums.means(backend)
-
-
-def _scalar(value: object) -> Tensor | str:
-    """A metric's value, or what it is instead of one."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        if value.dim() or value.is_complex() or value.layout != torch.strided:
-            return f"has shape {tuple(value.shape)}" if value.dim() else f"is of type {value.dtype}"
-        return value
-    if isinstance(value, (numbers.Real, np.bool_)) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
-        array = np.asarray(value, dtype=np.float64)
-        return f"has shape {array.shape}" if array.ndim else torch.as_tensor(float(array), dtype=torch.float64)
-    return f"is a {type(value).__name__}"
+    means = sums.means(backend)
+    return means | whole.compute(backend, means)

@@ -7,7 +7,8 @@ has a state. It is written as one checkpoint (`hvdtrain.training.checkpoint`); n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints, Loaded, fill, load, model_state
 from hvdtrain.training.checkpoint_files import Saved
+from hvdtrain.training.events import Events
 from hvdtrain.training.plain_state import from_plain, is_stateful, to_plain
 from hvdtrain.training.random_numbers import random_state, set_random_state
 from hvdtrain.training.schedules import describe
@@ -41,7 +43,7 @@ _MISFITS = (
     OverflowError,
 )  # of foreign states
 _PACED = ("lr", "momentum", "betas")  # what schedules change
-_OWN = ("optimizer", "schedule", "precision", "kinds")  # names in a checkpoint that are not the user's
+_OWN = ("optimizer", "schedule", "precision", "kinds", "callbacks")  # names in a checkpoint that are not the user's
 
 
 @runtime_checkable
@@ -65,6 +67,7 @@ class LoopState:
         replica: Its model and its optimizer, if it has one, are saved.
         schedule: A learning-rate scheduler.
         scaler: A GradScaler.
+        callbacks: The Trainer's. What a checkpoint does not hold of them begins anew.
         others: More that has `state_dict` and `load_state_dict`, by names of your choice: a loader of `Backend.loader`, whose
             position in the data is saved, an average of the model, another `Replica`. Rank 0's is saved, and loaded on
             every rank.
@@ -80,6 +83,7 @@ class LoopState:
         *,
         schedule: Any = None,
         scaler: GradScaler | None = None,
+        callbacks: Events | None = None,
         **others: Stateful | Replica,
     ) -> None:
         for name, value in others.items():
@@ -91,16 +95,25 @@ class LoopState:
         self._replica = replica
         self._schedule = schedule
         self._scaler = scaler
+        self._callbacks = callbacks
         self._others = others
         self._last: str | None = None  # the checkpoint that was written last, or gone on from
 
-    def save(self, checkpoints: Checkpoints, step: int, *, of_this_rank: Mapping[str, Any] | None = None) -> str:
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        step: int,
+        *,
+        of_this_rank: Mapping[str, Any] | None = None,
+        last: str | None = "",
+    ) -> str:
         """Write a checkpoint; every rank must call it at the same place of its loop.
 
         Args:
             checkpoints: Where to.
             step: Optimizer steps done; names the checkpoint.
             of_this_rank: More of this rank's own, for `read`.
+            last: For a folder beside the one that this loop goes on in: the checkpoint that it wrote there last, None if none.
 
         Returns:
             The checkpoint's folder.
@@ -109,15 +122,17 @@ class LoopState:
             CheckpointError: On every rank: it could not be written, or holds what cannot be saved.
         """
         self._backend.assemble(f"saving a checkpoint of step {step}")
-        self._last = checkpoints.save(
+        path = checkpoints.save(
             self._backend,
             step=step,
             model=model_state(self._replica.module),
             training={name: self._plain(name, part) for name, part in self._parts().items()} | {"kinds": self._kinds()},
             rank_state={"random": random_state(), **to_plain(dict(of_this_rank or {}), "of_this_rank")},
-            last=self._last,
+            last=self._last if last == "" else last,
         )
-        return self._last
+        if last == "":
+            self._last = path
+        return path
 
     def load(
         self, which: Checkpoints | Saved | Path | str | None, rehearsal: Callable[[nn.Module], Tensor] | None = None
@@ -183,13 +198,14 @@ class LoopState:
             "optimizer": _optimizer(self._replica),
             "schedule": self._schedule,
             "precision": self._scaler,
+            **({} if self._callbacks is None else {"callbacks": self._callbacks}),
             **self._others,
         }
 
     def _kinds(self) -> dict[str, str]:
         optimizer = _optimizer(self._replica)
         return {
-            "optimizer": "" if optimizer is None else type(optimizer).__name__,
+            "optimizer": "" if optimizer is None else getattr(optimizer, "kind", type(optimizer).__name__),
             "schedule": "" if self._schedule is None else describe(self._schedule),
         }
 
@@ -219,7 +235,11 @@ class LoopState:
 
     def _continue(self, loaded: Loaded, name: str, part: Any) -> None:
         state = loaded.training.get(name)
-        if part is None or (name in _OWN and not state):
+        if part is None:
+            return
+        if name in _OWN and not state:
+            if isinstance(part, Events):
+                part.load_state_dict({})  # says what begins anew
             return
         if name not in loaded.training:
             raise CheckpointError(
@@ -260,12 +280,18 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
         replica: Not in the middle of a step.
         forward: Returns a loss of the model that it is given.
     """
-    module = replica.module
+    with left_as_it_was(replica.module):
+        replica.rehearse(forward)
+
+
+@contextmanager
+def left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Let a module compute in training mode; its buffers and all random numbers are afterwards as before."""
     was_training = module.training
     module.train()
     buffers = [buffer.clone() for buffer in module.buffers()]
     with untouched_random_numbers():
-        replica.rehearse(forward)
+        yield
     with torch.no_grad():
         for buffer, before in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(before)

@@ -20,6 +20,7 @@ class Position:
     Attributes:
         epoch: Epochs completed.
         samples: Samples of the current epoch that are done, over all ranks.
+        cut: How the data is cut over the ranks, which says what samples these are (`RankBatches.cut`).
         steps: Optimizer steps done, skipped ones included.
         skipped_steps: Steps without an update.
         train_loss: Mean loss over the last epoch, over all ranks; NaN before the first ends.
@@ -30,6 +31,7 @@ class Position:
 
     epoch: int = 0
     samples: int = 0
+    cut: str = "batch"
     steps: int = 0
     skipped_steps: int = 0
     train_loss: float = math.nan

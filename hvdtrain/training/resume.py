@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from hvdtrain.backends.base import Backend
-from hvdtrain.data.partition import BatchPartition
+from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
@@ -17,7 +17,7 @@ from hvdtrain.training.position import Position
 _log = logging.getLogger(__name__)
 
 
-def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int) -> str:
+def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: int, *, last: str | None = "") -> str:
     """Write a checkpoint and return its folder; every rank must call it.
 
     Args:
@@ -25,10 +25,11 @@ def save(state: LoopState, checkpoints: Checkpoints, position: Position, seed: i
         checkpoints: Where to.
         position: This rank's, for its part of the epoch's tally.
         seed: Of the order of the samples.
+        last: See `LoopState.save`.
     """
     tally = position.epoch_tally
     of_this_rank = {"tally": [tally.loss_sum, tally.weight], "seed": seed}
-    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank)
+    return state.save(checkpoints, position.steps, of_this_rank=of_this_rank, last=last)
 
 
 def resume(
@@ -37,7 +38,7 @@ def resume(
     position: Position,
     seed: int,
     backend: Backend,
-    partition: BatchPartition,
+    batches: RankBatches,
 ) -> str:
     """Continue from a checkpoint: exactly on as many ranks as it was written by, else with the same global batches.
 
@@ -47,7 +48,7 @@ def resume(
         position: Set to where the checkpoint was written.
         seed: As for `save`; another one than the checkpoint's is warned of.
         backend: All ranks.
-        partition: The position must lie between two of its global batches.
+        batches: The position must lie between two of its global batches.
 
     Returns:
         The checkpoint's folder.
@@ -66,7 +67,7 @@ def resume(
     elif backend.rank == 0:  # the ranks' sum is what counts
         position.epoch_tally = Tally(sum(one["tally"][0] for one in ranks), sum(one["tally"][1] for one in ranks))
     try:
-        partition.step_at(position.samples)
+        batches.check_position(position.samples, position.cut)
     except ConfigError as error:
         raise CheckpointError(f"{loaded.path} stopped in the middle of an epoch: {error}") from error
     return loaded.path

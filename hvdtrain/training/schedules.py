@@ -28,20 +28,21 @@ class Pacemaker:
     Args:
         schedule: A torch scheduler, or an object with its `step`; None for a constant learning rate.
         interval: "step" or "epoch": what steps a schedule that needs no metric.
+        metric: Of an evaluation: what steps a schedule that needs one.
 
     Attributes:
-        needs_evaluation: Whether the schedule is stepped by evaluations, with their loss.
+        needs_evaluation: Whether the schedule is stepped by evaluations, with their metric.
 
     Raises:
         ConfigError: It would not be stepped right: it wants an argument that this loop does not have, or holds a
             ReduceLROnPlateau, whose loss the schedule around it does not pass on.
     """
 
-    def __init__(self, schedule: Any, interval: str) -> None:
+    def __init__(self, schedule: Any, interval: str, metric: str = "loss") -> None:
         if interval not in ("step", "epoch"):
             raise ConfigError(f"schedule_interval must be 'step' or 'epoch', got {interval!r}")
         self.schedule = schedule
-        self._interval = interval
+        self._interval, self._metric = interval, metric
         self.needs_evaluation = schedule is not None and _needs_metric(schedule)
         if isinstance(schedule, ReduceLROnPlateau):
             _warn_if_idle(schedule)
@@ -104,9 +105,17 @@ class Pacemaker:
             self.schedule.step()
 
     def after_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """One of the run's regular evaluations has been made."""
+        """One of the run's regular evaluations has been made.
+
+        Raises:
+            ConfigError: It does not report the schedule's metric.
+        """
         if self.needs_evaluation:
-            self.schedule.step(metrics["loss"])
+            if self._metric not in metrics:
+                raise ConfigError(
+                    f"schedule_metric is {self._metric!r}, and the evaluation reports {', '.join(metrics)}; name one of these"
+                )
+            self.schedule.step(metrics[self._metric])
 
 
 def describe(schedule: Any) -> str:

@@ -21,11 +21,17 @@ class Learning(Protocol):
     A task may also have:
 
     - ``collate(samples)``, which makes a batch out of a list of samples as `torch.utils.data.DataLoader` wants it;
+    - ``samples_of(batch)``, how many samples a batch has, where that is not the number of indices that it was made of: a
+      ``collate`` that leaves broken ones out, or makes several of one;
     - ``weight_of(batch)``, what the batch's loss and metrics are means over if not over its samples: the number of tokens,
       of pairs, a sum of weights; a number from 0, or a tensor without dimensions (on a GPU it is waited for). A batch of
       weight 0 counts nothing, whatever its loss is;
     - ``loss_reduction = "sum"``: the loss is a sum over the batch, and a step's gradient is that of the sum over the global
-      batch. Metrics stay means.
+      batch. Metrics stay means;
+    - ``epoch_metrics``, a dictionary of metrics over the whole data set that are no means: objects of torchmetrics, or of your
+      own (`hvdtrain.training.metric_state.EpochMetric`). `metrics` updates them with each batch; `Trainer` resets them before
+      an evaluation, puts together what the ranks gathered, and reports what they compute;
+    - ``predict(model, batch)``, the outputs of a batch for `Trainer.predict`.
     """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -46,7 +52,8 @@ class Learning(Protocol):
 class Task(Learning, Protocol):
     """Everything that the command line needs to train: ``--task package.module:MyTask`` names a class of this shape.
 
-    It may also have ``build_optimizer(model)``, which returns the optimizer, instead of --optimizer and --lr.
+    It may also have ``build_optimizer(model)``, which returns the optimizer, instead of --optimizer and --lr, and
+    ``build_callbacks()``, which returns a list of callbacks (`hvdtrain.Callback`).
     """
 
     def build_model(self) -> nn.Module:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,28 @@ from torch.utils.data import DataLoader, Dataset
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.random_numbers import untouched_random_numbers
-from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches
+from hvdtrain.data.rank_batches import RankBatches, RankStep, evaluation_batches, sample_count
+from hvdtrain.data.reach import shard_for, whole_length
 from hvdtrain.data.same_data import check_same_data
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.sync_batch_norm import SyncBatchNorm
+from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
+from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.evaluation import evaluate
+from hvdtrain.training.events import Events
 from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
+from hvdtrain.training.predicting import destination, predict
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -61,6 +68,7 @@ class FitResult:
         eval_metrics: Of the last evaluation; empty without one.
         samples: Samples trained on in this call.
         train_seconds: Time spent in training steps, without evaluation and checkpoints.
+        stopped: Why a callback ended the run before its epochs or steps; "" if none did.
         resumed_from: The checkpoint that this call continued from, or None.
     """
 
@@ -72,6 +80,7 @@ class FitResult:
     samples: int
     train_seconds: float
     resumed_from: str | None
+    stopped: str = ""
 
 
 class Trainer:
@@ -91,7 +100,8 @@ class Trainer:
         task: What to learn (see `Learning`), for anything else.
         schedule: A torch scheduler over the optimizer.
         schedule_interval: "step" to step it after every optimizer step, "epoch" after every epoch. A ReduceLROnPlateau is
-            stepped after every evaluation instead, with its loss, but for one that is made only because the run ends.
+            stepped after every evaluation instead, but for one that is made only because the run ends.
+        schedule_metric: With which metric of the evaluation such a schedule is stepped.
         precision: "fp32", "fp64", "bf16" or "fp16".
         accumulate: Micro-batches per optimizer step and rank.
         clip_norm: Largest L2 norm of the averaged gradient.
@@ -107,6 +117,12 @@ class Trainer:
         checkpoint_minutes: Minutes of wall time after any checkpoint until the next, by rank 0's clock, at the first step at
             which the ranks talk anyway (about once a second); None for none by time.
         stop_requested: Asked about once a second; when it is true on any rank, all save and raise `Preempted`.
+        callbacks: Objects that are told what happens, the same on every rank (see `hvdtrain.training.events.Callback`).
+        checkpoint_modules: Modules whose activations are computed again in the backward pass, to need less memory; see
+            `hvdtrain.training.activation_checkpointing.checkpoint_activations`, also for
+        checkpoint_policy: "full" or "selective".
+        compile: Compile the model's forward and backward pass, or with which arguments of `torch.compile`; the model stays
+            the same object.
         replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
 
     Raises:
@@ -124,6 +140,7 @@ class Trainer:
         task: Learning | None = None,
         schedule: LRScheduler | None = None,
         schedule_interval: str = "step",
+        schedule_metric: str = "loss",
         precision: str = "fp32",
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -138,6 +155,10 @@ class Trainer:
         checkpoint_every: int = 0,
         checkpoint_minutes: float | None = None,
         stop_requested: Callable[[], bool] | None = None,
+        callbacks: Sequence[Any] = (),
+        checkpoint_modules: str | None = None,
+        checkpoint_policy: str = "full",
+        compile: bool | Mapping[str, Any] = False,
         **replica_options: Any,
     ) -> None:
         if (loss is None) == (task is None):
@@ -153,18 +174,31 @@ class Trainer:
             raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
-        self._pacemaker = Pacemaker(schedule, schedule_interval)
+        self._pacemaker = Pacemaker(schedule, schedule_interval, schedule_metric)
+        self._events = Events(callbacks)
         if checkpoints is not None:
             self._pacemaker.check_savable(optimizer)
+            self._events.check_savable()
+        described(task)  # refuses what cannot be computed
         self.backend = backend
         self.precision = Precision(precision, backend.device)
         self.precision.prepare(model)
+        if checkpoint_modules is not None:
+            checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
+        self._compile = compile is not False
+        if self._compile:
+            compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
         self._state = LoopState(
-            backend, self.replica, schedule=schedule, scaler=self.precision.scaler, position=self.position
+            backend,
+            self.replica,
+            schedule=schedule,
+            scaler=self.precision.scaler,
+            callbacks=self._events,
+            position=self.position,
         )
         self._own_random_numbers = OwnRandomNumbers(backend)
         self._accumulate = accumulate
@@ -182,15 +216,18 @@ class Trainer:
             backend,
             log_every=log_every,
             stop_requested=stop_requested or (lambda: False),
+            finish_requested=lambda: bool(self._events.stop_reason),
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
         )
+        self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
         self._train_seconds = 0.0
         self._samples = 0
+        self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -207,6 +244,7 @@ class Trainer:
         eval_every: int = 1,
         last_batch: str = "keep",
         drop_last: bool = False,
+        partition: str | None = None,
         resume_from: Saved | Path | str | None = None,
     ) -> FitResult:
         """Train for some epochs; every rank must call it with the same arguments.
@@ -226,6 +264,8 @@ class Trainer:
             last_batch: What becomes of samples that do not fill a last global batch: "keep" trains on them as a shorter
                 one, "drop" leaves them out in that epoch, "merge" joins them with the global batch before.
             drop_last: DataLoader's word for ``last_batch="drop"``.
+            partition: Whether each global batch is cut over the ranks ("batch", the default), or once the data sets, so that
+                each rank reads a part of its own ("sample", "sample-strided", "sample-node", "sample-own"); see `Backend.loader`.
             resume_from: A checkpoint to continue from: its folder, or what `Checkpoints.find` returned.
 
         Raises:
@@ -240,8 +280,8 @@ class Trainer:
             raise ConfigError(f"epochs must be 0 or more, got {epochs}")
         self._pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
         self.backend.assemble("fit")
-        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last)
-        eval_source = None if eval_data is None else self._source(eval_data)
+        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last, partition=partition)
+        eval_source = None if eval_data is None else self._source(eval_data, partition=partition)
         self._check_call(
             source,
             eval_source,
@@ -263,31 +303,39 @@ class Trainer:
             seed=self._seed,
             equal_passes=self._in_step,
         )
-        partition = batches.partition
-        if self._in_step and partition.needs_empty_batches:
+        cut = batches.partition
+        if self._in_step and cut.needs_empty_batches:
             batches.prepare_empty()
-        total_steps = min(epochs * partition.steps_per_epoch, math.inf if max_steps is None else max_steps)
-        per_rank = max(1, math.ceil(partition.global_batch_size / self.backend.world_size))
+        self._seen = self._sample_count(source)
+        eval_seen = None if eval_source is None else self._sample_count(eval_source)
+        total_steps = min(epochs * cut.steps_per_epoch, math.inf if max_steps is None else max_steps)
+        per_rank = max(1, math.ceil(cut.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         position, resumed_from = self.position, None
         with self._own_random_numbers:
             if resume_from is not None:
-                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, partition)
+                resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, batches)
                 if position.steps < total_steps:
                     self._rehearse(batches)
+            batches.check_position(position.samples, position.cut)
+            position.cut = batches.cut
+            if self._compile and position.steps < total_steps:
+                compile_ahead(self.backend, self.replica, self._first_loss(batches))
             self._checkup.begin(position.steps)
-            while not position.has_ended(epochs, total_steps, partition.samples_per_epoch):
+            self._finishing = False
+            self._events.started(self)
+            if self._events:
+                self._stop_if_asked()
+            while not (self._finishing or position.has_ended(epochs, total_steps, cut.samples_per_epoch)):
                 self._train_epoch(batches, int(total_steps))
-                ended = position.has_ended(epochs, total_steps, partition.samples_per_epoch)
+                ended = self._finishing or position.has_ended(epochs, total_steps, cut.samples_per_epoch)
                 regular = position.samples == 0 and position.epoch % eval_every == 0
                 if eval_source is not None and (regular or ended):
-                    self._evaluate_here(eval_source, eval_batch_size)
-                    if regular:
-                        self._pacemaker.after_evaluation(position.eval_metrics)
+                    self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=regular)
                 self._save()
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
-                self._evaluate_here(eval_source, eval_batch_size)
+                self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=False)
             self._settle()
         return FitResult(
             epochs=position.epoch,
@@ -298,6 +346,7 @@ class Trainer:
             samples=self._samples,
             train_seconds=self._train_seconds,
             resumed_from=resumed_from,
+            stopped=self._stop_reason(),
         )
 
     def _train_epoch(self, batches: RankBatches, total_steps: int) -> None:
@@ -310,12 +359,13 @@ class Trainer:
             position.advance(step.samples)
             self._train_seconds += time.perf_counter() - began
             self._samples += step.samples
+            self._events.stepped(self, step.samples, skipped=self._skipped)
             save = bool(self._checkpoint_every) and position.steps % self._checkpoint_every == 0
             if self._checkup.due(position.steps):
                 save |= self._hold_checkup(total_steps)
             if save:
                 self._save()
-            if position.steps >= total_steps and position.samples < epoch_samples:
+            if self._finishing or (position.steps >= total_steps and position.samples < epoch_samples):
                 break
         self._pending_loss.look()
         whole = self.backend.all_reduce(
@@ -325,23 +375,25 @@ class Trainer:
         if position.samples >= epoch_samples:
             position.finish_epoch()
             self._pacemaker.after_epoch()
+            self._events.finished_epoch(self)
 
     def _train_step(self, step: RankStep) -> None:
         """One global batch; also on a rank whose share of it is empty."""
         replica, precision = self.replica, self.precision
-        for number, (loaded, samples) in enumerate(step, 1):
+        for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
-            share = self._counting.share(batch, samples, step.samples)
+            share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
-                replica.backward(precision.scale(loss), samples=samples, weight=share.weight, total=share.total)
+                replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
+        self._skipped = result.skipped
         if result.skipped:
             self.position.skipped_steps += 1
             _log.info("step %d: the gradient is not finite; no update on any rank", self.position.steps)
@@ -351,51 +403,104 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None) -> dict[str, float]:
+    def evaluate(
+        self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, partition: str | None = None
+    ) -> dict[str, float]:
         """Compute the task's metrics over a data set, each sample once; every rank must call it.
 
         Args:
             data: As for `fit`; of a DataLoader, drop_last and shuffling play no part.
             batch_size: Samples per rank and batch; else the DataLoader's, or 64.
+            partition: As for `fit`: which samples this rank may read.
 
         Returns:
-            Each metric's mean over all samples, the same on every rank.
+            Each metric's mean over all samples, and the task's ``epoch_metrics`` over all of them, the same on every rank.
 
         Raises:
             ConfigError: The data set is empty or differs between the ranks, or what the task's `metrics` returned cannot be
                 averaged; the message names the metric.
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
-        source = self._source(data)
+        source = self._source(data, partition=partition)
         self.backend.assemble(f"an evaluation after step {self.position.steps}")
+        callbacks = self._events.described
+        check_same_call(self.backend, "evaluate", {"epoch_metrics": described(self.task), "callbacks": callbacks})
         check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
-        return self._evaluate(source, batch_size or source.batch_size or 64)
+        return self._evaluate(source, batch_size or source.batch_size or 64, self._sample_count(source))
 
-    def _evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
-        if source.length == 0:
+    def predict(
+        self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, to: Path | str = "rank0"
+    ) -> Any:
+        """Compute the model's outputs for a data set, in its order, each sample once; every rank must call it.
+
+        The task's ``predict(model, batch)`` gives them, if it has one; else the model is called with the batch, or with x of
+        (x, y). Tensors and arrays have a row for each sample of the batch, lists an entry for each; they may be in tuples,
+        dictionaries and dataclasses.
+
+        Args:
+            data: As for `evaluate`. A sampler of your own in a DataLoader says the order.
+            batch_size: Samples per rank and batch; else the DataLoader's, or 64.
+            to: "rank0" or "all" for the outputs of all samples, on the CPU, on rank 0 or on every rank. A path is a new
+                folder, where rank 0 writes them batch by batch: a tensor or an array to ``NAME.npy``, a list to ``NAME.jsonl``
+                with a line for each sample. NAME is the key in a dictionary, and "output" for a tensor alone.
+
+        Returns:
+            What the model gives for a batch, with all samples in it; None on the other ranks under "rank0". Or the folder.
+
+        Raises:
+            ConfigError: On every rank: the data set is empty or differs, or outputs do not show which sample they belong to,
+                or do not fit together.
+            OutputError: On every rank: the folder is not empty, or cannot be written.
+            CollectiveError: Some rank did not call it; says which, and what it does.
+        """
+        source = self._source(data)
+        size = batch_size or source.batch_size or 64
+        self.backend.assemble(f"a prediction after step {self.position.steps}")
+        arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
+        check_same_call(self.backend, "predict", arguments)
+        if source.partition != "batch":
+            raise ConfigError(
+                f"predictions come in the order of one data set that every rank is given, and this loader cuts it by partition="
+                f"{source.partition!r}; pass the data set itself"
+            )
+        check_same_data(source, self.backend, seed=self._seed, name="the data")
+        source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
+        batches = RankBatches(source, self.backend, seed=self._seed)
+        with self._events.inference(self):
+            return predict(self.backend, self.replica, self.task, self.precision, batches, to)
+
+    def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
+        if whole_length(source, shard_for(source, self.backend)) == 0:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
         batches = evaluation_batches(source, self.backend, batch_size=batch_size, seed=self._seed)
-        return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting)
+        with self._events.inference(self):
+            return evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
 
-    def _evaluate_here(self, source: Source, batch_size: int) -> None:
-        """Evaluate at this position, and say it."""
+    def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None, *, regular: bool) -> None:
+        """Evaluate at this position, and say it; an evaluation only because the run ends here steps no schedule."""
         position = self.position
-        position.eval_metrics = self._evaluate(source, batch_size)
+        position.eval_metrics = self._evaluate(source, batch_size, seen)
         position.evaluated_at = position.steps
         self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=position.eval_metrics))
+        if regular:
+            self._pacemaker.after_evaluation(position.eval_metrics)
+        self._events.evaluated(self, regular=regular)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _source(self, data: Any, shuffle: bool = False, last_batch: str = "keep", drop_last: bool = False) -> Source:
+    def _source(self, data: Any, shuffle: bool = False, **cut: Any) -> Source:
         """What to load: as a DataLoader says, and else as this Trainer was told."""
         own = isinstance(data, DataLoader | RankBatches)
         said = source_of(
             data.source if isinstance(data, RankBatches) else data,
             shuffle=None if own else shuffle,
-            last_batch=last_batch,
-            drop_last=drop_last,
+            **cut,
         )
         return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
+
+    def _sample_count(self, source: Source) -> SampleCount | None:
+        """What sees that samples are missing from a batch, where that would matter."""
+        return sample_count(source, self.backend, seed=self._seed) if self._counting.trusts_indices else None
 
     def _check_call(self, source: Source, eval_source: Source | None, **arguments: Any) -> None:
         """Refuse, on every rank, what would leave the ranks waiting for each other or training on the wrong samples."""
@@ -405,11 +510,14 @@ class Trainer:
             arguments
             | {
                 "eval_data given": eval_source is not None,
+                "epoch_metrics": described(self.task),
                 "last_batch": source.last_batch,
+                "partition": source.partition,
                 "shuffle": source.shuffle,
                 "accumulate": self._accumulate,
                 "seed": self._seed,
                 "precision": self.precision.name,
+                "callbacks": self._events.described,
                 "log_every": self._checkup.log_every,
                 "checkpoints given": self._checkpoints is not None,
                 "checkpoint_every": self._checkpoint_every,
@@ -443,18 +551,59 @@ class Trainer:
             )
         if verdict.stop:
             self._stop()
+        self._finishing |= verdict.finish
         return verdict.save
 
     def _stop_if_asked(self) -> None:
         """After an evaluation, which may have been long."""
-        if self._checkup.hold(self.position.steps, Tally()).stop:
+        verdict = self._checkup.hold(self.position.steps, Tally())
+        if verdict.stop:
             self._stop()
+        self._finishing |= verdict.finish
 
     def _stop(self) -> None:
         path = self._save()
         self._settle()
         where = f"saved {path}" if path else "nothing was saved, because there is no place for checkpoints"
         raise Preempted(f"asked to stop after step {self.position.steps}; {where}")
+
+    # -- callbacks ----------------------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """End training as if this had been its last step, on all ranks; one rank's word is enough.
+
+        `fit` evaluates and saves as at its planned end, and returns. After an epoch or an evaluation it ends there, within an
+        epoch at the next step at which the ranks talk anyway: within about a second.
+
+        Args:
+            reason: For `FitResult.stopped`.
+        """
+        self._events.stop_reason = reason or "a callback ended it"
+
+    def save(self, checkpoints: Checkpoints, *, last: str | None = None) -> None:
+        """Write a checkpoint into a folder beside the run's own; every rank must call it.
+
+        Called by a callback, it is written when the others have been told of the same event.
+
+        Args:
+            checkpoints: The folder's.
+            last: The checkpoint that this run wrote there last, None for none: others in the folder are set aside.
+
+        Raises:
+            CheckpointError: On every rank: it could not be written.
+        """
+
+        def write() -> None:
+            self._pending_loss.look()
+            save(self._state, checkpoints, self.position, self._seed, last=last)
+
+        self._events.when_all_are_told(write)
+
+    def _stop_reason(self) -> str:
+        """Why the run ended early, the same on every rank."""
+        if not self._finishing:
+            return ""
+        return next(reason for reason in self.backend.all_gather_object(self._events.stop_reason) if reason)
 
     # -- saving and resuming ------------------------------------------------------------------------------------------
 
@@ -464,6 +613,7 @@ class Trainer:
         self._pending_loss.look()
         path = save(self._state, self._checkpoints, self.position, self._seed)
         self._checkup.saved()
+        self._events.saved(self, path)
         return path
 
     def _settle(self) -> None:
@@ -472,8 +622,14 @@ class Trainer:
             self._checkpoints.settle(self.backend)
 
     def _rehearse(self, batches: RankBatches) -> None:
+        forward = self._first_loss(batches)
+        if forward is not None:
+            rehearse(self.replica, forward)
+
+    def _first_loss(self, batches: RankBatches) -> Callable[[nn.Module], Tensor] | None:
+        """What computes the loss of this rank's first batch; None, on all ranks, if some rank has none."""
         if not batches.partition.step(0).every_rank:
-            return
+            return None
         with untouched_random_numbers():
             first, _ = next(iter(next(batches.steps(0))))
         batch = self.precision.cast(first)
@@ -482,4 +638,4 @@ class Trainer:
             with self.precision.autocast():
                 return self.task.loss(model, batch)
 
-        rehearse(self.replica, forward)
+        return forward

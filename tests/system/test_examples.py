@@ -75,10 +75,12 @@ def last_words(example: str, launcher: str) -> str:
 
 
 @pytest.mark.parametrize("launcher", OTHERS)
-@pytest.mark.parametrize("example", ["gan", "contrastive"])
+@pytest.mark.parametrize("example", ["gan", "contrastive", "wide_features", "metrics"])
 def test_an_example_ends_alike_under_every_launcher(example, launcher):
     if launcher.startswith("horovodrun"):
         pytest.importorskip("horovod", reason="Horovod is not installed")
+    if example == "metrics":
+        pytest.importorskip("torchmetrics", reason="needs torchmetrics")
     assert last_words(example, launcher) == last_words(example, "python")
 
 
@@ -115,8 +117,10 @@ def test_every_example_is_run_here():
         "mnist_files",
         "spawn_from_script",
         "custom_task",
+        "wide_features",
         "gan",
         "contrastive",
         "detection",
+        "metrics",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import hvdtrain
 from hvdtrain.cli.train import run
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
@@ -35,6 +36,11 @@ class Line:
 class WithOptimizer(Line):
     def build_optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.75)
+
+
+class StopsEarly(Line):
+    def build_callbacks(self):
+        return [hvdtrain.EarlyStopping(patience=1, min_delta=100.0)]
 
 
 class WithNoOptimizer(Line):
@@ -89,3 +95,10 @@ def test_a_compiled_model_has_the_fingerprint_of_the_plain_one(tmp_path):
     plain, compiled = train(Line, tmp_path / "plain"), train(Compiled, tmp_path / "compiled")
     assert compiled["parameters_sha256"] == plain["parameters_sha256"]
     assert train(Line, tmp_path / "compiled", "--epochs", "3")["resumed_from"] is not None
+
+
+def test_a_task_may_build_callbacks_and_the_run_says_why_it_ended(tmp_path, capsys):
+    assert train(StopsEarly, tmp_path, "--epochs", "9")["epochs"] == 2
+    assert "ended early: loss has not been better than" in capsys.readouterr().out
+    assert train(StopsEarly, tmp_path, "--epochs", "9")["epochs"] == 2
+    assert "this run was ended by a callback already: 2 epochs" in capsys.readouterr().out

@@ -57,12 +57,6 @@ class HorovodReplica(HookedReplica):
         )  # each rank's own mean gradient goes in, and a combination of them comes out
         compression = config.compression
         groups = 0 if self._adasum and config.num_groups is None else config.num_groups  # Adasum weighs each tensor
-        complex_one = next((name for name, p in module.named_parameters() if p.is_complex()), None)
-        if complex_one is not None:
-            raise ConfigError(
-                f"parameter {complex_one!r} is complex, which Horovod cannot sum; keep its parts as real parameters (torch.view_as_complex "
-                "in the forward pass), or use --backend torch or mpi"
-            )
         super().__init__(
             backend, module, optimizer, options, carried=lambda dtype: _carried(dtype, compression), groups=groups
         )
@@ -74,10 +68,13 @@ class HorovodReplica(HookedReplica):
         factor = self._config.gradient_predivide_factor
         scales = {} if factor == 1.0 else {"prescale_factor": 1.0 / factor, "postscale_factor": factor}
         name = f"{self._label}.{pack.name}"
-        if len(pack.tensors) == 1:
-            handle = hvd.allreduce_async_(pack.tensors[0].view(-1), name=name, op=op, **scales)
+        tensors = [
+            torch.view_as_real(t) if t.is_complex() else t for t in pack.tensors
+        ]  # Horovod knows no complex numbers
+        if len(tensors) == 1:
+            handle = hvd.allreduce_async_(tensors[0].view(-1), name=name, op=op, **scales)
         else:
-            handle = hvd.grouped_allreduce_async_(pack.tensors, name=name, op=op, **scales)
+            handle = hvd.grouped_allreduce_async_(tensors, name=name, op=op, **scales)
         names = [self._names[id(p)] for p in pack.parameters]
         return HorovodWork(
             self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
@@ -148,6 +145,8 @@ class Bf16Sum:
 
 def _carried(dtype: torch.dtype, compression: str) -> torch.dtype:
     """The dtype in which gradients of ``dtype`` are sent. Horovod has no bfloat16, and halves overflow when summed."""
+    if dtype.is_complex:
+        return dtype
     if compression != "none":
         return torch.float16 if compression == "fp16" else torch.bfloat16
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -229,3 +229,105 @@ def test_a_reduction_is_mean_or_sum(backend):
         model = model_of()
         with pytest.raises(ConfigError, match=message):
             hvdtrain.Trainer(backend, model, optimizer_of(model), task=wrong())
+
+
+# -- batches with other numbers of samples than they were made of ------------------------------------------------------
+
+
+class Damaged(torch.utils.data.Dataset):
+    """Numbers, some of them broken; the first ten are whole."""
+
+    def __len__(self):
+        return 26
+
+    def __getitem__(self, index):
+        x = torch.sin(torch.arange(3.0, dtype=torch.float64) + index)
+        return x, x[:1].square(), index in (11, 12, 13, 20)
+
+
+def without_the_broken(samples):
+    x, y, broken = (torch.stack([torch.as_tensor(value) for value in column]) for column in zip(*samples, strict=True))
+    return x[~broken], y[~broken]
+
+
+class Counted:
+    """A batch may have no sample left: the mean is then NaN."""
+
+    collate = staticmethod(without_the_broken)
+
+    def loss(self, model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def samples_of(self, batch):
+        return len(batch[0])
+
+    def metrics(self, model, batch):
+        return {"loss": self.loss(model, batch)}
+
+
+def on_damaged(backend, task, global_batch_size=6, evaluate=True, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = hvdtrain.Trainer(backend, model, optimizer, task=task, precision="fp64", seed=2, accumulate=2, **options)
+    held_out = Damaged() if evaluate else None
+    result = trainer.fit(Damaged(), held_out, epochs=2, global_batch_size=global_batch_size, eval_batch_size=2)
+    return result, model
+
+
+def test_a_step_weighs_the_samples_that_a_batch_has_left(backend):
+    result, model = on_damaged(backend, Counted())
+    torch.manual_seed(0)
+    alone = nn.Linear(3, 1).double()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for epoch in range(2):
+        order = epoch_order(26, shuffle=True, seed=2, epoch=epoch).tolist()
+        losses = []
+        for start in range(0, 26, 6):
+            batch = without_the_broken([Damaged()[index] for index in order[start : start + 6]])
+            optimizer.zero_grad()
+            loss = Counted().loss(alone, batch)
+            losses.append((loss.item(), len(batch[0])))
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(model.weight, alone.weight, rtol=1e-12, atol=1e-12)
+    mean = sum(loss * samples for loss, samples in losses) / 22
+    assert result.train_loss == pytest.approx(mean, rel=1e-10)
+    whole = Counted().metrics(alone, without_the_broken([Damaged()[index] for index in range(26)]))
+    assert result.eval_metrics["loss"] == pytest.approx(whole["loss"].item(), rel=1e-10)
+
+
+def test_samples_that_a_collate_function_drops_without_a_word_are_refused(backend):
+    def dropping(samples):
+        first = samples[0][0]
+        return without_the_broken([(x, y, x is not first and not x.equal(first)) for x, y, _ in samples])
+
+    class Silent(Counted):
+        collate = staticmethod(dropping)
+        samples_of = None
+
+    with pytest.raises(
+        ConfigError, match=r"a batch of \d samples has 1 after collate= .*batch\[0\], dimension 0.*samples_of"
+    ):
+        on_damaged(backend, Silent(), global_batch_size=12)
+
+
+@pytest.mark.parametrize("found", [-1, 2.5, "2", None, True])
+def test_a_number_of_samples_that_is_none_is_refused(backend, found):
+    class Odd(Counted):
+        def samples_of(self, batch):
+            return found
+
+    with pytest.raises(ConfigError, match=r"samples_of must return how many samples the batch has"):
+        on_damaged(backend, Odd())
+
+
+def test_a_step_without_any_sample_left_is_refused_or_skipped(backend):
+    class Broken(Counted):
+        def samples_of(self, batch):
+            return 0
+
+    with pytest.raises(TrainingError, match="weight"):
+        on_damaged(backend, Broken())
+    result, _ = on_damaged(backend, Broken(), on_nan="skip", evaluate=False)
+    assert (result.steps, result.skipped_steps) == (10, 10)

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 from torch.utils.data import default_collate
 
 from hvdtrain.data.nested import LONGER, SHORTER, cast_floating, empty_from, leaves, memory_bytes, to_device
+from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.errors import ConfigError
 
 
@@ -375,3 +376,128 @@ def test_what_torch_collates_is_emptied_in_the_shape_of_a_real_batch(sample: Any
                 check(empty[key], real[key])
 
     check(empty, real)
+
+
+# -- one walk ---------------------------------------------------------------------------------------------------------
+
+
+class Two(tuple[Any, ...]):
+    """A tuple that is made of two arguments, and remembers more."""
+
+    def __new__(cls, first: Any, second: Any) -> Two:
+        made = super().__new__(cls, (first, second))
+        made.note = "kept"
+        return made
+
+    note: str
+
+
+class Encoding(collections.UserDict[str, Any]):
+    """Moves itself in place and returns itself, as Hugging Face's BatchEncoding does."""
+
+    def to(self, device: Any) -> Encoding:
+        self.data = {key: to_device(value, device) for key, value in self.data.items()}
+        return self
+
+
+class InPlace:
+    """Moves itself and returns nothing."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def to(self, device: Any) -> None:
+        self.x = to_device(self.x, device)
+
+
+class Attributes(dict[str, Any]):
+    """Shows its keys as attributes, and raises KeyError for others."""
+
+    __getattr__ = dict.__getitem__
+
+
+LEAVES: dict[str, Any] = {
+    "tensor": lambda n: torch.ones(n, 3),
+    "time first": lambda n: torch.ones(4, n, dtype=torch.float16),
+    "sparse": lambda n: torch.ones(n, 3).to_sparse(),
+    "packed": packed,
+    "jagged": lambda n: torch.nested.nested_tensor([torch.ones(1 + i % 2) for i in range(n)], layout=torch.jagged),
+    "array": lambda n: np.ones((n, 2)),
+    "texts": lambda n: ["text"] * n,
+    "ragged": lambda n: [torch.ones(i % 3) for i in range(n)],
+    "nothing": lambda n: None,
+    "text": lambda n: "text",
+    "number": lambda n: np.float32(0.5),
+}
+NODES: dict[str, Any] = {
+    "tuple": lambda a, b: (a, b),
+    "list": lambda a, b: [a, None, b, 1.5],  # neither two nor three: as many as there are samples is another thing
+    "dict": lambda a, b: {"a": a, "b": b},
+    "ordered": lambda a, b: collections.OrderedDict(b=b, a=a),
+    "default": lambda a, b: collections.defaultdict(list, a=a, b=b),
+    "attributes": lambda a, b: Attributes(a=a, b=b),
+    "named tuple": Pair,
+    "tuple of its own": Two,
+    "dataclass": Nested,
+    "encoding": lambda a, b: Encoding(a=a, b=b),
+    "in place": lambda a, b: InPlace([a, None, b, 2]),
+    "structure": lambda a, b: torch.return_types.max((a, b)),
+}
+trees = st.recursive(
+    st.sampled_from(sorted(LEAVES)), lambda inner: st.tuples(st.sampled_from(sorted(NODES)), inner, inner), max_leaves=6
+)
+
+
+def grown(tree: Any, samples: int) -> Any:
+    return (
+        LEAVES[tree](samples) if isinstance(tree, str) else NODES[tree[0]](*(grown(part, samples) for part in tree[1:]))
+    )
+
+
+def outline(batch: Any) -> list[tuple[str, type]]:
+    return [(path, type(leaf)) for path, leaf in leaves(batch)]
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@settings(max_examples=200, deadline=None)
+@given(trees, st.integers(4, 7))
+def test_who_moves_casts_measures_counts_and_empties_finds_the_same_parts(tree: Any, samples: int) -> None:
+    batch = grown(tree, samples)
+    kind, before = type(batch), outline(batch)
+    assert memory_bytes(batch) > 0
+    cast = cast_floating(batch, torch.float64)
+    floating = [leaf for _, leaf in leaves(cast) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    assert all(leaf.dtype == torch.float64 for leaf in floating)
+    empty = empty_from(*(grown(tree, size) for size in (SHORTER, LONGER))) if shows_samples(tree) else batch
+    count = SampleCount(*(grown(tree, size) for size in (SHORTER, LONGER)))
+    assert count(batch) == (samples if count.place else None)
+    if shows_samples(tree) and count.place:
+        assert count(empty) == 0
+    moved = to_device(batch, "meta", non_blocking=True)
+    assert type(moved) is type(cast) is type(empty) is kind
+    assert outline(moved) == outline(cast) == before
+    # All but a packed sequence's batch_sizes, which torch keeps on the CPU.
+    tensors = [leaf for _, leaf in leaves(moved) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    assert len(tensors) == len(floating)
+    assert all(leaf.device.type == "meta" for leaf in tensors)
+
+
+def shows_samples(tree: Any) -> bool:
+    """Whether an empty batch can be made of it: not of nested tensors, nor where nothing grows."""
+    names = set(flat(tree))
+    return "jagged" not in names and bool(names - {"nothing", "text", "number"} - set(NODES))
+
+
+def flat(tree: Any) -> list[str]:
+    return [tree] if isinstance(tree, str) else [tree[0], *(name for part in tree[1:] for name in flat(part))]
+
+
+def test_a_tuple_that_takes_other_arguments_keeps_what_it_remembers() -> None:
+    moved = to_device(Two(torch.ones(2), "x"), "meta")
+    assert (type(moved), moved.note, moved[0].device.type) == (Two, "kept", "meta")
+
+
+def test_a_sparse_tensor_takes_what_it_keeps() -> None:
+    row = torch.zeros(1, 100_000)
+    row[0, 7] = 1
+    assert memory_bytes(row.to_sparse()) == 2 * 8 + 4

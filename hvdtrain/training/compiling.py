@@ -1,0 +1,94 @@
+"""torch.compile for a model that stays what it is: the same object, the same type, the same names in its state_dict.
+
+`torch.nn.Module.compile` would do, but leaves models that are made of torch's own modules alone uncompiled, without a word
+(seen with torch 2.13), and `torch.compile(model)` returns another module.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.backends.base import Backend
+from hvdtrain.backends.replica import Replica
+from hvdtrain.errors import ConfigError
+from hvdtrain.training.loop_state import left_as_it_was
+
+LONGEST_S = 3600.0
+"""How long ranks wait for others that still compile, if that is more than the time-out of a step."""
+
+_log = logging.getLogger(__name__)
+
+
+class CompiledForward:
+    """Takes the place of a module's ``forward``; a copy of the module gets one of its own."""
+
+    def __init__(self, plain: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self._plain, self._options = plain, dict(options)
+        self._compiled = torch.compile(_inlined(plain), **self._options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as the plain one does."""
+        return self._compiled(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self._plain, self._options)
+
+
+def compile_module(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """Compile a model's forward pass and its backward pass, in place, when they are first run.
+
+    Args:
+        model: After `hvdtrain.checkpoint_activations`, if that is used.
+        options: Arguments of `torch.compile`.
+
+    Raises:
+        ConfigError: It is compiled already, or there are no such options.
+    """
+    if isinstance(model.forward, CompiledForward) or isinstance(model, torch._dynamo.OptimizedModule):
+        raise ConfigError(f"this {type(model).__name__} is compiled already; compile it once")
+    try:
+        model.forward = CompiledForward(model.forward, options or {})
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"torch.compile does not take {dict(options or {})}: {error}") from error
+
+
+def compile_ahead(backend: Backend, replica: Replica, forward: Callable[[nn.Module], Tensor] | None) -> float:
+    """Let every rank compile now, before the first step, and wait for the slowest; every rank must call it.
+
+    Nothing is exchanged meanwhile, so that no time-out of a step runs. The model, its gradients and the random numbers are
+    left as they were.
+
+    Args:
+        backend: A running backend.
+        replica: Of the model.
+        forward: Returns a loss of the model that it is given; None where this rank has nothing to compute it from.
+
+    Returns:
+        Seconds that this rank took itself.
+    """
+    began = time.perf_counter()
+    if forward is not None:
+        with left_as_it_was(replica.module):
+            loss = forward(replica.module)
+            trained = [parameter for parameter in replica.module.parameters() if parameter.requires_grad]
+            if loss.requires_grad:
+                torch.autograd.grad(loss, trained, allow_unused=True)
+    seconds = time.perf_counter() - began
+    backend.agree_beside("the compilation of the model", "", timeout_s=max(LONGEST_S, backend.timeout_s))
+    _log.info("compiled the model in %.1f s", seconds)
+    return seconds
+
+
+def _inlined(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile looks into, also where ``plain`` is the forward pass of one of torch's own modules."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs)
+
+    return forward
