@@ -8,43 +8,41 @@ parameters' shapes; an optimizer that treats each number by itself computes the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.data.partition import share
 from hvdtrain.errors import ConfigError
+from hvdtrain.optim.pieces import Bucket, Piece, buckets_of, cut_out, flat, joined, laid_out_as, layout_of, on_cpu, runs
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
 """torch's optimizers that treat each number of a parameter by itself."""
-_COUNTERS = (
-    "step",
-    "eta",
-    "mu",
-    "mu_product",
-)  # what torch's keep once a parameter; it may have a parameter's shape, if that is ()
-_BUCKET_BYTES = 64 * 2**20  # about what is gathered at a time
 
 
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """What this rank updates of one parameter: a run of its numbers, as a parameter for the inner optimizer."""
+class _Spread(dict[Any, Any]):
+    """What stands for the state of an optimizer whose state is spread over the ranks: it can only be forgotten."""
 
-    parameter: nn.Parameter
-    numbers: slice
-    inner: nn.Parameter
+    def __init__(self, inner: Optimizer | None) -> None:
+        super().__init__()
+        self._inner = inner
 
+    def clear(self) -> None:
+        """Forget the state, as if no step had been made; every rank must call it."""
+        if self._inner is not None:
+            self._inner.state.clear()
 
-@dataclass(slots=True, eq=False)
-class _Bucket:
-    """Parameters of one type whose numbers, one after the other, are cut over the ranks."""
+    def __missing__(self, parameter: Any) -> NoReturn:
+        raise ConfigError(
+            "the state of a ShardedOptimizer is spread over the ranks, so that a parameter's cannot be looked up; every rank reads the "
+            "whole by state_dict(), and changes it by load_state_dict()"
+        )
 
-    parameters: list[nn.Parameter] = field(default_factory=list)
-    numel: int = 0
+    def __setitem__(self, parameter: Any, state: Any) -> None:
+        self.__missing__(parameter)
 
 
 class ShardedOptimizer(Optimizer):
@@ -72,8 +70,11 @@ class ShardedOptimizer(Optimizer):
             )
         self.kind = name  # in checkpoints: the plain optimizer reads what this one wrote
         self._communicator = communicator
-        self._pieces: list[_Piece] = []
-        self._buckets: list[_Bucket] = []
+        self._pieces: list[Piece] = []
+        self._buckets: list[Bucket] = []
+        self._held: list[nn.Parameter] = []  # in the order of the groups
+        self._numel: dict[nn.Parameter, int] = {}
+        self._layout: list[tuple[tuple[int, ...], ...]] | None = None  # of them, since the first step
         self._inner: Optimizer | None = None
         self._make = type(optimizer)
         earlier = optimizer.state_dict() if optimizer.state else None
@@ -85,27 +86,43 @@ class ShardedOptimizer(Optimizer):
         """Cut one more group of parameters over the ranks; every rank must call it."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        pieces = [piece for bucket in _buckets(group["params"]) for piece in self._cut(bucket)]
+        pieces = [piece for bucket in buckets_of(group["params"]) for piece in self._cut(bucket)]
         mine = {**group, "params": [piece.inner for piece in pieces]}
         if self._inner is None:
             self._inner = self._make([mine], **({"lr": group["lr"]} if "lr" in group else {}))
         else:
             self._inner.add_param_group(mine)
         self._pieces += pieces
+        self._held += group["params"]
+        self._numel |= {parameter: parameter.numel() for parameter in group["params"]}
+        self._layout = None if self._layout is None else self._layout + layout_of(group["params"])
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
+        """Nothing to look into; ``clear()``, or to set it to an empty one, forgets the state of every rank."""
+        return _Spread(self._inner)
+
+    @state.setter
+    def state(self, state: dict[Any, Any]) -> None:
+        spread = _Spread(self._inner)
+        for parameter in state:
+            spread.__missing__(parameter)
+        spread.clear()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update this rank's part of every parameter, and give it to all; every rank must call it.
 
         Raises:
-            ConfigError: A closure was given.
+            ConfigError: A closure was given, a gradient is sparse, or parameters are no more what was cut.
         """
         if closure is not None:
             raise ConfigError("ShardedOptimizer.step takes no closure")
+        self._check_parameters()
         for piece in self._pieces:
             grad = piece.parameter.grad
-            piece.inner.data = _flat(piece.parameter)[piece.numbers]
-            piece.inner.grad = None if grad is None else _laid_out_as(grad, piece.parameter)[piece.numbers]
+            piece.inner.data = flat(piece.parameter)[piece.numbers]
+            piece.inner.grad = None if grad is None else laid_out_as(grad, piece.parameter)[piece.numbers]
         assert self._inner is not None
         for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
@@ -117,10 +134,15 @@ class ShardedOptimizer(Optimizer):
                 self._gather(bucket)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the plain optimizer, whole on every rank; every rank must call it."""
+        """Return the state of the plain optimizer, whole on every rank, on the CPU; every rank must call it.
+
+        Raises:
+            ConfigError: Parameters are no more what was cut.
+        """
         assert self._inner is not None
+        self._check_parameters()
         mine = [self._inner.state.get(piece.inner, {}) for piece in self._pieces]
-        everyone: list[list[dict[str, Any]]] = self._communicator.all_gather_object([_on_cpu(state) for state in mine])
+        everyone: list[list[dict[str, Any]]] = self._communicator.all_gather_object([on_cpu(state) for state in mine])
         parts: dict[int, dict[str, list[tuple[slice, Any]]]] = {}
         for states, places in zip(everyone, self._places(), strict=True):
             for of_piece, (index, numbers) in zip(states, places, strict=True):
@@ -128,7 +150,7 @@ class ShardedOptimizer(Optimizer):
                     parts.setdefault(index, {}).setdefault(name, []).append((numbers, value))
         parameters = self._parameters()
         state = {
-            index: {name: _joined(parameters[index], pieces) for name, pieces in parts[index].items()}
+            index: {name: joined(parameters[index], pieces) for name, pieces in parts[index].items()}
             for index in sorted(parts)
         }
         whole = super().state_dict()
@@ -141,25 +163,64 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ValueError: It is another optimizer's, as torch says it.
         """
+        self._check_parameters()
+        groups = self.param_groups
         super().load_state_dict({**state_dict, "state": {}})
+        for group, loaded in zip(groups, self.param_groups, strict=True):  # a schedule may hold them
+            group.clear()
+            group.update(loaded)
+        self.param_groups = groups
         assert self._inner is not None
         index = {parameter: at for at, parameter in enumerate(self._parameters())}
         self._inner.state.clear()
+        group_of = {parameter: group for group in groups for parameter in group["params"]}
         for piece in self._pieces:
             state = state_dict["state"].get(index[piece.parameter])
             if state is not None:
-                self._inner.state[piece.inner] = {name: _cut_out(name, value, piece) for name, value in state.items()}
+                on_device = any(group_of[piece.parameter].get(option) for option in ("capturable", "fused"))
+                self._inner.state[piece.inner] = {
+                    name: cut_out(name, value, piece, counters_too=on_device) for name, value in state.items()
+                }
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a ShardedOptimizer can be neither copied nor pickled, because its state is spread over the ranks; every rank calls its "
+            "state_dict(), and what that returns can be"
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _cut(self, bucket: _Bucket) -> Iterator[_Piece]:
+    def _check_parameters(self) -> None:
+        """Refuse what would be cut otherwise than the state was, or differently than the plain optimizer computes."""
+        parameters = self._parameters()
+        if len(parameters) != len(self._held) or any(a is not b for a, b in zip(parameters, self._held, strict=True)):
+            raise ConfigError(
+                "parameters were taken out of a ShardedOptimizer's param_groups, or put into them, after these were cut over the ranks; "
+                "freeze what is not to be trained, put more in by add_param_group(), or make a new ShardedOptimizer"
+            )
+        layout = layout_of(parameters)
+        before = layout if self._layout is None else self._layout
+        for parameter, now, first in zip(parameters, layout, before, strict=True):
+            if now != first or parameter.numel() != self._numel[parameter]:
+                raise ConfigError(
+                    f"a parameter has shape {now[0]} and strides {now[1]}, and its {self._numel[parameter]} numbers lay otherwise when they were "
+                    "cut over the ranks; resize it before the ShardedOptimizer is made, and change its memory format before the first step"
+                )
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ConfigError(
+                    "a gradient is sparse, and ShardedOptimizer cuts dense ones; make the layer dense (nn.Embedding(sparse=False)), or leave "
+                    "the optimizer whole"
+                )
+        self._layout = before
+
+    def _cut(self, bucket: Bucket) -> Iterator[Piece]:
         self._buckets.append(bucket)
         wire = self._communicator.wire
-        for parameter, numbers in _runs(bucket, share(bucket.numel, wire.size, wire.rank)):
-            yield _Piece(parameter, numbers, nn.Parameter(_flat(parameter.detach())[numbers]))
+        for parameter, numbers in runs(bucket, share(bucket.numel, wire.size, wire.rank)):
+            yield Piece(parameter, numbers, nn.Parameter(flat(parameter.detach())[numbers]))
 
     def _places(self) -> list[list[tuple[int, slice]]]:
         """Of each rank's pieces, which parameter they belong to, and where they lie in it."""
@@ -169,99 +230,22 @@ class ShardedOptimizer(Optimizer):
             [
                 (index[parameter], numbers)
                 for bucket in self._buckets
-                for parameter, numbers in _runs(bucket, share(bucket.numel, size, rank))
+                for parameter, numbers in runs(bucket, share(bucket.numel, size, rank))
             ]
             for rank in range(size)
         ]
 
-    def _gather(self, bucket: _Bucket) -> None:
+    def _gather(self, bucket: Bucket) -> None:
         """Give everybody this rank's new numbers, and take theirs."""
         wire = self._communicator.wire
         if wire.size == 1:
             return
         parts = [share(bucket.numel, wire.size, rank) for rank in range(wire.size)]
-        own = [_flat(parameter)[numbers] for parameter, numbers in _runs(bucket, parts[wire.rank])]
+        own = [flat(parameter)[numbers] for parameter, numbers in runs(bucket, parts[wire.rank])]
         sent = torch.cat(own) if own else bucket.parameters[0].new_empty(0)
         for rank, received in enumerate(self._communicator.all_gather(sent)):
             at = 0
-            for parameter, numbers in [] if rank == wire.rank else _runs(bucket, parts[rank]):
+            for parameter, numbers in [] if rank == wire.rank else runs(bucket, parts[rank]):
                 length = numbers.stop - numbers.start
-                _flat(parameter)[numbers] = received[at : at + length]
+                flat(parameter)[numbers] = received[at : at + length]
                 at += length
-
-
-def _buckets(parameters: list[nn.Parameter]) -> list[_Bucket]:
-    found: list[_Bucket] = []
-    open_ones: dict[torch.dtype, _Bucket] = {}
-    for parameter in parameters:
-        if parameter.layout != torch.strided:
-            raise ConfigError(
-                f"a parameter of layout {parameter.layout} cannot be cut over the ranks; leave the optimizer whole"
-            )
-        bucket = open_ones.get(parameter.dtype)
-        if bucket is None or bucket.numel * parameter.element_size() >= _BUCKET_BYTES:
-            bucket = open_ones[parameter.dtype] = _Bucket()
-            found.append(bucket)
-        bucket.parameters.append(parameter)
-        bucket.numel += parameter.numel()
-    return found
-
-
-def _runs(bucket: _Bucket, numbers: range) -> Iterator[tuple[nn.Parameter, slice]]:
-    """What a run of a bucket's numbers is of each parameter."""
-    begin = 0
-    for parameter in bucket.parameters:
-        first, last = max(numbers.start, begin) - begin, min(numbers.stop, begin + parameter.numel()) - begin
-        if first < last:
-            yield parameter, slice(first, last)
-        elif not parameter.numel() and not numbers.start:  # an optimizer keeps count of it all the same
-            yield parameter, slice(0, 0)
-        begin += parameter.numel()
-
-
-def _flat(parameter: Tensor) -> Tensor:
-    """The numbers of a parameter, in the order in which they lie in memory."""
-    data = parameter.detach()
-    if data.is_contiguous():
-        return data.view(-1)
-    strides = data.stride()
-    permuted = data.permute(sorted(range(data.dim()), key=lambda dim: (-strides[dim], dim)))
-    if not permuted.is_contiguous():
-        raise ConfigError(
-            f"a parameter of shape {tuple(data.shape)} and strides {strides} does not lie in one piece of memory; make it "
-            "contiguous before the optimizer is made"
-        )
-    return permuted.view(-1)
-
-
-def _laid_out_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor's numbers in the order in which the parameter's lie in memory."""
-    if tensor.stride() != parameter.stride():
-        tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-    return _flat(tensor)
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
-def _joined(parameter: nn.Parameter, parts: list[tuple[slice, Any]]) -> Any:
-    """A state of the whole parameter from those of its pieces."""
-    numbers, value = parts[0]
-    if not (isinstance(value, Tensor) and value.shape == (numbers.stop - numbers.start,) and value.dim() == 1):
-        return value  # the number of steps and the like
-    whole = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    flat = _flat(whole)
-    for numbers, value in parts:
-        flat[numbers] = value.to(flat.device)
-    return whole
-
-
-def _cut_out(name: str, value: Any, piece: _Piece) -> Any:
-    """A piece's part of a state of the whole parameter."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.shape != piece.parameter.shape or name in _COUNTERS:
-        return value.clone()
-    state = value.to(piece.parameter.device)
-    return _laid_out_as(state, piece.parameter)[piece.numbers].clone()

@@ -7,6 +7,8 @@ the same order, so that they may use the backend; what they do to the model or t
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.plain_state import is_stateful, to_plain
 
 if TYPE_CHECKING:
+    from hvdtrain.training.checkpoint import Checkpoints
     from hvdtrain.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
@@ -91,7 +94,8 @@ class Callback(Protocol):
     """An object to be given to ``Trainer(callbacks=[...])``: any of these methods.
 
     With `state_dict` and `load_state_dict` besides, rank 0's state is saved in every checkpoint, and loaded on every rank before
-    `on_start`. To end the run after the current step or evaluation, call ``trainer.stop(reason)``.
+    `on_start`, into the object of the same class, or of the same text ``state_name`` if it has one; several of one name are
+    numbered. To end the run after the current step or evaluation, call ``trainer.stop(reason)``.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -120,7 +124,7 @@ class Events:
         callbacks: See `Callback`.
 
     Attributes:
-        described: Their classes, for comparing over the ranks.
+        described: Their names, for comparing over the ranks.
         stop_reason: Why this rank's callbacks want the run to end; "" if they do not.
 
     Raises:
@@ -135,6 +139,7 @@ class Events:
             method: [getattr(one, method) for one in self._callbacks.values() if callable(getattr(one, method, None))]
             for method in _METHODS
         }
+        self._beside: list[Checkpoints] = []  # of callbacks, in folders of their own
         self._telling = False
         self._later: list[Callable[[], object]] = []
 
@@ -175,6 +180,16 @@ class Events:
         else:
             do()
 
+    def keep_apart(self, checkpoints: Checkpoints, own: Checkpoints | None) -> None:
+        """Note where a callback writes checkpoints; see `Trainer.keep_apart`."""
+        place = os.path.realpath(checkpoints.folder)
+        for other in (own, *self._beside):
+            if other is not None and other is not checkpoints and os.path.realpath(other.folder) == place:
+                raise ConfigError(
+                    f"{checkpoints.folder} is the folder of other checkpoints of this run; give a folder for each"
+                )
+        self._beside.append(checkpoints)
+
     @contextmanager
     def inference(self, trainer: Trainer) -> Iterator[None]:
         """Surround an evaluation or a prediction."""
@@ -182,7 +197,13 @@ class Events:
             if self._methods["inference"]:
                 trainer.replica.sync_buffers()  # those that training goes on with, whatever stands in for them meanwhile
             for method in self._methods["inference"]:
-                stack.enter_context(method(trainer))
+                context = method(trainer)
+                if not isinstance(context, AbstractContextManager):
+                    raise ConfigError(
+                        f"{method.__qualname__} must return a context manager, and returned a {type(context).__name__}; write it with one yield, "
+                        "under @contextlib.contextmanager"
+                    )
+                stack.enter_context(context)
             yield
 
     def _tell(self, event: str, trainer: Trainer, *about: object) -> None:
@@ -208,14 +229,18 @@ class Events:
         return {name: one.state_dict() for name, one in self.stateful.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the callbacks go on; one that was not there begins anew, and one that is no more is left out."""
+        """Let the callbacks go on; one that was not there begins anew."""
         for name, one in self.stateful.items():
             if name in state:
                 one.load_state_dict(state[name])
             else:
                 _log.warning("the checkpoint holds nothing of the callback %s, which begins anew", name)
+
+    def known(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a saved state holds of these callbacks."""
         for name in [name for name in state if name not in self.stateful]:
             _log.warning("what the checkpoint holds of a callback %s is left out: this run has none", name)
+        return {name: value for name, value in state.items() if name in self.stateful}
 
     def check_savable(self) -> None:
         """Refuse at once what the first checkpoint would fail at.
@@ -231,20 +256,26 @@ class Events:
 
 
 def _named(callbacks: Sequence[object]) -> dict[str, Any]:
-    """The callbacks by their class, numbered where there are several of one."""
+    """The callbacks by what their states are called, numbered where several are called the same."""
     if not isinstance(callbacks, list | tuple):
         raise ConfigError(f"callbacks must be a list of objects, got a {type(callbacks).__name__}")
     named: dict[str, Any] = {}
+    of_name: Counter[str] = Counter()
     for one in callbacks:
         kind = type(one).__name__
         if isinstance(one, type):
             raise ConfigError(f"callbacks holds the class {one.__name__}; give an object of it, {one.__name__}(...)")
+        if any(one is other for other in named.values()):
+            raise ConfigError(
+                f"callbacks holds the same {kind} twice, which would be told everything twice; leave one out"
+            )
         unknown = [
             name for name in dir(one) if name.startswith("on_") and name not in _EVENTS and callable(getattr(one, name))
         ]
         if unknown or not any(callable(getattr(one, method, None)) for method in _METHODS):
             what = f"{unknown[0]}, which is never called" if unknown else "no method that is ever called"
             raise ConfigError(f"the callback {kind} has {what}; a callback has one or more of {', '.join(_METHODS)}")
-        number = sum(name.split()[0] == kind for name in named) + 1
-        named[kind if number == 1 else f"{kind} {number}"] = one
+        name = str(getattr(one, "state_name", kind))
+        of_name[name] += 1
+        named[name if of_name[name] == 1 else f"{name} {of_name[name]}"] = one
     return named

@@ -13,17 +13,25 @@ from hvdtrain.backends.replica import Replica
 
 @contextmanager
 def inference(replica: Replica) -> Iterator[nn.Module]:
-    """Give the model to call, which trains again afterwards if it did before; every rank must enter.
+    """Give the model to call, whose modules are afterwards as they were, training or not; every rank must enter.
 
     Args:
         replica: Its buffers (running statistics and the like) become those of rank 0.
     """
     replica.sync_buffers()
     model = replica.inference_model
-    was_training = model.training
-    model.eval()
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield model
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Let a model change between training and evaluation; afterwards each of its modules is as it was, frozen ones too."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            yield model
+        yield
     finally:
-        model.train(was_training)
+        model.train(modes[model])
+        for module, was_training in modes.items():
+            module.training = was_training

@@ -23,6 +23,7 @@ from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints, Loaded, fill, load, model_state
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.events import Events
+from hvdtrain.training.inference import modes_kept
 from hvdtrain.training.plain_state import from_plain, is_stateful, to_plain
 from hvdtrain.training.random_numbers import random_state, set_random_state
 from hvdtrain.training.schedules import describe
@@ -248,6 +249,8 @@ class LoopState:
             )
         try:
             own_options = _options(part) if name == "optimizer" else []
+            if isinstance(part, Events):
+                state = part.known(state or {})
             _load(part, from_plain(state, _state(part), f"the {name}'s state"))
             if name == "optimizer":
                 self._check_options(loaded, part, own_options)
@@ -287,15 +290,13 @@ def rehearse(replica: Replica, forward: Callable[[nn.Module], Tensor]) -> None:
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Let a module compute in training mode; its buffers and all random numbers are afterwards as before."""
-    was_training = module.training
-    module.train()
     buffers = [buffer.clone() for buffer in module.buffers()]
-    with untouched_random_numbers():
+    with modes_kept(module), untouched_random_numbers():
+        module.train()
         yield
     with torch.no_grad():
         for buffer, before in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(before)
-    module.train(was_training)
 
 
 def _optimizer(replica: Replica) -> Optimizer | None:

@@ -76,8 +76,7 @@ def prepare(metric: EpochMetric, device: torch.device) -> None:
 
 def grouping_of(metric: object) -> str:
     """Which metrics of a collection share their states, which a torchmetrics collection decides by its first batch; "" for none."""
-    groups = getattr(metric, "compute_groups", None) if _parts_of(metric) else None
-    return "" if groups is None else str(sorted(groups.values()))
+    return "; ".join(str(sorted(one.compute_groups.values())) for one in _collections_of(metric))
 
 
 def was_updated(metric: object) -> bool:
@@ -91,8 +90,8 @@ def state_of(metric: object) -> Any:
     parts = _parts_of(metric)
     if not parts:
         return metric
-    if callable(getattr(metric, "values", None)):  # a collection: members of a group have the state of one
-        metric.values(copy_state=False)  # type: ignore[attr-defined]
+    for collection in _collections_of(metric):
+        collection.values(copy_state=False)  # members of a group have the state of one
     sent: dict[int, Any] = {}  # a state that several share is sent once
     return {
         path: _Part(part.update_count, {name: _sent(value, sent) for name, value in part.metric_state.items()})
@@ -128,6 +127,12 @@ def _parts_of(metric: object) -> list[tuple[str, Any]]:
     return [
         (path, part) for path, part in metric.named_modules() if isinstance(getattr(part, "_reductions", None), dict)
     ]
+
+
+def _collections_of(metric: object) -> list[Any]:
+    """The torchmetrics collections in a torchmetrics object, itself included."""
+    parts = metric.modules() if isinstance(metric, nn.Module) and _parts_of(metric) else ()
+    return [part for part in parts if hasattr(part, "compute_groups")]
 
 
 def _merged(values: list[Any], updates: list[int], reduction: Any) -> Any:

@@ -6,6 +6,7 @@ list has an entry for each sample: that is for texts, and for what is not equall
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,11 +78,17 @@ def _take(value: Any, samples: int, columns: dict[tuple[Any, ...], Column], path
         return None
     if isinstance(value, list):
         _check_length(len(value), samples, said, f"is a list of {len(value)}")
-        columns[path] = [_copied(entry) for entry in value]
+        columns[path] = [_copied(to_device(entry, "cpu")) for entry in value]
         return None
     if isinstance(value, Tensor | np.ndarray):
-        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested):
-            raise ConfigError(f"{said} is a sparse or nested tensor; return a dense one, or a list of tensors")
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_nested or value.is_quantized):
+            raise ConfigError(
+                f"{said} is a sparse, nested or quantized tensor; return a dense one, or a list of tensors"
+            )
+        if isinstance(value, np.ma.MaskedArray):
+            raise ConfigError(
+                f"{said} is a masked array, whose mask would be lost; return .filled(), or the mask beside it"
+            )
         _check_length(value.shape[0] if value.ndim else None, samples, said, f"has shape {tuple(value.shape)}")
         columns[path] = _copied(value)
         return None
@@ -106,10 +113,23 @@ def _check_length(length: int | None, samples: int, said: str, what: str) -> Non
 
 
 def _copied(value: Any) -> Any:
-    """A copy that shares no memory: a view would travel with all that it is a view of."""
+    """A copy on the CPU that shares no memory: a view would travel with all that it is a view of, and may be overwritten."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    return value.copy() if isinstance(value, np.ndarray) else to_device(value, "cpu")
+        tensor = value.detach().to("cpu", copy=True)
+        return tensor.contiguous() if tensor.layout == torch.strided and not tensor.is_nested else tensor
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if value is None or isinstance(value, (str, bytes, int, float, complex)):
+        return value
+    parts = parts_of(value)
+    if parts is not None:
+        return with_parts(value, {key: _copied(part) for key, part in parts.items()})
+    try:
+        return pickle.loads(pickle.dumps(value))  # as it travels
+    except Exception as error:  # of its class's own
+        raise ConfigError(
+            f"an output of a sample holds a {type(value).__name__}, which cannot be sent to another rank: {error}"
+        ) from error
 
 
 def _kind(column: Column) -> str:

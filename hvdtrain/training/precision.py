@@ -39,8 +39,20 @@ class Precision:
         self.scaler: GradScaler | None = GradScaler(device.type) if name == "fp16" else None
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and its floating-point parameters and buffers to the precision's type, in place."""
-        return model.to(self._device, self.dtype)
+        """Move a model to the device and its floating-point parameters and buffers to the precision's type, in place.
+
+        Complex ones get the type of two such numbers; ``model.to(dtype)`` would drop their imaginary parts.
+        """
+
+        def converted(tensor: Tensor) -> Tensor:
+            kind = tensor.dtype
+            return tensor.to(
+                self.dtype.to_complex() if kind.is_complex else self.dtype if kind.is_floating_point else kind
+            )
+
+        model.to(self._device)
+        model._apply(converted)
+        return model
 
     def cast(self, batch: Any) -> Any:
         """Return a batch whose floating-point tensors have the type that the model's parameters have (fp64 only)."""

@@ -78,6 +78,8 @@ def destination(to: Path | str) -> str:
     Raises:
         ConfigError: It may be a misspelt one of the first two.
     """
+    if not isinstance(to, str | Path):
+        raise ConfigError(f"to={to!r} must be 'rank0', 'all' or the path of a folder, and is a {type(to).__name__}")
     if to in ("rank0", "all"):
         return str(to)
     if isinstance(to, str) and not os.path.dirname(to):

@@ -1,14 +1,16 @@
 """Where predictions go, sample after sample: into memory, or into files that are open to any program.
 
 In a folder a tensor or an array becomes ``NAME.npy``, a list ``NAME.jsonl`` with a line for each sample. The folder is whole or
-absent: it is written under another name first.
+absent: it is written under another name first, ``NAME.partial``, by one job at a time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -18,10 +20,16 @@ from torch import Tensor
 
 from hvdtrain.data.nested import parts_of
 from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.folder_lock import FolderInUse, FolderLock, take
+from hvdtrain.training.checkpoint_files import flush
 from hvdtrain.training.outputs import Column, Outputs, name_of
 
+_LOCK = ".lock"
+_claimed: set[Path] = set()  # by this process, which a lock does not keep out
 _FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
-_AS_FLOAT32 = (torch.bfloat16, *(getattr(torch, name) for name in dir(torch) if name.startswith("float8_")))
+_WIDER = {torch.complex32: torch.complex64, torch.bfloat16: torch.float32} | {
+    getattr(torch, name): torch.float32 for name in dir(torch) if name.startswith("float8_")
+}
 
 
 class Store(Protocol):
@@ -89,18 +97,18 @@ class InFolder:
         samples: How many there will be.
 
     Raises:
-        OutputError: There is something, or nothing can be written.
+        OutputError: There is something, another job writes it just now, or nothing can be written.
     """
 
     def __init__(self, folder: Path, samples: int) -> None:
-        self._folder, self._samples = folder, samples
-        self._part = folder.with_name(folder.name + ".partial")
+        self._samples = samples
+        self._folder = Path(os.path.realpath(folder))  # wherever links and the working directory will lead later
+        self._part = self._folder.parent / (self._folder.name + ".partial")
         self._files: dict[tuple[Any, ...], IO[bytes]] = {}
+        self._lock: FolderLock | None = None
         try:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise OutputError(f"{folder} is there already; name a new folder for the predictions, or delete it")
-            shutil.rmtree(self._part, ignore_errors=True)
-            self._part.mkdir(parents=True)
+            self._refuse_what_cannot_be_replaced()
+            self._claim()
         except OSError as error:
             raise self._failure(error) from error
 
@@ -124,7 +132,10 @@ class InFolder:
         try:
             for file in self._files.values():
                 file.close()
+                flush(Path(file.name))
             self._part.replace(self._folder)
+            self._release(self._folder)
+            flush(self._folder.parent)
         except OSError as error:
             raise self._failure(error) from error
         return self._folder
@@ -132,8 +143,48 @@ class InFolder:
     def give_up(self) -> None:
         """Delete what was written."""
         for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._part, ignore_errors=True)
+            with suppress(OSError):  # of a full disk, which has been told
+                file.close()
+        if self._lock is not None:
+            shutil.rmtree(self._part, ignore_errors=True)
+            self._release(self._part)
+
+    def _refuse_what_cannot_be_replaced(self) -> None:
+        """By the whole folder, at the end: what fails then is lost."""
+        folder = self._folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder} is there already; name a new folder for the predictions, or delete it")
+        if os.path.ismount(folder) or folder == Path.cwd():
+            what = "where a disk is mounted" if os.path.ismount(folder) else "the working directory"
+            raise OutputError(f"{folder} is {what}, and cannot be put in place as a whole; name a new folder in it")
+
+    def _claim(self) -> None:
+        """Take the place where they are written, which a killed run may have left behind."""
+        left_by_a_run = (self._part / _LOCK).exists()
+        if self._part.exists() and not left_by_a_run and (not self._part.is_dir() or any(self._part.iterdir())):
+            raise OutputError(
+                f"{self._part}, where the predictions are written first, is something else; move it away, or name another folder"
+            )
+        if self._part in _claimed:
+            raise OutputError(f"{self._folder} is being written by this process already; name another folder")
+        try:
+            self._lock = take(self._part / _LOCK)
+        except FolderInUse as holder:
+            raise OutputError(
+                f"{self._folder} is being written by another job, {holder}; wait for it, end it, or name another folder"
+            ) from None
+        _claimed.add(self._part)
+        for file in self._part.iterdir():
+            if file.name != _LOCK:
+                file.unlink()
+
+    def _release(self, folder: Path) -> None:
+        """Nobody writes there any more."""
+        if self._lock is not None:
+            (folder / _LOCK).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+            _claimed.discard(self._part)
 
     def _open(self, outputs: Outputs) -> None:
         taken = set()
@@ -162,9 +213,9 @@ class InFolder:
 
 
 def _array(column: Any) -> np.ndarray[Any, Any]:
-    """A column as NumPy has it: what it has no type for becomes float32, which holds all its values."""
+    """A column as NumPy has it: what it has no type for becomes a wider one, which holds all its values."""
     if isinstance(column, Tensor):
-        column = (column.float() if column.dtype in _AS_FLOAT32 else column).resolve_conj().resolve_neg().numpy()
+        column = column.to(_WIDER.get(column.dtype, column.dtype)).resolve_conj().resolve_neg().numpy()
     if column.dtype.hasobject:
         raise ConfigError("an array of Python objects cannot be written to a .npy file; return a list instead")
     return cast("np.ndarray[Any, Any]", np.ascontiguousarray(column))

@@ -63,6 +63,24 @@ class Pacemaker:
                     "first, or go on to the schedules inside it one by one"
                 )
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse a schedule that changes nothing that is trained with.
+
+        Args:
+            optimizer: The one that is stepped. A schedule may be made over one inside it, whose groups it shares.
+
+        Raises:
+            ConfigError: The schedule is over another optimizer's parameter groups.
+        """
+        groups = {id(group) for group in optimizer.param_groups}
+        for schedule in (self.schedule, *(inner for _, inner in _inside(self.schedule))):
+            scheduled = getattr(getattr(schedule, "optimizer", None), "param_groups", None)
+            if scheduled and not any(id(group) in groups for group in scheduled):
+                raise ConfigError(
+                    f"the schedule {type(schedule).__name__} is over another optimizer than the one that is trained with, whose learning rate "
+                    "it would never change; make it over that one"
+                )
+
     def check_savable(self, optimizer: Optimizer) -> None:
         """Refuse at once what the first checkpoint would fail at.
 

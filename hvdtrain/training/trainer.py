@@ -177,6 +177,7 @@ class Trainer:
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         self._pacemaker = Pacemaker(schedule, schedule_interval, schedule_metric)
+        self._pacemaker.check_optimizer(optimizer)
         self._events = Events(callbacks)
         if checkpoints is not None:
             self._pacemaker.check_savable(optimizer)
@@ -212,8 +213,7 @@ class Trainer:
         self._logger: Logger = logger or NullLogger()
         self._progress = progress
         self._checkpoints = checkpoints
-        self._checkpoint_every = checkpoint_every
-        self._checkpoint_minutes = checkpoint_minutes
+        self._checkpoint_every, self._checkpoint_minutes = checkpoint_every, checkpoint_minutes
         self._checkup = Checkup(
             backend,
             log_every=log_every,
@@ -608,6 +608,14 @@ class Trainer:
             save(self._state, checkpoints, self.position, self._seed, self._batches, last=last)
 
         self._events.when_all_are_told(write)
+
+    def keep_apart(self, checkpoints: Checkpoints) -> None:
+        """Refuse a folder beside the run's own in which something else of this run writes, which would thin out its checkpoints.
+
+        Raises:
+            ConfigError: It is the run's own, or another callback's.
+        """
+        self._events.keep_apart(checkpoints, self._checkpoints)
 
     def _stop_reason(self) -> str:
         """Why the run ended early, the same on every rank."""

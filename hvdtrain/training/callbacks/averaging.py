@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.callbacks.weights import swap, weights_of
+from hvdtrain.training.callbacks.weights import weights_of
 from hvdtrain.training.events import StepEvent
 
 if TYPE_CHECKING:
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 
 class ExponentialMovingAverage:
-    """Averages parameters and floating-point buffers: after each step ``average = decay * average + (1 - decay) * weights``.
+    """Averages parameters and buffers of real and complex numbers: after each step ``average = decay * average + (1 - decay) * weights``.
+
+    Weights of less than 32 bits are averaged in float32: what one step adds would be rounded away.
 
     Args:
         decay: Between 0 and 1; the average reaches back about ``1 / (1 - decay)`` steps.
-        evaluate: Whether evaluations and predictions use the average. Checkpoints hold both; ``with average.applied(trainer):``
-            the model holds the average, to export it.
+        evaluate: Whether evaluations and predictions use the average (of several, the last one's). Checkpoints hold both; ``with
+            average.applied(trainer):`` the model holds the average, to export it.
 
     Raises:
         ConfigError: ``decay`` is out of bounds.
@@ -35,21 +38,28 @@ class ExponentialMovingAverage:
         self._update = get_ema_multi_avg_fn(decay)
         self._evaluate = evaluate
         self._average: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}  # the model's own
+        self._averaged: dict[str, Tensor] = {}  # the model's own
+        self._is_applied = False
 
     def on_start(self, trainer: Trainer) -> None:
         """Begin with the weights as they are, or go on."""
-        self._weights, before = weights_of(trainer.replica.module), self._average
-        if before and {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in self._weights.items()}:
+        self._averaged, before = weights_of(trainer.replica.module), self._average
+        if before and {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in self._averaged.items()}:
             raise CheckpointError(
                 "the average of the weights is of another model; train without it, or with the model it is of"
             )
-        self._average = {k: before[k].to(v) if before else v.clone() for k, v in self._weights.items()}
+        self._average = {
+            name: before.get(name, weight).detach().to(weight.device, _precise(weight), copy=True)
+            for name, weight in self._averaged.items()
+        }
 
     def on_step(self, trainer: Trainer, event: StepEvent) -> None:
         """Take in the new weights."""
         if not event.skipped:
-            self._update(list(self._average.values()), list(self._weights.values()), None)
+            now = self._weights(trainer)
+            self._update(
+                list(self._average.values()), [now[k].detach().to(v.dtype) for k, v in self._average.items()], None
+            )
 
     def inference(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Let evaluations use the average."""
@@ -57,15 +67,19 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def applied(self, trainer: Trainer) -> Iterator[None]:
-        """Let the model hold the average; its own weights come back afterwards, bit for bit."""
-        now = weights_of(trainer.replica.module)
-        if {k: v.data_ptr() for k, v in now.items()} != {k: v.data_ptr() for k, v in self._weights.items()}:
-            raise ConfigError("the model's parameters are not those that are averaged; replace them before fit begins")
-        swap(self._weights, self._average)
+        """Let the model hold the average; its own weights, which are kept beside it, come back afterwards, bit for bit."""
+        if self._is_applied:  # an evaluation in here
+            yield
+            return
+        weights = self._weights(trainer)
+        own = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._is_applied = True
         try:
+            _copy(self._average, weights)
             yield
         finally:
-            swap(self._weights, self._average)
+            _copy(own, weights)
+            self._is_applied = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average by the names of the model's state."""
@@ -74,3 +88,25 @@ class ExponentialMovingAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._average = state["average"]
+
+    def _weights(self, trainer: Trainer) -> dict[str, Tensor]:
+        """The model's, which may have moved but must be those that are averaged."""
+        if not self._averaged:
+            raise ConfigError("there is no average of the weights yet; it begins with fit")
+        now = weights_of(trainer.replica.module)
+        parameters = {name: id(weight) for name, weight in now.items() if isinstance(weight, nn.Parameter)}
+        if now.keys() != self._averaged.keys() or any(
+            id(self._averaged[name]) != one for name, one in parameters.items()
+        ):
+            raise ConfigError("the model's parameters are not those that are averaged; replace them before fit begins")
+        return now
+
+
+def _precise(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else weight.dtype
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])

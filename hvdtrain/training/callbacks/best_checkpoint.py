@@ -32,9 +32,14 @@ class BestCheckpoint:
     """
 
     def __init__(self, folder: Path | str, metric: str = "loss", *, mode: str = "min") -> None:
-        self.checkpoints = Checkpoints(folder, keep=1)
+        self.checkpoints = Checkpoints(Path(folder).absolute(), keep=1)
         self._goal = Goal(metric, mode)
         self.best, self._step = self._goal.worst, -1
+        self.state_name = self._goal.of(self)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Have the folder alone."""
+        trainer.keep_apart(self.checkpoints)
 
     def on_evaluation(self, trainer: Trainer, event: EvaluationEvent) -> None:
         """Save, if it is the best."""

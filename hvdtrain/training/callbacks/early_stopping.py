@@ -32,6 +32,7 @@ class EarlyStopping:
             raise ConfigError(f"patience must be at least 1, got {patience}")
         self._goal, self._patience = Goal(metric, mode, min_delta), patience
         self.best, self.waited = self._goal.worst, 0
+        self.state_name = self._goal.of(self)
 
     def on_start(self, trainer: Trainer) -> None:
         """End what has been ended."""

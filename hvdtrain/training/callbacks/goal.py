@@ -16,6 +16,9 @@ class Goal:
         mode: "min" or "max".
         min_delta: What is no more than this much better does not count as better.
 
+    Attributes:
+        worst: What every value is better than.
+
     Raises:
         ConfigError: An argument cannot work.
     """
@@ -25,10 +28,14 @@ class Goal:
             raise ConfigError(f"mode must be 'min' or 'max', got {mode!r}")
         if not 0 <= min_delta < math.inf:
             raise ConfigError(f"min_delta must be 0 or more, got {min_delta}")
-        self.metric = metric
+        self.metric, self.mode = metric, mode
         self._sign = 1.0 if mode == "min" else -1.0
         self._min_delta = min_delta
         self.worst = self._sign * math.inf
+
+    def of(self, callback: object) -> str:
+        """The name of a callback's state: values of another metric, or of the other direction, say nothing about this one."""
+        return f"{type(callback).__name__} of {self.metric} ({self.mode})"
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """Return the metric.

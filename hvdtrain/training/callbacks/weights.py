@@ -1,27 +1,16 @@
-"""A model's weights by name, and other ones in their place."""
+"""A model's weights by name, themselves and not copies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor, nn
-
-from hvdtrain.training.checkpoint import model_state
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's floating-point parameters and buffers themselves, each once, though it may have several names."""
-    found = {
-        tensor.data_ptr(): (name, tensor) for name, tensor in model_state(model).items() if tensor.is_floating_point()
-    }
+    """Return a model's floating-point and complex parameters and persistent buffers, each once, though it may have several names."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules():
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in (*module._parameters.items(), *buffers.items()):
+            if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                found.setdefault(tensor.data_ptr() or id(tensor), (f"{prefix}.{name}" if prefix else name, tensor))
     return dict(found.values())
-
-
-@torch.no_grad()
-def swap(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Exchange the values of tensors of the same names, one at a time."""
-    for name, tensor in some.items():
-        kept = tensor.clone()
-        tensor.copy_(others[name])
-        others[name].copy_(kept)

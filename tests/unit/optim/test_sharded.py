@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.optim.pieces import Piece, cut_out, joined
 from hvdtrain.optim.sharded import ELEMENTWISE, ShardedOptimizer
 from hvdtrain.testing.threads import run_ranks
 
@@ -157,3 +158,113 @@ def test_a_parameter_that_is_not_in_one_piece_of_memory_is_refused():
     parameter = nn.Parameter(torch.ones(4, 4)[:, ::2])
     with pytest.raises(ConfigError, match="one piece of memory"):
         run_ranks(1, lambda communicator: ShardedOptimizer(torch.optim.Adam([parameter]), communicator))
+
+
+def sharded_steps(edit, name="AdamW", ranks=2, steps=4):
+    """Train, with ``edit(model, optimizer)`` before the third step, on each rank."""
+
+    def rank(communicator):
+        model = copy.deepcopy(MODEL)
+        optimizer = ShardedOptimizer(optimizer_of(name, model), communicator)
+        for step in range(steps):
+            if step == 2:
+                edit(model, optimizer)
+            differentiate(model, step)
+            optimizer.step()
+        return model
+
+    return run_ranks(ranks, rank)
+
+
+def take_out(model, optimizer):
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+
+
+def resize(model, optimizer):
+    model[0].weight.data = torch.ones(6, 7)
+
+
+def lay_otherwise(model, optimizer):
+    model[2].to(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (take_out, "taken out of a ShardedOptimizer's param_groups"),
+        (lambda model, optimizer: optimizer.param_groups.pop(), "taken out of a ShardedOptimizer's param_groups"),
+        (resize, r"shape \(6, 7\) and strides \(7, 1\), and its 35 numbers lay otherwise"),
+        (lay_otherwise, "change its memory format before the first step"),
+        (lambda model, optimizer: optimizer.state[model[0].weight], r"whole by state_dict\(\)"),
+        (lambda model, optimizer: optimizer.state.update({}) or copy.deepcopy(optimizer), "neither copied nor pickled"),
+        (lambda model, optimizer: setattr(optimizer, "state", {model[0].weight: {}}), r"changes it by load_state_dict"),
+    ],
+    ids=["taken out", "group popped", "resized", "memory format", "state", "copied", "state given"],
+)
+def test_what_would_not_be_what_was_cut_is_refused_by_a_sentence(edit, message):
+    with pytest.raises(ConfigError, match=message):
+        sharded_steps(edit)
+
+
+def test_a_parameter_that_is_resized_before_the_first_step_is_refused():
+    def rank(communicator):
+        model = copy.deepcopy(MODEL)
+        optimizer = ShardedOptimizer(optimizer_of("SGD", model), communicator)
+        resize(model, optimizer)
+        differentiate(model, 0)
+        with pytest.raises(ConfigError, match="resize it before the ShardedOptimizer is made"):
+            optimizer.step()
+
+    run_ranks(2, rank)
+
+
+def test_a_sparse_gradient_is_refused_on_every_rank():
+    def rank(communicator):
+        table, other = nn.Embedding(4, 3, sparse=True), nn.Parameter(torch.ones(90))
+        optimizer = ShardedOptimizer(torch.optim.SGD([other, table.weight], lr=0.1), communicator)
+        table(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(ConfigError, match="a gradient is sparse"):
+            optimizer.step()
+
+    run_ranks(2, rank)
+
+
+@pytest.mark.parametrize("forget", [lambda o: o.state.clear(), lambda o: setattr(o, "state", {})], ids=["clear", "set"])
+def test_the_state_can_be_forgotten_as_the_plain_ones(forget):
+    plain = copy.deepcopy(MODEL)
+    optimizer = optimizer_of("AdamW", plain)
+    for step in range(4):
+        if step == 2:
+            optimizer.state.clear()
+        differentiate(plain, step)
+        optimizer.step()
+    for model in sharded_steps(lambda model, optimizer: forget(optimizer)):
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_schedule_that_holds_the_groups_still_holds_them_after_a_load():
+    def rank(communicator):
+        optimizer = ShardedOptimizer(optimizer_of("SGD", copy.deepcopy(MODEL)), communicator)
+        held = list(optimizer.param_groups)
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] = 0.25
+        optimizer.load_state_dict(state)
+        assert all(a is b for a, b in zip(optimizer.param_groups, held, strict=True))
+        assert held[0]["lr"] == 0.25
+
+    run_ranks(2, rank)
+
+
+def test_a_loaded_counter_goes_to_the_device_only_where_the_optimizer_wants_it_there():
+    parameter = nn.Parameter(torch.ones(4, device="meta"))
+    piece = Piece(parameter, slice(0, 2), nn.Parameter(parameter.detach()[:2]))
+    step = torch.tensor(3.0)
+    assert cut_out("step", step, piece, counters_too=True).device.type == "meta"
+    assert cut_out("step", step, piece, counters_too=False).device.type == "cpu"
+
+
+def test_a_whole_state_is_put_together_on_the_cpu():
+    parameter = nn.Parameter(torch.ones(4, device="meta"))
+    whole = joined(parameter, [(slice(0, 3), torch.ones(3)), (slice(3, 4), torch.zeros(1))])
+    assert whole.tolist() == [1, 1, 1, 0]

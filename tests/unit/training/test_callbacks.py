@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,8 +112,9 @@ class Typo:
         ([Typo()], "the callback Typo has on_evalution, which is never called"),
         ([Diary], r"holds the class Diary; give an object of it, Diary\(...\)"),
         (Diary(), "callbacks must be a list of objects, got a Diary"),
+        ([(twice := Diary()), twice], "the same Diary twice, which would be told everything twice"),
     ],
-    ids=["none", "typo", "class", "no list"],
+    ids=["none", "typo", "class", "no list", "twice"],
 )
 def test_what_is_no_callback_is_refused(alone, callbacks, message):
     with pytest.raises(ConfigError, match=message):
@@ -148,6 +152,42 @@ def test_a_callback_that_is_new_begins_anew_and_one_that_is_gone_is_left_out(alo
     assert "holds nothing of the callback Counting, which begins anew" in caplog.text
     fit(trainer_of(alone), epochs=3, resume_from=checkpoints.find(alone))
     assert "what the checkpoint holds of a callback Counting is left out" in caplog.text
+
+
+@dataclass
+class Content:
+    """Of a state: what comes back is of the running object's class."""
+
+    steps: int = 0
+
+
+class Elaborate(Counting):
+    def state_dict(self):
+        return {"steps": Content(self.steps)}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"].steps
+
+
+def test_a_callback_with_an_elaborate_state_can_be_left_out_too(alone, tmp_path, caplog):
+    checkpoints = hvdtrain.Checkpoints(tmp_path)
+    fit(trainer_of(alone, [Elaborate()], checkpoints=checkpoints), epochs=1)
+    fit(trainer_of(alone), resume_from=checkpoints.find(alone))
+    assert "what the checkpoint holds of a callback Elaborate is left out" in caplog.text
+    again = Elaborate()
+    fit(trainer_of(alone, [again]), resume_from=checkpoints.find(alone))
+    assert again.steps == 2 * STEPS
+
+
+def test_what_is_no_context_manager_is_refused(alone):
+    class Forgetful:
+        def inference(self, trainer):
+            pass
+
+    with pytest.raises(
+        ConfigError, match=r"Forgetful.inference must return a context manager, and returned a NoneType"
+    ):
+        fit(trainer_of(alone, [Forgetful()]))
 
 
 def test_a_state_that_cannot_be_saved_is_refused_at_once(alone, tmp_path):
@@ -230,6 +270,50 @@ def test_an_evaluation_only_because_the_run_ended_does_not_use_up_patience(alone
 def test_a_metric_that_is_not_there_is_named(alone):
     with pytest.raises(ConfigError, match="there is no metric 'f1'; the evaluation reports it, loss"):
         fit(trainer_of(alone, [hvdtrain.EarlyStopping("f1")]))
+
+
+def test_values_of_another_metric_are_not_gone_on_with(alone, tmp_path, caplog):
+    checkpoints = hvdtrain.Checkpoints(tmp_path / "all")
+
+    def callbacks(metric, mode, folder):
+        return hvdtrain.EarlyStopping(metric, mode=mode), hvdtrain.BestCheckpoint(tmp_path / folder, metric, mode=mode)
+
+    fit(trainer_of(alone, callbacks("loss", "min", "a"), Task([0.1]), checkpoints=checkpoints), epochs=1)
+    early, best = callbacks("it", "max", "b")
+    fit(trainer_of(alone, [early, best], Task([0.25, 0.5])), epochs=3, resume_from=checkpoints.find(alone))
+    assert (early.best, best.best, best.checkpoints.find(alone).step) == (0.5, 0.5, 3 * STEPS)
+    assert "holds nothing of the callback EarlyStopping of it (max), which begins anew" in caplog.text
+
+
+def test_in_another_order_each_goes_on_with_its_own(alone, tmp_path):
+    checkpoints = hvdtrain.Checkpoints(tmp_path)
+    first = [hvdtrain.EarlyStopping("loss"), hvdtrain.EarlyStopping("it", mode="max")]
+    fit(trainer_of(alone, first, Task([0.1]), checkpoints=checkpoints), epochs=1)
+    again = [hvdtrain.EarlyStopping("it", mode="max"), hvdtrain.EarlyStopping("loss")]
+    fit(trainer_of(alone, again, Task([0.1])), epochs=1, resume_from=checkpoints.find(alone))
+    assert [one.best for one in again] == [one.best for one in reversed(first)]
+
+
+@pytest.mark.parametrize("folders", ["ab", "bb"], ids=["the run's", "another one's"])
+def test_a_folder_of_other_checkpoints_is_refused_before_they_are_thinned_out(alone, tmp_path, folders):
+    best = [hvdtrain.BestCheckpoint(tmp_path / name, "it") for name in folders]
+    with pytest.raises(ConfigError, match="is the folder of other checkpoints of this run"):
+        fit(trainer_of(alone, best, checkpoints=hvdtrain.Checkpoints(tmp_path / "a")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_checkpoint_stays_in_its_folder_when_the_working_directory_changes(alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    class Changing:
+        def on_epoch(self, trainer, event):
+            os.chdir(tmp_path / "elsewhere")
+
+    best = hvdtrain.BestCheckpoint("best", "it")
+    fit(trainer_of(alone, [Changing(), best], Task([2, 1])))
+    assert best.checkpoints.find(alone).step == 2 * STEPS
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [{"mode": "best"}, {"min_delta": -1}, {"min_delta": math.nan}])
@@ -370,6 +454,105 @@ def test_a_model_whose_parameters_were_replaced_is_refused(alone):
     trainer.replica.module.weight = nn.Parameter(torch.zeros(3, 2))
     with pytest.raises(ConfigError, match="not those that are averaged"):
         trainer.evaluate(data())
+
+
+def test_an_evaluation_while_the_average_is_applied_is_of_the_average(alone):
+    task = Task()
+    trainer = trainer_of(alone, [average := hvdtrain.ExponentialMovingAverage(0.9)], task)
+    fit(trainer)
+    own = trainer.replica.module.weight.detach().clone()
+    with average.applied(trainer):
+        trainer.evaluate(data(6))
+        trainer.evaluate(data(6))
+    assert torch.equal(task.weights[-1], task.weights[-3])
+    assert torch.equal(task.weights[-2], task.weights[-3])
+    assert torch.equal(trainer.replica.module.weight, own)
+    assert not torch.equal(own, task.weights[-1])
+
+
+def test_before_there_is_an_average_it_cannot_be_applied(alone):
+    trainer = trainer_of(alone, [average := hvdtrain.ExponentialMovingAverage()])
+    trainer.evaluate(data(6))
+    with pytest.raises(ConfigError, match="no average of the weights yet"), average.applied(trainer):
+        pass
+
+
+class Odd(nn.Module):
+    """Complex numbers, numbers of 16 bits, an integer, a state that is no tensor, and buffers that are replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 3)
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        self.register_buffer("turn", torch.full((3,), 1j))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        outputs = self.first(x) * self.phase * self.turn
+        if self.training:
+            self.calls += 1
+            self.mean = 0.5 * self.mean + outputs.detach().abs().mean(0)
+        return outputs.abs()
+
+    def get_extra_state(self):
+        return {"odd": True}
+
+    def set_extra_state(self, state):
+        pass
+
+    @property
+    def weight(self):
+        return torch.cat([torch.view_as_real(self.phase).flatten(), torch.view_as_real(self.turn).flatten(), self.mean])
+
+
+def test_complex_numbers_are_averaged_and_replaced_buffers_followed(alone):
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        model, task = Odd(), Task()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        fit(hvdtrain.Trainer(alone, model, optimizer, task=task, callbacks=callbacks))
+        return model, task.weights[-1].double()
+
+    seen = []
+
+    class Watching:
+        def on_start(self, trainer):
+            seen.append(trainer.replica.module.weight.detach().double())
+
+        def on_step(self, trainer, event):
+            seen.append(0.9 * seen[-1] + 0.1 * trainer.replica.module.weight.detach().double())
+
+    plain, _ = trained(Watching())
+    model, found = trained(hvdtrain.ExponentialMovingAverage(0.9))
+    assert torch.allclose(found, seen[-1], atol=1e-6)
+    assert torch.equal(model.weight, plain.weight)
+    assert model.calls == plain.calls
+
+
+def test_weights_of_16_bits_are_averaged_in_32(alone):
+    trainer = trainer_of(alone)
+    trainer.replica.module.bfloat16()
+    average = hvdtrain.ExponentialMovingAverage(0.999)
+    average.on_start(trainer)
+    with torch.no_grad():
+        trainer.replica.module.weight.add_(1)
+    before = average.state_dict()["average"]["weight"].clone()
+    for _ in range(300):
+        average.on_step(trainer, SimpleNamespace(skipped=False))
+    moved = average.state_dict()["average"]["weight"] - before
+    assert torch.allclose(moved, torch.full_like(moved, 1 - 0.999**300), atol=0.01)
+    with average.applied(trainer):
+        assert torch.equal(trainer.replica.module.weight, (before + moved).bfloat16())
+
+
+def test_an_average_shares_nothing_with_the_one_it_was_loaded_from(alone):
+    average, other = hvdtrain.ExponentialMovingAverage(0.5), hvdtrain.ExponentialMovingAverage(0.5)
+    fit(trainer_of(alone, [average]))
+    other.load_state_dict(average.state_dict())
+    before = average.state_dict()["average"]["weight"].clone()
+    fit(trainer_of(alone, [other], seed=1))
+    assert torch.equal(average.state_dict()["average"]["weight"], before)
 
 
 @pytest.mark.parametrize("decay", [1, -0.1, math.nan])

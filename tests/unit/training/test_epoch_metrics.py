@@ -79,6 +79,16 @@ def collection(**options):
     return torchmetrics.MetricCollection(one | {"auroc": classification.MulticlassAUROC(CLASSES)}, **options)
 
 
+class Tasks(wrappers.MultitaskWrapper):
+    """Two heads, one of them measured by a collection, which shares states once it has been updated."""
+
+    def __init__(self):
+        super().__init__({"one": classification.MulticlassAccuracy(CLASSES), "other": collection()})
+
+    def update(self, outputs, targets):
+        super().update({"one": outputs, "other": outputs}, {"one": targets, "other": targets})
+
+
 TABLE = {
     "F1 macro": (lambda: classification.MulticlassF1Score(CLASSES, average="macro"), scores),
     "F1 of each class": (lambda: classification.MulticlassF1Score(CLASSES, average=None), scores),
@@ -105,6 +115,7 @@ TABLE = {
     "collection of two": (lambda: torchmetrics.MetricCollection([collection(prefix="a_"), collection(prefix="b_")]), scores),
     "composition": (lambda: classification.MulticlassF1Score(CLASSES) * 2 + classification.MulticlassRecall(CLASSES), scores),
     "each class by name": (lambda: wrappers.ClasswiseWrapper(classification.MulticlassRecall(CLASSES, average=None)), scores),
+    "several tasks": (Tasks, scores),
     "least and most": (lambda: wrappers.MinMaxMetric(classification.MulticlassRecall(CLASSES)), scores),
     "mean average precision": (detection.MeanAveragePrecision, boxes),
     "mean average precision of masks": (lambda: detection.MeanAveragePrecision(iou_type="segm"), lambda: boxes(masks=True)),

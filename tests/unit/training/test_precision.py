@@ -31,6 +31,18 @@ def test_parameters_and_products_have_the_types_of_the_precision(name, parameter
         assert model(batch["x"]).dtype == computes
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fp32", torch.complex64), ("bf16", torch.complex64), ("fp64", torch.complex128)]
+)
+def test_complex_numbers_keep_their_imaginary_parts(name, kind):
+    model = nn.Linear(2, 2)
+    model.register_buffer("turns", torch.tensor([1j, 2 + 1j]))
+    model.register_parameter("phase", nn.Parameter(torch.tensor([3j])))
+    Precision(name, CPU).prepare(model)
+    assert (model.turns.dtype, model.phase.dtype) == (kind, kind)
+    assert (model.turns.tolist(), model.phase.tolist()) == ([1j, 2 + 1j], [3j])
+
+
 def test_only_fp16_scales_losses_and_keeps_its_scale():
     loss = torch.tensor(2.0)
     for name in ("fp32", "fp64", "bf16"):

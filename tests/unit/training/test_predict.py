@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +152,102 @@ def test_what_ended_early_leaves_no_folder(alone, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_is_one_sentence(alone):
+@contextmanager
+def disk_of(size):
+    """No file may become larger, which is told as a full disk is: where it is written, or where it is closed."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("width", [20, 10_000], ids=["when the files are closed", "when they are written"])
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(alone, tmp_path, width):
+    with disk_of(300), pytest.raises(OutputError, match=r"predictions cannot be written to .*found: File too large"):
+        predict(alone, lambda x: {"a": x.repeat(1, width), "b": x.repeat(1, width)}, to=tmp_path / "found")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_and_relative_paths_lead_where_they_led_at_the_beginning(alone, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "to nothing").symlink_to(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+
+    def outputs(x):
+        os.chdir(tmp_path / "elsewhere")
+        return x
+
+    assert predict(alone, outputs, to="./found") == tmp_path / "found"
+    assert predict(alone, outputs, to=tmp_path / "link") == tmp_path / "empty"
+    assert predict(alone, outputs, to=tmp_path / "to nothing") == tmp_path / "new"
+    for name in ("found", "empty", "new", "link", "to nothing"):
+        assert np.load(tmp_path / name / "output.npy").tolist() == X.tolist()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("to", [".", "/proc"], ids=["the working directory", "a mount"])
+def test_a_folder_that_cannot_be_replaced_as_a_whole_is_refused_before_the_work(alone, tmp_path, monkeypatch, to):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as if it were empty
+    with pytest.raises(OutputError, match="cannot be put in place as a whole; name a new folder in it"):
+        predict(alone, lambda x: pytest.fail("was computed"), to=Path(to))
+
+
+@pytest.mark.parametrize("to", [None, 3, b"found"])
+def test_what_is_no_destination_is_one_sentence(alone, to):
+    with pytest.raises(ConfigError, match="must be 'rank0', 'all' or the path of a folder, and is a"):
+        predict(alone, lambda x: x, to=to)
+
+
+def test_what_a_killed_run_left_is_written_over_and_what_others_have_there_is_not(alone, tmp_path):
+    left = tmp_path / "found.partial"
+    left.mkdir()
+    (left / "output.npy").write_text("half of it")
+    with pytest.raises(OutputError, match=r"found.partial, where the predictions are written first, is something else"):
+        predict(alone, lambda x: x, to=tmp_path / "found")
+    assert (left / "output.npy").read_text() == "half of it"
+    (left / ".lock").touch()
+    (left / "other.npy").touch()
+    folder = predict(alone, lambda x: x, to=tmp_path / "found")
+    assert [file.name for file in folder.iterdir()] == ["output.npy"]
+    assert np.load(folder / "output.npy").tolist() == X.tolist()
+    assert not left.exists()
+
+
+def test_two_at_once_never_write_into_each_others_folder(alone, tmp_path):
+    to = tmp_path / "found"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "from hvdtrain.folder_lock import take\nfrom pathlib import Path\nimport sys\n"
+         "lock = take(Path(sys.argv[1]))\nprint(flush=True)\nsys.stdin.read()", str(tmp_path / "found.partial" / ".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        holder.stdout.readline()
+        with pytest.raises(OutputError, match=f"is being written by another job, process {holder.pid}"):
+            predict(alone, lambda x: x, to=to)
+    finally:
+        holder.communicate()
+
+    def outputs(x):
+        if 0 in x:
+            with pytest.raises(OutputError, match="is being written by this process already"):
+                predict(alone, lambda x: x + 100, to=to)
+        return x
+
+    assert np.load(predict(alone, outputs, to=to) / "output.npy").tolist() == X.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_half_precision_complex_numbers_are_files_of_wider_ones(alone, tmp_path):
+    folder = predict(alone, lambda x: (x * 1j).to(torch.complex32), to=tmp_path / "found")
+    assert np.array_equal(np.load(folder / "output.npy"), (X * 1j).numpy())
+
+
+def test_a_place_that_cannot_be_is_one_sentence(alone):
     with pytest.raises(OutputError, match="predictions cannot be written to /proc/found"):
         predict(alone, lambda x: x, to="/proc/found")
 
@@ -161,12 +262,14 @@ def test_a_disk_that_is_full_is_one_sentence(alone):
         (lambda x: {"n": 3}, r"output\['n'\] is a int"),
         (lambda x: None, "must hold a tensor, an array or a list, and is a NoneType"),
         (lambda x: {}, "must hold a tensor, an array or a list, and is a dict"),
-        (lambda x: x.to_sparse(), "output is a sparse or nested tensor"),
+        (lambda x: x.to_sparse(), "output is a sparse, nested or quantized tensor"),
+        (lambda x: np.ma.masked_array(x.numpy(), x.numpy() > 3), "output is a masked array, whose mask would be lost"),
+        (lambda x: [(i for i in "ab") for _ in x], "holds a generator, which cannot be sent to another rank"),
         (lambda x: x.expand(-1, int(x[0]) + 1), r"differ between batches: output is a tensor of float32 of shape \(samples, 1\) for some, and"),
         (lambda x: x if 0 in x else x.double(), "differ between batches: output is a tensor of float32"),
         (lambda x: {"a": x} if 0 in x else {"b": x}, "differ between batches: some hold a, others b"),
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 def test_what_cannot_be_put_in_order_is_refused_by_name(alone, of_batch, message):
     with pytest.raises(ConfigError, match=message):
@@ -192,6 +295,26 @@ def test_what_no_file_can_hold_is_refused(alone, tmp_path, of_batch, message):
 def test_an_empty_data_set_is_refused(alone):
     with pytest.raises(ConfigError, match="0 samples"):
         predict(alone, lambda x: x, ArrayDataset(X[:0]))
+
+
+class Note:
+    def __init__(self):
+        self.value = 0
+
+
+def test_what_a_list_holds_may_be_used_again_for_the_next_batch(alone):
+    room, notes, kept = torch.zeros(4, 1), [Note() for _ in range(4)], [{} for _ in range(4)]
+
+    def outputs(x):
+        room[: len(x)] = x
+        for value, row, note, one in zip(x, room, notes, kept, strict=False):
+            note.value, one["at"] = float(value), {"row": row}
+        return {"notes": notes[: len(x)], "kept": kept[: len(x)]}
+
+    found = predict(alone, outputs)
+    assert [note.value for note in found["notes"]] == X.flatten().tolist()
+    assert [float(one["at"]["row"]) for one in found["kept"]] == X.flatten().tolist()
+    assert taken_apart([{"row": room[0]}] * 4, 4).columns[()][0]["row"].untyped_storage().nbytes() == 4
 
 
 def test_outputs_are_copies():

@@ -275,3 +275,13 @@ def test_a_run_that_resumes_without_its_schedule_is_told(tmp_path, alone, caplog
 def test_a_schedule_is_described_with_those_inside():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     assert describe(SCHEDULES["ChainedScheduler"](optimizer)) == "ChainedScheduler(LinearLR, MultiStepLR)"
+
+
+def test_a_schedule_over_another_optimizer_is_refused(alone):
+    model = nn.Linear(4, 3)
+    ours, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    for schedule in (S.StepLR(other, 1), S.ChainedScheduler([S.StepLR(other, 1)])):
+        with pytest.raises(ConfigError, match=f"{type(schedule).__name__} is over another optimizer"):
+            hvdtrain.Trainer(alone, model, ours, loss=nn.functional.cross_entropy, schedule=schedule)
+    inside = hvdtrain.ShardedOptimizer(ours, alone)  # shares its groups with the one that it wraps
+    hvdtrain.Trainer(alone, model, inside, loss=nn.functional.cross_entropy, schedule=S.StepLR(ours, 1))
