@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.weighting import Tally
+from hvdtrain.errors import ConfigError
 
 
 class LocalReplica(Replica):
@@ -20,7 +21,18 @@ class LocalReplica(Replica):
         self._split: nn.Module | None = None
 
     def split_over_gpus(self) -> None:
-        """Let `model` split each batch over all visible GPUs."""
+        """Let `model` split each batch over all visible GPUs.
+
+        Raises:
+            ConfigError: Copies of the model would compute with the first GPU's parameters.
+        """
+        replaced = next((name for name, part in self.module.named_modules() if "forward" in vars(part)), None)
+        if replaced is not None:
+            raise ConfigError(
+                f"--data-parallel copies the model to each GPU, and the forward() of {repr(replaced) if replaced else 'the model'} has been replaced (as --compile and "
+                "--checkpoint-modules do), which would compute with the first GPU's parameters; leave these out, or start one process "
+                "a GPU: torchrun --nproc-per-node gpu -m hvdtrain ..."
+            )
         self._split = _OverGpus(self.module)
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import os
 import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ from hvdtrain.errors import (
     Preempted,
     RankFailure,
 )
-from hvdtrain.launch import guard, leash
+from hvdtrain.launch import guard, leash, once
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
@@ -47,7 +48,7 @@ from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
 from hvdtrain.ranks.everyone import assemble, exchange, software
-from hvdtrain.ranks.exit import end_anyway
+from hvdtrain.ranks.exit import end_anyway, prepare
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
@@ -110,6 +111,7 @@ class Backend(Communicator):
         self.device = self._choose_device(device)
         self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
         self._running = False
+        self._process = 0  # in which it was started
         self._ended = False
         self._meeting: Meeting | None = None
         self._local_first: LocalFirst | None = None
@@ -181,6 +183,7 @@ class Backend(Communicator):
                 f"backend {self.name!r} cannot start a second time in one process; keep one `with` block around all work, or "
                 "start a new process"
             )
+        once.begin(self.topology.rank, self.topology.world_size)
         if self.device.type == "cpu":
             keep_freed_memory()
         leash.hold(self.topology.launcher)
@@ -189,7 +192,8 @@ class Backend(Communicator):
         except BaseException as error:
             self._end_start(error)
             raise
-        self._running = True
+        self._running, self._process = True, os.getpid()
+        prepare()
         atexit.register(self._leave_at_exit)
 
     def stop(self) -> None:
@@ -198,7 +202,7 @@ class Backend(Communicator):
         Raises:
             RankFailure: Another rank failed, or did not come within the timeout.
         """
-        if not self._running:
+        if not self._running or self._in_child():
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
@@ -217,7 +221,7 @@ class Backend(Communicator):
             None if this rank is the first that failed (its traceback is what the user should read); otherwise the
             failure of the rank that was, and this rank should end quietly.
         """
-        if not self._running:
+        if not self._running or self._in_child():
             return None
         self._running, self._ended = False, True
         atexit.unregister(self._leave_at_exit)
@@ -601,8 +605,14 @@ class Backend(Communicator):
         torch.cuda.set_device(device)
         return device
 
+    def _in_child(self) -> bool:
+        """Whether this process was forked from the rank, and so must say nothing in its name."""
+        return self._process != os.getpid()
+
     def _leave_at_exit(self) -> None:
         """The program ends without stop(): tell the others, so that none waits for this rank."""
+        if self._in_child():
+            return
         _log.warning("rank %d ends without backend.stop(); use `with hvdtrain.init() as backend:`", self.rank)
         try:
             self.stop()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -206,17 +205,6 @@ class _Ear:
 def _is_ours(hook: object) -> bool:
     """Whether a hook is a replica's own."""
     return getattr(getattr(hook, "__self__", None), "owns_hooks", False)
-
-
-@contextmanager
-def nothing_added(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let a backward pass run as ever, for the ranks that take part in it, and add zeros, whatever comes of an empty batch."""
-    hooks = [parameter.register_hook(torch.zeros_like) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def differ(now: State, before: State) -> bool:

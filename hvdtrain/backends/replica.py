@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
-from hvdtrain.backends.keeper import Keeper, differ, nothing_added, values
+from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
+from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.watched import Watched
-from hvdtrain.backends.weighting import Tally, Weighting
+from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -195,10 +196,10 @@ class Replica(ABC):
 
         Raises:
             TrainingError: Out of order; gradients are there that no backward() of this step made; some calls of a step
-                gave ``total`` and others did not; the loss is no scalar or depends on no parameter; a weight is negative or
-                not finite.
+                gave ``total`` and others did not; the loss is no scalar or depends on no parameter; a weight is no
+                number from 0 to 1e18.
         """
-        weight = None if weight is None else float(weight)
+        weight = None if weight is None else checked(weight)
         self._check_loss(loss, counts=samples > 0 and weight != 0)
         if self._phase is not _Phase.GATHERING:
             self._begin_or_refuse()
@@ -209,13 +210,14 @@ class Replica(ABC):
             self._follow_changes()
         share = self._weighting.weigh(samples, weight, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
-        if leaving:
+        if leaving or (not self._weighting.settled and ranks_meet(loss)):  # what they send each other is in one unit
             share *= self._settle_unit()
+        if leaving:
             self._board()
             self._phase = _Phase.INTERRUPTED
         others = [(other._keeper, other._keeper.state()) for other in _living if other._phase is _Phase.EXCHANGED]
         try:
-            with nullcontext() if share else nothing_added(self._parameters):
+            with nullcontext() if share else nothing_added(loss):
                 self._run_backward(loss, loss.new_full(loss.shape, share), leaving=leaving, retain_graph=retain_graph)
         except RuntimeError as error:
             explained = _explained(error)
@@ -590,6 +592,11 @@ def _explained(error: RuntimeError) -> TrainingError | None:
         return TrainingError(
             "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
             "checkpointing does that: pass use_reentrant=False"
+        )
+    if "cached during selective activation checkpoint has been mutated" in text:
+        return TrainingError(
+            "selective activation checkpointing keeps the result of a product or convolution that the next operation writes into; let "
+            "that be no in-place one, such as ReLU(inplace=True), or use --checkpoint-policy full"
         )
     if "access storage of SparseTensorImpl" in text or "Expected variable to have sparse gradient" in text:
         return unexpected("a parameter")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from hvdtrain.errors import TrainingError
 
 if TYPE_CHECKING:
     from hvdtrain.backends.communicator import Communicator
+
+MOST, _LEAST = 1e18, 1e-30
+"""The largest weight, and what is as good as 0: some engines add up the ranks' in float32, and gradients may be float32 too."""
+_SMALLEST_UNIT = 2.0**-60
 
 _MODULO = 4096  # growing numbers are told modulo this
 
@@ -77,6 +81,7 @@ class Weighting:
     Attributes:
         tally: Of this rank in this step.
         steps: Optimizer steps on exchanged gradients so far.
+        settled: The unit is the same on all ranks.
     """
 
     def __init__(self, communicator: Communicator, divisor: int, *, number: int = 1) -> None:
@@ -85,7 +90,7 @@ class Weighting:
         self._replica = number
         self.steps = 0
         self._unit: float | None = None  # about a step's weight
-        self._settled = communicator.wire.size == 1  # the unit is the same on all ranks
+        self.settled = communicator.wire.size == 1
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -103,7 +108,7 @@ class Weighting:
         """The step's first backward pass on this rank comes now."""
         self.tally.ranks, self.tally.began = 1, now()
 
-    def weigh(self, samples: int, weight: float | None, total: float | None, *, shared: bool) -> float:
+    def weigh(self, samples: int, weight: float | Tensor | None, total: float | None, *, shared: bool) -> float:
         """Count a loss, and return what its gradient is multiplied by.
 
         Args:
@@ -118,7 +123,7 @@ class Weighting:
         if samples < 0 or int(samples) != samples:
             raise TrainingError(f"samples must be a whole number, 0 or more, got {samples}")
         samples = int(samples)
-        weight = samples if weight is None else _checked(weight)
+        weight = checked(samples if weight is None else weight)
         if self.tally.uncounted + self.tally.counted and (total is None) != (self.tally.uncounted > 0):
             raise TrainingError("give total= to every backward() of a step, or to none")
         if total is not None and not 0 < total < math.inf:
@@ -153,12 +158,12 @@ class Weighting:
         Returns:
             What weights that were given in this step must be multiplied by for it.
         """
-        if self._settled:
+        if self.settled:
             return 1.0
         seen = float(self._communicator.all_reduce(torch.tensor(float(self._seen), dtype=torch.float64)))
         if not seen:  # nobody has any
             return 1.0
-        before, self._unit, self._settled = self._unit, _power_of_two(seen), True
+        before, self._unit, self.settled = self._unit, _power_of_two(seen), True
         return before / self._unit if before is not None and self.tally.uncounted else 1.0
 
     def factor(self, summed: Tally) -> float | None:
@@ -197,11 +202,32 @@ class Weighting:
 
 
 def _power_of_two(value: float) -> float:
-    return 2.0 ** math.ceil(math.log2(value)) if value > 0 else 1.0
+    return max(_SMALLEST_UNIT, 2.0 ** math.ceil(math.log2(value))) if value > 0 else 1.0
 
 
-def _checked(weight: float | Tensor) -> float:
-    number = float(weight)
-    if not 0 <= number < math.inf:
-        raise TrainingError(f"weight must be a number, 0 or more, which the loss is a mean over; got {number}")
+def weight_of(value: object) -> float | None:
+    """Return a weight as a number; None for what is none from 0 to `MOST`."""
+    if isinstance(value, str | bytes):
+        return None
+    plain: Any = value.detach() if isinstance(value, Tensor) else value
+    try:
+        number = float(plain)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # objects, tensors with dimensions, endless integers
+        return None
+    if not 0 <= number <= MOST:
+        return None
+    return number if number >= _LEAST else 0.0
+
+
+def checked(value: object) -> float:
+    """Return a weight as a number.
+
+    Raises:
+        TrainingError: It is none that a loss can be a mean over.
+    """
+    number = weight_of(value)
+    if number is None:
+        raise TrainingError(
+            f"weight must be a number, 0 or more (and at most {MOST:g}), which the loss is a mean over; got {value!r:.80}"
+        )
     return number

@@ -29,7 +29,7 @@ from hvdtrain.data.loader import TwoBatches
 from hvdtrain.data.partition import share
 from hvdtrain.data.random_numbers import seed_process, untouched_random_numbers
 from hvdtrain.data.sample_count import SampleCount
-from hvdtrain.data.streams import STRIDE, begin, keeps_state, part_of, way_of
+from hvdtrain.data.streams import STRIDE, begin, keeps_state, part_of, set_epoch, way_of
 
 
 class Portion(NamedTuple):
@@ -176,6 +176,7 @@ class PortionReader(IterableDataset[Any]):
             yield End(worker)
             return
         part = part_of(self._stream, rank=cut.rank, world_size=cut.world_size, worker=worker, workers=cut.readers)
+        set_epoch(part, start.epoch)  # the stream may have been told; a part of it need not know
         if start.states and start.states[worker] is not None:
             part.load_state_dict(start.states[worker])
         # A stream may choose an order when its first sample is asked for: alike everywhere.

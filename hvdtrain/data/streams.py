@@ -43,7 +43,7 @@ def check_repeatable(stream: Any) -> None:
     Raises:
         ConfigError: Says what to give instead.
     """
-    if isinstance(stream, Iterator):
+    if isinstance(stream, Iterator) and not isinstance(stream, IterableDataset):  # which begins anew in its __iter__
         remedy = (
             "torchdata.nodes.Loader(node)"
             if hasattr(stream, "reset") and hasattr(stream, "get_state")

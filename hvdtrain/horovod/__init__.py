@@ -36,6 +36,7 @@ from hvdtrain.horovod.gradients import grouped_reducescatter as grouped_reducesc
 from hvdtrain.horovod.gradients import reducescatter as reducescatter
 from hvdtrain.horovod.handles import poll as poll
 from hvdtrain.horovod.handles import synchronize as synchronize
+from hvdtrain.horovod.importing import VERSION as VERSION
 from hvdtrain.horovod.operations import allgather_async as allgather_async
 from hvdtrain.horovod.operations import allreduce_ as allreduce_
 from hvdtrain.horovod.operations import allreduce_async as allreduce_async
@@ -78,6 +79,9 @@ from hvdtrain.horovod.state import size as size
 from hvdtrain.horovod.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 from hvdtrain.horovod.tracing import start_timeline as start_timeline
 from hvdtrain.horovod.tracing import stop_timeline as stop_timeline
+
+__version__ = VERSION
+"""Of the Horovod whose API this is."""
 
 
 def __getattr__(name: str) -> Any:

@@ -304,11 +304,10 @@ class Controller:
 
     def _waits_in(self) -> str:
         with self._state:
-            called = [request.called for request in self._mine.values()]
-        if not called:
-            called = ["hvd.join()" if self._joining is not None else "hvd.shutdown()"]
-        more = f" and {len(called) - 1} more" if len(called) > 1 else ""
-        return f"{called[0]}{more} over {self._name}"
+            first, others = next(iter(self._mine.values()), None), len(self._mine) - 1
+        if first is None:
+            return f"{'hvd.join()' if self._joining is not None else 'hvd.shutdown()'} over {self._name}"
+        return f"{first.called}{f' and {others} more' if others else ''} over {self._name}"
 
     def _overdue(self) -> str:
         """What this rank has waited for too long; "" if there is nothing."""

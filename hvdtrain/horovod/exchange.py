@@ -29,6 +29,10 @@ _TOO_MANY = (
     "gradients were computed more often than backward_passes_per_step={passes} before optimizer.step() (the gradient of {name!r} was "
     "sent already); raise backward_passes_per_step, or call optimizer.step() after each window"
 )
+_CHANGED = (
+    "the gradient of {name!r} was changed while it was on its way to the other ranks, and the change would be lost: call "
+    "optimizer.synchronize() after loss.backward(), then clip or unscale, then `with optimizer.skip_synchronize(): optimizer.step()`"
+)
 
 Groups = Sequence[Sequence[nn.Parameter]] | int | None
 
@@ -68,6 +72,8 @@ class _Window:
         default_factory=dict
     )  # by a pack's name, with what decompression needs
     sparse: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
+    versions: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # of gradients when they left
+    told: bool = False  # that there was a backward pass too many; who catches it may go on with what was sent
 
 
 class Exchange:
@@ -117,6 +123,9 @@ class Exchange:
         """Send what was not sent, and return when every gradient is the ranks' average or sum.
 
         A gradient that this rank has not is sent as zeros: other ranks may have one.
+
+        Raises:
+            RuntimeError: Something has changed a gradient after it was sent.
         """
         with self._turn:
             window = self._opened()
@@ -126,9 +135,13 @@ class Exchange:
                     self._send(pack, window)
         controller = self._controller()
         for pack in window.packs:
-            request, context = window.requests[pack.name]
-            controller.wait(request)
-            self._bring_back(pack, request, context)
+            controller.wait(window.requests[pack.name][0])
+        changed = self._changed(window)
+        if changed:
+            self._window = None
+            raise RuntimeError(_CHANGED.format(name=changed))
+        for pack in window.packs:
+            self._bring_back(pack, *window.requests[pack.name])
         for parameter in self._parameters:
             if id(parameter) in window.sparse:
                 parameter.grad = window.sparse[id(parameter)]()
@@ -138,6 +151,17 @@ class Exchange:
 
     def _controller(self) -> Controller:
         return state.controller_of(self._manner.process_set, "hvd.DistributedOptimizer")
+
+    def _changed(self, window: _Window) -> str:
+        """A parameter whose gradient is not what it was when it left; "" if there is none. One that was taken away arrives."""
+        for parameter in [] if window.told else self._parameters:
+            sent = window.versions.get(id(parameter))
+            if sent is None or parameter.grad is None:
+                continue
+            gradient, version = sent
+            if parameter.grad is not gradient or gradient._version != version:
+                return self.names[id(parameter)]
+        return ""
 
     def _opened(self) -> _Window:
         if self._window is None:
@@ -162,6 +186,7 @@ class Exchange:
             window.fired.add(id(parameter))
             left = window.left.get(id(parameter), self.passes) - 1
             if left < 0:
+                window.told = True
                 raise AssertionError(_TOO_MANY.format(passes=self.passes, name=self.names[id(parameter)]))
             window.left[id(parameter)] = left
             if left or id(parameter) in window.sparse:
@@ -221,7 +246,7 @@ class Exchange:
         context: Any = None
         with torch.no_grad():
             if pack.flat:
-                tensor = self._packed(pack, gradients)
+                tensor = self._packed(pack, gradients).data
             elif gradients:
                 tensor, context = self._manner.compression.compress(gradients[0])
                 if not tensor.is_contiguous():
@@ -235,21 +260,32 @@ class Exchange:
         request = Request(asked, tensors=[tensor], outputs=[tensor])
         self._controller().submit(request)
         window.requests[pack.name] = (request, context)
+        for parameter in pack.parameters:
+            assert parameter.grad is not None
+            window.versions[id(parameter)] = (parameter.grad, parameter.grad._version)
 
     def _dense(self, parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-        return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.detach()
+        # Not detach(): what the exchange writes must not look like a change of the user's.
+        return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.data
 
     @staticmethod
     def _packed(pack: Pack, gradients: list[Tensor]) -> Tensor:
-        if pack.buffer is None:
-            total = sum(parameter.numel() for parameter in pack.parameters)
-            device = pack.parameters[0].device if pack.parameters else "cpu"
-            pack.buffer = torch.empty(total, dtype=pack.dtype, device=device)
+        """The gradients side by side: where they lie, after ``zero_grad(set_to_none=False)``.
+
+        Else in a new buffer: those of the step before may be kept by someone.
+        """
+        if pack.buffer is not None and all(
+            view.data_ptr() == gradient.data_ptr() and view.dtype == gradient.dtype
+            for view, gradient in zip(_views(pack), gradients, strict=True)
+        ):
+            return pack.buffer
+        total = sum(parameter.numel() for parameter in pack.parameters)
+        device = pack.parameters[0].device if pack.parameters else "cpu"
+        pack.buffer = torch.empty(total, dtype=pack.dtype, device=device)
         for view, gradient in zip(_views(pack), gradients, strict=True):
-            if view.data_ptr() != gradient.data_ptr() or view.dtype != gradient.dtype:
-                view.copy_(gradient)
+            view.copy_(gradient)
         return pack.buffer
 
     def _bring_back(self, pack: Pack, request: Request, context: Any) -> None:
@@ -267,7 +303,7 @@ class Exchange:
                 elif grad is not None and grad.dtype != tensor.dtype:
                     grad.copy_(tensor)
                 else:  # where it lies, as DistributedDataParallel's gradient_as_bucket_view
-                    parameter.grad = tensor.view(parameter.shape)
+                    parameter.grad = tensor.to(parameter.dtype).view(parameter.shape)
 
 
 def _views(pack: Pack) -> list[Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdtrain.errors import HorovodInternalError
+from hvdtrain.backends.forms import check_tensor
+from hvdtrain.errors import CollectiveError, HorovodInternalError
 from hvdtrain.horovod import state
 from hvdtrain.horovod.handles import begin, synchronize
 from hvdtrain.horovod.passing_through import by_engine
@@ -39,7 +40,8 @@ def start(
     **details: Any,
 ) -> int:
     """Ask for an operation and return its handle; ``alike`` False where the ranks' tensors may differ altogether."""
-    _check_dense(kind, tensors)
+    _check_carried(kind, tensors)
+    _check_written(kind, outputs)
     controller = state.controller_of(process_set, f"hvd.{kind}")
     compared = tensors if alike else []
     request = Request(
@@ -50,12 +52,28 @@ def start(
     return begin(controller, request, finish, waited_for=waited_for)
 
 
-def _check_dense(kind: str, tensors: Sequence[Tensor]) -> None:
+def _check_carried(kind: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse, on this rank alone, what would fail on all of them later."""
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"hvd.{kind} takes tensors, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise ValueError(f"hvd.{kind} takes dense tensors, got {tensor.layout}; see hvd.sparse_allreduce_async")
+        if tensor.is_meta:
+            raise ValueError(f"hvd.{kind} takes tensors with numbers in them, got one on the meta device")
+        if kind != "broadcast" or tensor.is_quantized:  # which moves bytes of any kind
+            try:
+                check_tensor(f"hvd.{kind}", tensor)
+            except CollectiveError as error:
+                raise ValueError(str(error)) from None
+
+
+def _check_written(kind: str, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                f"hvd.{kind} in place needs a place for each element, and some of this tensor's share one; use tensor.clone()"
+            )
 
 
 # -- allreduce ----------------------------------------------------------------------------------------------------------------
@@ -76,7 +94,7 @@ def reduce_async(
     """Start to reduce tensors; ``outputs`` None for new ones."""
     kind = "grouped_allreduce" if grouped else "allreduce"
     valid(op)
-    _check_dense(kind, tensors)
+    _check_carried(kind, tensors)
     for tensor in tensors:
         _check_reduction(kind, tensor, op)
     if op == Adasum:
@@ -226,7 +244,7 @@ def sparse_allreduce_async(
 
 
 def _check_rows(kind: str, tensors: Sequence[Tensor]) -> None:
-    _check_dense(kind, tensors)
+    _check_carried(kind, tensors)
     for tensor in tensors:
         if tensor.dim() == 0:
             raise HorovodInternalError(

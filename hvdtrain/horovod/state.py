@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,15 +21,23 @@ import torch
 from hvdtrain.backends import choose, create
 from hvdtrain.backends.base import DEFAULT_TIMEOUT_S, Backend
 from hvdtrain.backends.group import Group
-from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.errors import ConfigError, HvdtrainError, OutputError
+from hvdtrain.horovod import timeline
 from hvdtrain.horovod.controller import Controller
 from hvdtrain.horovod.passing_through import real_horovod
 from hvdtrain.horovod.process_sets import ProcessSet, global_process_set
 from hvdtrain.horovod.requests import Request, form
+from hvdtrain.horovod.surroundings import heed_variables, refuse_the_real
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.environment import given
 
+_log = logging.getLogger(__name__)
+
 _NOT_YET = "hvd.init() has not been called (or hvd.shutdown() has); call it first, on every rank"
+_FORKED = (
+    "{what}: this process was forked from a rank after hvd.init(), and is none itself: only facts such as hvd.rank() can be asked "
+    "for here"
+)
 
 _JOINS_TOLD_APART, _MOST_NUMBERS = 2**7, 2**24  # a number travels in 31 bits
 
@@ -58,6 +68,7 @@ class _Process:
     job: Job | None = None
     wanted: str | None = None
     shows: Any = None
+    forked: bool = False
     optimizers: itertools.count[int] = field(default_factory=itertools.count)
 
 
@@ -96,7 +107,7 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         process_sets: Sets to make now, the same on every rank. "dynamic" is accepted; sets can always be made later.
 
     Raises:
-        ConfigError: ``comm`` names some of the ranks only; start the job with those instead.
+        ConfigError: ``comm`` names some of the ranks only; start the job with those instead. Or the real Horovod is in use beside.
         LaunchError, BackendUnavailable: As `hvdtrain.init`.
     """
     if _process.job is not None:
@@ -110,6 +121,8 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         )
     name = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
     name = choose(detection)[0] if name == "auto" else name
+    if name != "horovod":
+        refuse_the_real(sys.modules)
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= detection.topology.local_world_size
     backend = create(
         name,
@@ -132,6 +145,8 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         global_process_set.real = started.real.global_process_set
     else:
         _begin(started, global_process_set)
+        if backend.rank == 0:
+            heed_variables()
     for process_set in process_sets if process_sets is not None and not isinstance(process_sets, str) else ():
         add_process_set(process_set)
 
@@ -139,7 +154,7 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
 def shutdown() -> None:
     """Leave together with the other ranks; what they still wait for fails. May be called again."""
     ending = _process.job
-    if ending is None:
+    if ending is None or _process.forked:
         return
     try:
         if ending.real is None and not _failed(ending):
@@ -258,6 +273,8 @@ def controller_of(process_set: ProcessSet, what: str) -> Controller:
         ValueError: It cannot be used (yet, or any more), or this rank is not in it.
     """
     running = job()
+    if _process.forked:
+        raise ValueError(_FORKED.format(what=what))
     number = process_set.process_set_id
     if number is None or number not in running.sets:
         raise ValueError(
@@ -332,6 +349,10 @@ def _forget(ending: Job) -> None:
         process_set.process_set_id = 0 if process_set is global_process_set else None
         process_set.own_rank = process_set.real = None
     global_process_set.ranks = []
+    try:
+        timeline.end()
+    except OutputError as error:
+        _log.warning("%s", error)
     _process.job = None
     _process.optimizers = itertools.count()
 
@@ -339,7 +360,7 @@ def _forget(ending: Job) -> None:
 def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """An exception that nobody caught ends all ranks, and the first rank's is what the user reads."""
     ending = _process.job
-    if ending is None:
+    if ending is None or _process.forked:
         _process.shows(kind, error, trace)
         return
     atexit.unregister(shutdown)
@@ -347,3 +368,12 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackTy
     victim = ending.backend.abort(error)
     if victim is None or victim.rank is None:
         _process.shows(kind, error, trace)
+
+
+def _in_child() -> None:
+    """A forked process, as loaders make them, knows the facts and is no rank: it must say nothing in the rank's name."""
+    if _process.job is not None:
+        _process.forked = True
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -13,6 +13,7 @@ A script that has not this shape keeps Horovod's API, on our engines, and is tol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import libcst as cst
@@ -37,13 +38,14 @@ from hvdtrain.migrate.shared_names import used_elsewhere
 from hvdtrain.migrate.steps import code, is_skipping, rewritten, steps_of
 from hvdtrain.migrate.wrapping import Wrapping, wrapping
 
+_HOROVODS_API = re.compile(r"hvdtrain(\.| import .*)horovod")  # as it is imported once the imports were moved
 _BEGIN = "_hvdtrain_begins_here_"
 
 
 def own_loop(module: cst.Module) -> tuple[cst.Module, list[Remark]]:
     """The script with a loop of its own; with Horovod's API on our engines where it has not the usual shape."""
     moved, remarks = imports_moved(module)
-    if remarks:
+    if remarks or not _HOROVODS_API.search(moved.code):
         return moved, remarks
     tree = Tree(moved)
     pattern = find(tree)

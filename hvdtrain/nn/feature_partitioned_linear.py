@@ -97,7 +97,7 @@ class FeaturePartitionedLinear(nn.Module):
         """Return the layer's output, the same on every rank.
 
         Args:
-            input: The same batch on every rank: all features, shape (..., in_features), or this rank's alone, shape
+            input: The same batch on every rank: all features, shape (..., in_features), or on every rank its own alone, shape
                 (..., len(columns)). Sparse (COO or CSR) in two dimensions too, if it requires no grad.
 
         Returns:
@@ -118,11 +118,17 @@ class FeaturePartitionedLinear(nn.Module):
         sparse = input.layout != torch.strided
         if sparse and (input.dim() != 2 or input.requires_grad):
             raise TrainingError("a sparse input must have two dimensions and require no grad; use input.to_dense()")
+        if width < self.in_features == 1:  # rank 0's own feature is all there are, and goes the way of a whole input
+            input, width = nn.functional.pad(input, (0, 1)), 1
         if width == self.in_features:
             input = self._own_entries(input) if sparse else taken(input, self.columns, communicator)
-        partial = torch.sparse.mm(input, self.weight.t()) if sparse else nn.functional.linear(input, self.weight)
+        if sparse:
+            with torch.autocast(input.device.type, enabled=False):  # there are no such products in half precision
+                partial = torch.sparse.mm(input, self.weight.t())
+        else:
+            partial = nn.functional.linear(input, self.weight)
         output = summed(partial, communicator)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return the whole layer's state, as `torch.nn.Linear` has it, on every rank; every rank must call it."""
@@ -147,6 +153,23 @@ class FeaturePartitionedLinear(nn.Module):
         self.weight.copy_(state["weight"][:, self.columns.start : self.columns.stop])
         if self.bias is not None:
             self.bias.copy_(state["bias"])
+
+    def get_extra_state(self) -> Tensor:
+        """Which features a `state_dict` is of: the first, one after the last, and how many there are in all."""
+        return torch.tensor([self.columns.start, self.columns.stop, self.in_features])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse another rank's part, or that of another number of ranks.
+
+        Raises:
+            ConfigError: It is not this rank's.
+        """
+        if state.tolist() != self.get_extra_state().tolist():
+            start, stop, whole = state.tolist()
+            raise ConfigError(
+                f"this state_dict is of features {start}:{stop} of {whole}, and this rank holds {self.columns.start}:{self.columns.stop} of "
+                f"{self.in_features}. Each rank loads what it saved itself; for other ranks, full_state_dict() and load_full_state_dict()"
+            )
 
     def extra_repr(self) -> str:
         """What `torch.nn.Linear` shows, and this rank's features."""
@@ -178,14 +201,19 @@ class FeaturePartitionedLinear(nn.Module):
     @torch.no_grad()
     def _compare(self, input: Tensor) -> None:
         """Refuse different batches, at the first one; of a rank's own features only their number of rows can be seen."""
-        rows = input if input.layout != torch.strided else input.reshape(-1, input.shape[-1])
-        seen = [float(rows.shape[0]), 0.0, 0.0]
-        if input.shape[-1] == self.in_features:  # a projection: rounding hardly moves it, another batch does
-            seen[1:] = [float(_projection(rows)), float(_norm(rows))]
+        rows = input if input.layout != torch.strided else input.reshape(input.shape[:-1].numel(), input.shape[-1])
+        whole = input.shape[-1] == self.in_features
+        seen = [float(rows.shape[0]), whole, 0.0, 0.0]
+        if whole:  # a projection: rounding hardly moves it, another batch does
+            seen[2:] = [float(_projection(rows)), float(_norm(rows))]
         everyone = self._communicator.all_gather_object(seen)
-        count, projection, norm = everyone[0]
-        for rank, (other_count, other, _) in enumerate(everyone):
-            if other_count != count or abs(other - projection) > _CLOSE * norm:
+        if self.in_features > 1 and len({whole for _, whole, _, _ in everyone}) > 1:
+            raise TrainingError(
+                f"some ranks give a FeaturePartitionedLinear all {self.in_features} features, and others their own alone; do the same on all"
+            )
+        count, _, projection, norm = everyone[0]
+        for rank, (other_count, other_whole, other, _) in enumerate(everyone):
+            if other_count != count or (other_whole and abs(other - projection) > _CLOSE * norm):
                 raise TrainingError(
                     f"ranks 0 and {rank} give a FeaturePartitionedLinear different batches, of {count:g} and {other_count:g} rows. Its "
                     "ranks hold parts of one layer and must all be given the same batch: no DistributedSampler, no "

@@ -44,6 +44,8 @@ class _Ending:
     shows: Callable[[type[BaseException], BaseException, TracebackType | None], Any] | None = None
 
 
+_CHILD_S = 2.0  # for the end of an engine that a forked process has no part in
+
 _ending = _Ending()
 
 
@@ -174,3 +176,13 @@ def _leave() -> None:
     for farewell in _ending.farewells:
         farewell(code)
     os._exit(code)
+
+
+def _in_child() -> None:
+    """In a forked process: the engine's own end would wait for its parent's ranks or threads, and has nothing to say to them."""
+    _ending.farewells.clear()
+    if _ending.prepared:
+        _ending.bound_s = _CHILD_S
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class ByteLanguageModel:
     predicted bytes (nats), also where windows differ in length.
 
     Args:
-        file: The text, in any encoding. It is mapped, not read into memory.
+        file: The text, in any encoding. It is read a window at a time.
         context: Most bytes that a prediction looks at.
         width: Of the model; a multiple of ``heads``.
         layers: Of the model.
@@ -63,15 +64,17 @@ class ByteLanguageModel:
         for name, part in (("dropout", dropout), ("eval_fraction", eval_fraction)):
             if not 0 <= part < 1:
                 raise ConfigError(f"{name} must be at least 0 and less than 1, got {part}")
-        text = _mapped(Path(file).expanduser())
-        held = math.ceil(len(text) * eval_fraction)
-        if len(text) - held < 2 or held == 1:
+        self._file = Path(file).expanduser().absolute()
+        length = _length(self._file)
+        held = math.ceil(length * eval_fraction)
+        if length - held < 2 or held == 1:
             raise DataError(
-                f"{file} has {len(text)} bytes, too few to predict one from another; name a longer text (--task.file)"
+                f"{file} has {length} bytes, {length - held} to train and {held} to evaluate on (--task.eval_fraction {eval_fraction:g}), too "
+                "few to predict one from another; name a longer text (--task.file)"
             )
         self._context = context
         self._shape = {"context": context, "width": width, "layers": layers, "heads": heads, "dropout": dropout}
-        self._train, self._evaluation = text[: len(text) - held], text[len(text) - held :]
+        self._train, self._evaluation = range(length - held), range(length - held, length)
 
     def build_model(self) -> nn.Module:
         """Return a new model."""
@@ -79,11 +82,11 @@ class ByteLanguageModel:
 
     def train_data(self) -> Dataset[Any]:
         """Return the windows of the file's first part."""
-        return Windows(self._train, self._context)
+        return Windows(self._file, self._train, self._context)
 
     def eval_data(self) -> Dataset[Any] | None:
         """Return the windows of the file's last part."""
-        return Windows(self._evaluation, self._context) if len(self._evaluation) else None
+        return Windows(self._file, self._evaluation, self._context) if len(self._evaluation) else None
 
     def collate(self, windows: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the bytes that are read and those that follow them, both (windows, positions), padded at the end."""
@@ -110,22 +113,29 @@ class ByteLanguageModel:
 
 
 class Windows(Dataset[Tensor]):
-    """A text in windows of at most ``context`` predictions.
+    """A part of a file in windows of at most ``context`` predictions.
 
     Each item is the bytes of one window, int64 (2 to context + 1,); the last byte of one is the first of the next.
     """
 
-    def __init__(self, text: np.ndarray[Any, np.dtype[np.uint8]], context: int) -> None:
-        self._text, self._context = text, context
+    def __init__(self, file: Path, part: range, context: int) -> None:
+        self._file, self._part, self._context = file, part, context
 
     def __len__(self) -> int:
-        return (len(self._text) + self._context - 2) // self._context
+        return (len(self._part) + self._context - 2) // self._context
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):
             raise IndexError(index)
         begin = index * self._context
-        return torch.from_numpy(self._text[begin : begin + self._context + 1].astype(np.int64))
+        wanted = self._part[begin : begin + self._context + 1]
+        try:  # not mapped into memory: to read there what has been cut off ends the process
+            found = np.fromfile(self._file, np.uint8, len(wanted), offset=wanted.start)
+        except OSError as error:
+            raise DataError(f"{self._file} cannot be read any more ({error})") from error
+        if len(found) < len(wanted):
+            raise DataError(f"{self._file} has become shorter since training began; leave the text alone meanwhile")
+        return torch.from_numpy(found.astype(np.int64))
 
 
 class CausalTransformer(nn.Module):
@@ -150,10 +160,11 @@ class CausalTransformer(nn.Module):
         return scores
 
 
-def _mapped(file: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _length(file: Path) -> int:
     if not file.is_file():
-        raise DataError(f"there is no file {file.absolute()}; name a text with --task.file")
+        raise DataError(f"there is no file {file}; name a text with --task.file")
     try:
-        return np.memmap(file, np.uint8, "r")
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise DataError(f"{file.absolute()} cannot be read ({error}); name a text with --task.file") from error
+        with file.open("rb") as text:
+            return text.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error}); name a text with --task.file") from error

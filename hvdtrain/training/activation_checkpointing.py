@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, TrainingError
 
 POLICIES = ("full", "selective")
 # What is costly to compute again: products of matrices, convolutions, attention.
@@ -64,17 +64,25 @@ def checkpoint_activations(model: nn.Module, modules: str, *, policy: str = "ful
         raise ConfigError(
             f"checkpoint_modules is no regular expression: {error} in {modules!r} (--checkpoint-modules)"
         ) from error
+    matching = {name: module for name, module in _named(model) if name and pattern.fullmatch(name)}
     taken: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name and pattern.fullmatch(name) and not any(_inside(name, other) for other in taken):
+    for name, module in matching.items():
+        called = type(module).forward is not nn.Module.forward  # no ModuleList is
+        if called and module not in taken.values() and not any(_inside(name, other) for other in taken):
             taken[name] = module
+    if matching and not taken:
+        name, module = next(iter(matching.items()))
+        raise ConfigError(
+            f"{name!r} is a {type(module).__name__}, which has no forward pass of its own; name the modules in it, as {name + '[.][^.]+'!r} "
+            "does (--checkpoint-modules)"
+        )
     if not taken:
-        some = [name for name, _ in model.named_modules() if name][:12]
+        some = [name for name, _ in _named(model) if name][:12]
         raise ConfigError(
             f"no module of {type(model).__name__} has a name like {modules!r} (--checkpoint-modules); there are {', '.join(some)}"
             f"{' ...' if len(some) == 12 else ''}"
         )
-    before = [name for name, module in model.named_modules() if isinstance(module.forward, _Recomputed)]
+    before = [name for name, module in _named(model) if isinstance(module.forward, _Recomputed)]
     twice = [
         name for name in taken for other in before if name == other or _inside(name, other) or _inside(other, name)
     ]
@@ -94,30 +102,98 @@ class _Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
-        before = self._versions()
-        counts = any(_counts(part) for part in self._module.modules())
-        contexts: dict[str, Any] = {"context_fn": self._contexts} if self._selective or counts else {}
-        output = checkpoint(self._plain, *args, use_reentrant=False, **contexts, **kwargs)
-        if before != self._versions():
+        values = (*args, *kwargs.values())  # `checkpoint` takes some names for its own
+        run = _Run(self, len(args), tuple(kwargs))
+        if torch.compiler.is_compiling():  # a compiler changes buffers once, at the end
+            how: dict[str, Any] = {"context_fn": _selective} if self._selective else {}
+            return checkpoint(run.plain, *values, use_reentrant=False, **how)
+        return checkpoint(run, _place(values), *values, use_reentrant=False, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = _selective() if self._selective else (nullcontext(), nullcontext())
+        return first, _Again(self._module, again)
+
+    def state(self) -> list[Any]:
+        """Whatever the module computes with, as far as it may not change before it computes again."""
+        parts = list(self._module.modules())
+        tensors: list[Tensor] = [*self._module.parameters()]
+        tensors += [buffer for part in parts if not _counts(part) for buffer in part.buffers(recurse=False)]
+        return [(id(tensor), tensor._version) for tensor in tensors] + [part.training for part in parts]
+
+
+class _Run:
+    """One forward pass of a module, and the same again."""
+
+    def __init__(self, owner: _Recomputed, positional: int, names: tuple[str, ...]) -> None:
+        self._owner, self._positional, self._names = owner, positional, names
+        self._seen: list[Any] | None = None
+
+    def __call__(self, _: Tensor | None, *values: Any) -> Any:
+        owner, before = self._owner, self._owner.state()
+        if self._seen is not None:
+            if before != self._seen:
+                raise TrainingError(
+                    f"the parameters or buffers of {owner._name!r}, or its train() or eval(), changed between its forward pass and the backward "
+                    "pass, which would compute its activations again from other numbers; call backward() first, or leave it out of "
+                    "--checkpoint-modules"
+                )
+            return self._computed(*values)
+        output, self._seen = self._computed(*values), owner.state()
+        if before != self._seen:
             raise ConfigError(
-                f"{self._name!r} changes its buffers in the forward pass, so that computing it again would give other numbers; leave the "
+                f"{owner._name!r} changes its buffers in the forward pass, so that computing it again would give other numbers; leave the "
                 "module that does so out of --checkpoint-modules"
             )
         return output
 
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = (
-            create_selective_checkpoint_contexts(_COSTLY) if self._selective else (nullcontext(), nullcontext())
-        )
-        return first, _both(_statistics_kept(self._module), again)  # outside of what "selective" watches
+    def _computed(self, *values: Any) -> Any:
+        with _no_cache_of_casts() if self._owner._selective else nullcontext():
+            return self.plain(*values)
 
-    def _versions(self) -> list[int]:
-        return [
-            buffer._version
-            for module in self._module.modules()
-            if not hasattr(module, "track_running_stats")
-            for buffer in module.buffers(recurse=False)
-        ]
+    def plain(self, *values: Any) -> Any:
+        """Compute."""
+        named = dict(zip(self._names, values[self._positional :], strict=True))
+        return self._owner._plain(*values[: self._positional], **named)
+
+
+def _selective() -> tuple[Any, Any]:
+    first, again = create_selective_checkpoint_contexts(_COSTLY)
+    return first, again
+
+
+def _place(values: tuple[Any, ...]) -> Tensor | None:
+    """A tensor on this rank's GPU where no argument is one: `checkpoint` keeps the random numbers of the devices it sees."""
+    if not torch.cuda.is_initialized() or any(isinstance(value, Tensor) and value.is_cuda for value in values):
+        return None
+    return torch.empty(0, device="cuda")
+
+
+class _Again:
+    """Where a module computes again, once or, with a graph that is retained, more often."""
+
+    def __init__(self, module: nn.Module, inside: AbstractContextManager[Any]) -> None:
+        self._module, self._inside = module, inside
+        self._open: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(_statistics_kept(self._module))  # outside of what "selective" watches
+            stack.enter_context(self._inside)
+            self._open.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._open.pop().__exit__(*error)
+
+
+@contextmanager
+def _no_cache_of_casts() -> Iterator[None]:
+    """Cast parameters each time under autocast: from a cache they come the first time or the second, and "selective" counts."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager
@@ -141,12 +217,9 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
                 part.num_batches_tracked.copy_(batches)
 
 
-@contextmanager
-def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name; one that is in several places by each of its names."""
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def _counts(module: nn.Module) -> bool:

@@ -26,14 +26,20 @@ _log = logging.getLogger(__name__)
 
 
 class CompiledForward:
-    """Takes the place of a module's ``forward``; a copy of the module gets one of its own."""
+    """Takes the place of a module's ``forward``; a copy of the module gets one of its own.
+
+    Attributes:
+        called: Whether it ever was.
+    """
 
     def __init__(self, plain: Callable[..., Any], options: Mapping[str, Any]) -> None:
         self._plain, self._options = plain, dict(options)
         self._compiled = torch.compile(_inlined(plain), **self._options)
+        self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the plain one does."""
+        self.called = True
         return self._compiled(*args, **kwargs)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -50,7 +56,10 @@ def compile_module(model: nn.Module, options: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: It is compiled already, or there are no such options.
     """
-    if isinstance(model.forward, CompiledForward) or isinstance(model, torch._dynamo.OptimizedModule):
+    if not isinstance(options or {}, Mapping):
+        raise ConfigError(f"compile must be true, false or a dictionary of torch.compile's arguments, got {options!r}")
+    whole = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None
+    if whole or isinstance(model.forward, CompiledForward):
         raise ConfigError(f"this {type(model).__name__} is compiled already; compile it once")
     try:
         model.forward = CompiledForward(model.forward, options or {})
@@ -71,6 +80,9 @@ def compile_ahead(backend: Backend, replica: Replica, forward: Callable[[nn.Modu
 
     Returns:
         Seconds that this rank took itself.
+
+    Raises:
+        ConfigError: The loss does not call the model, but its methods or parts, which are not compiled.
     """
     began = time.perf_counter()
     if forward is not None:
@@ -79,6 +91,13 @@ def compile_ahead(backend: Backend, replica: Replica, forward: Callable[[nn.Modu
             trained = [parameter for parameter in replica.module.parameters() if parameter.requires_grad]
             if loss.requires_grad:
                 torch.autograd.grad(loss, trained, allow_unused=True)
+        compiled = replica.module.forward
+        if isinstance(compiled, CompiledForward) and not compiled.called:
+            raise ConfigError(
+                f"--compile compiles what model(...) computes, and the loss never calls the {type(replica.module).__name__} itself, only "
+                "methods or parts of it; let the loss call the model, or leave --compile out and compile those parts: "
+                "model.encoder.compile()"
+            )
     seconds = time.perf_counter() - began
     backend.agree_beside("the compilation of the model", "", timeout_s=max(LONGEST_S, backend.timeout_s))
     _log.info("compiled the model in %.1f s", seconds)
@@ -91,4 +110,6 @@ def _inlined(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return plain(*args, **kwargs)
 
+    # torch counts how often it has compiled a piece of code, and gives up: each model has a piece of its own.
+    forward.__code__ = forward.__code__.replace()
     return forward

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
+from hvdtrain.backends.weighting import MOST, weight_of
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.errors import ConfigError
 
@@ -90,16 +90,12 @@ class Counting:
         if self._weight_of is None or not samples:
             return samples
         value = self._weight_of(batch)
-        try:
-            weight = float(value)
-        except (TypeError, ValueError, RuntimeError):  # of text, of objects, of tensors with dimensions
-            what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no number"
+        weight = weight_of(value)
+        if weight is None:
+            shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else ""
             raise ConfigError(
-                f"the task's weight_of must return what the batch's loss is a mean over, a number; got a {type(value).__name__} {what}"
-            ) from None
-        if not 0 <= weight < math.inf:
-            raise ConfigError(
-                f"the task's weight_of must return what the batch's loss is a mean over, a number from 0; got {weight}"
+                f"the task's weight_of must return what the batch's loss is a mean over, a number from 0 to {MOST:g}; got a "
+                f"{type(value).__name__}{shape or f', {value!r:.60}'}"
             )
         return weight
 

@@ -6,6 +6,7 @@ here it is weighted by that. A metric that is no such mean (an area under a curv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,6 +66,12 @@ class MetricSums:
         mine = [of.get(name, self._zero) for of in (self._sums, self._weights) for name in names]
         totals = backend.all_reduce(torch.stack(mine)).tolist() if mine else []
         sums, weights = totals[: len(names)], totals[len(names) :]
+        wrong = [name for name, weight in zip(names, weights, strict=True) if not 0 <= weight < math.inf]
+        if wrong:
+            raise ConfigError(
+                f"the weight of metric {', '.join(wrong)} is negative, NaN or infinite for some batch, so that it has no mean; return "
+                "(mean, weight) with a weight from 0"
+            )
         weightless = [name for name, weight in zip(names, weights, strict=True) if not weight]
         if weightless:
             raise ConfigError(
@@ -103,7 +110,7 @@ class MetricSums:
         number, over = (x.to(self._zero.device, torch.float64) for x in (number, over))
         # A mean over nothing is NaN, and counts nothing.
         self._sums[name] = self._sums.get(name, self._zero) + torch.where(over == 0, 0.0, number * over)
-        self._weights[name] = self._weights.get(name, self._zero) + over
+        self._weights[name] = self._weights.get(name, self._zero) + torch.where(over < 0, math.nan, over)
         return ""
 
 

@@ -342,3 +342,20 @@ def test_facts(rank, size):
     assert isinstance(hvd.nccl_built(), int)
     assert not hvd.ddl_built()
     assert hvd.global_process_set.ranks == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: hvd.allreduce(torch.ones(2, device="meta")), "on the meta device"),
+        (lambda: hvd.allreduce(torch.ones(2).to(torch.float8_e4m3fn)), "cannot carry torch.float8_e4m3fn"),
+        (lambda: hvd.allgather(torch.ones(2, dtype=torch.uint16)), "cannot carry torch.uint16"),
+        (lambda: hvd.reducescatter(torch.ones((2,) + (1,) * 8)), "up to 8 dimensions"),
+        (lambda: hvd.allreduce_(torch.ones(1).expand(4)), "a place for each element"),
+        (lambda: hvd.broadcast_(torch.ones(1).expand(4), 0), "a place for each element"),
+    ],
+)
+def test_what_no_engine_carries_is_refused_at_the_call_and_nothing_is_lost(size, call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -342,3 +343,56 @@ def test_batch_normalisation_over_all_ranks(rank, size):
     assert torch.allclose(mine.grad, everything.grad[4 * rank : 4 * rank + 4])
     ours.eval()
     assert ours(mine).shape == mine.shape
+
+
+CHANGES = {
+    "clipped": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+    "replaced": lambda model: setattr(next(model.parameters()), "grad", torch.zeros_like(next(model.parameters()))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("more", [{}, {"groups": 0}, {"groups": 2}, {"compression": hvd.Compression.fp16}], ids=str)
+def test_a_gradient_that_is_changed_on_its_way_is_refused(rank, size, change, more):
+    model = make()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), **more)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    (data,) = batches(size, 1)
+    loss_of(model, data[rank]).backward()
+    CHANGES[change](model)
+    with (
+        nullcontext()
+        if size == 1
+        else pytest.raises(RuntimeError, match=r"was changed while it was on its way.*synchronize\(\)")
+    ):
+        optimizer.step()
+    assert size == 1 or all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(model, data[rank]).backward()
+    optimizer.step()
+
+
+def test_gradients_that_are_kept_stay_what_they_were(rank, size):
+    model = make()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    first, second = batches(size, 2)
+    loss_of(model, first[rank]).backward()
+    optimizer.step()
+    kept = [parameter.grad for parameter in model.parameters()]
+    values = [gradient.clone() for gradient in kept]
+    optimizer.zero_grad()
+    loss_of(model, second[rank]).backward()
+    optimizer.step()
+    assert all(map(torch.equal, kept, values))
+
+
+def test_model_zero_grad_while_float16_is_on_its_way(rank, size):
+    model = make()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=hvd.Compression.fp16
+    )
+    (data,) = batches(size, 1)
+    loss_of(model, data[rank]).backward()
+    model.zero_grad()
+    optimizer.step()
+    assert all(parameter.grad is None or parameter.grad.dtype == parameter.dtype for parameter in model.parameters())

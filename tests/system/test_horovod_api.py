@@ -132,6 +132,38 @@ hvd.join()
     assert "needs all ranks, and rank 1 called hvd.join()" in ended.output
 
 
+@pytest.mark.slow
+@both
+def test_a_forked_process_is_no_rank_and_ends_without_the_others(tmp_path, launch):
+    then = """
+import os
+child = os.fork()
+if child == 0:
+    assert (hvd.rank(), hvd.size()) == (rank, size)
+    try:
+        hvd.allreduce(torch.ones(1))
+    except ValueError as error:
+        print("told:", error, flush=True)
+    sys.exit(0)
+began = time.monotonic()
+os.waitpid(child, 0)
+assert time.monotonic() - began < 20
+assert hvd.allreduce(torch.ones(1), op=hvd.Sum, name="after").item() == size
+"""
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+    assert ended.output.count("told: hvd.allreduce: this process was forked from a rank after hvd.init()") == 2
+
+
+@pytest.mark.slow
+@both
+def test_a_script_without_a_guard_that_spawns_is_told(tmp_path, launch):
+    then = "next(iter(torch.utils.data.DataLoader([1, 2], num_workers=1, multiprocessing_context='spawn')))"
+    ended = job(tmp_path, then, launch, timeout_s="20")
+    assert ended.code != 0
+    assert "cannot be that rank again: put the script's own work under `if __name__ == '__main__':`" in ended.output
+
+
 def test_calls_before_init_and_after_shutdown():
     code = """
 import torch, hvdtrain.horovod as hvd

@@ -126,6 +126,13 @@ def test_adasum_adds_what_is_orthogonal_and_averages_what_is_parallel():
     torch.testing.assert_close(torch.tensor(found["gradient"]), expected)
 
 
+def test_adasum_combines_no_gradient_of_a_rank_where_nothing_counts():
+    ended, found = job(op="adasum", steps=2, weightless=True)
+    assert ended.code != 0
+    assert found is None
+    assert "some rank has no sample in this step, or none with a weight" in ended.output
+
+
 def test_settings_that_cannot_work_are_refused_before_the_start(tmp_path):
     command = HOROVOD_MPIRUN.hvdtrain(3, "--horovod.op", "adasum", "--run-dir", str(tmp_path))
     ended = run(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +81,10 @@ class HorovodReplica(HookedReplica):
             self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
 
+    def _expect(self, tally: Tally) -> None:
+        # Adasum would take zeros for a gradient that the others' is orthogonal to, and make a sum of the mean.
+        super()._expect(replace(tally, ranks=0) if self._adasum and self._weighting.empty else tally)
+
     def _send_tally(self, tensor: Tensor) -> Work:
         name = f"{self._label}.tally"  # one name for all steps: Horovod's cache knows it from the second on
         return HorovodWork(self._waiter, hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step")
@@ -87,8 +92,8 @@ class HorovodReplica(HookedReplica):
     def _scale(self, tally: Tally) -> None:
         if self._adasum and tally.ranks < self._backend.world_size:
             raise ConfigError(
-                "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step; use a data set or "
-                "batch size that gives every rank samples"
+                "--horovod.op adasum combines one gradient of every rank, and some rank has no sample in this step, or none "
+                "with a weight; use a data set or batch size that gives every rank samples that count"
             )
         super()._scale(tally)
 

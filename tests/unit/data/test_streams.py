@@ -285,6 +285,22 @@ def test_hugging_faces_streams_are_split_by_their_own_rule(shards: int, ranks: i
     assert met == [*range(17)]
 
 
+def test_hugging_faces_streams_are_shuffled_anew_in_each_epoch() -> None:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_dict({"number": list(range(17))}).to_iterable_dataset(num_shards=4)
+    cut = Cut(global_batch_size=4, accumulate=1, rank=0, world_size=1, workers=0)
+    reader = PortionReader(
+        whole.shuffle(seed=1, buffer_size=5), cut, collate=lambda rows: [row["number"] for row in rows]
+    )
+    orders = []
+    for epoch in (0, 1, 0):
+        reader.start = Start(epoch=epoch)
+        portions = [item for item in reader if isinstance(item, Portion)]
+        orders.append([number for portion in portions for number in portion.batches[0]])
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == [*range(17)]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 3])

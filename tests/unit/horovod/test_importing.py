@@ -51,3 +51,12 @@ def test_the_stand_in_folder_alone_is_enough_for_a_child(names, monkeypatch):
     import hvdtrain.horovod as ours
 
     assert hvd.DistributedOptimizer is ours.DistributedOptimizer
+
+
+def test_the_version_is_that_of_the_api_under_both_names(names):
+    install()
+    import horovod
+
+    import hvdtrain.horovod as ours
+
+    assert horovod.__version__ == ours.__version__ == "0.28.1"

@@ -250,3 +250,12 @@ def test_work_in_a_class_that_is_made_after_init_is_inside_the_block():
     assert "self.replica = backend.replicate(self.model.to(backend.device), self.optimizer)" in code
     assert "self.replica.backward(loss, samples=len(x))\n            self.replica.step()" in code
     assert 'def main():\n    global backend\n    with hvdtrain.init(device="cpu") as backend:' in code
+
+
+@pytest.mark.parametrize(
+    "source", [OWN, "", "print(1)\n", "# horovodrun\nfrom .horovod import torch\nimport my.horovod\n"]
+)
+def test_what_has_nothing_of_horovods_is_left_as_it_is_without_a_word(source):
+    module = cst.parse_module(source)
+    new, remarks = own_loop(module)
+    assert (new.code, remarks) == (source, [])

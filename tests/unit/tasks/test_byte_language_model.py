@@ -1,7 +1,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,15 +19,29 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text")
 
 
-@given(length=st.integers(2, 60), context=st.integers(1, 20))
-def test_each_byte_but_the_first_is_predicted_once(length, context):
-    text = np.arange(length, dtype=np.uint8)
-    windows = Windows(text, context)
+@given(first=st.integers(0, 40), length=st.integers(2, 60), context=st.integers(1, 20))
+def test_each_byte_but_the_first_is_predicted_once(tmp_path_factory, first, length, context):
+    file = tmp_path_factory.getbasetemp() / "bytes"
+    file.write_bytes(bytes(range(200)))
+    windows = Windows(file, range(first, first + length), context)
     predicted = [byte for window in (windows[i] for i in range(len(windows))) for byte in window[1:].tolist()]
-    assert predicted == list(range(1, length))
+    assert predicted == list(range(first + 1, first + length))
     assert all(2 <= len(windows[i]) <= context + 1 for i in range(len(windows)))
     with pytest.raises(IndexError):
         windows[len(windows)]
+
+
+def test_a_text_that_is_cut_off_or_removed_meanwhile_is_said(text):
+    windows = ByteLanguageModel(text, context=12).train_data()
+    last = len(windows) - 1
+    assert len(windows[last]) > 1
+    Path(text).write_bytes(TEXT[:13])
+    assert len(windows[0]) == 13
+    with pytest.raises(DataError, match="has become shorter"):
+        windows[last]
+    Path(text).unlink()
+    with pytest.raises(DataError, match="cannot be read any more"):
+        windows[0]
 
 
 def test_no_prediction_sees_what_follows(text):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,14 @@ class Fixed(Measured):
 )
 def test_metrics_that_cannot_be_averaged_are_refused(alone, returned, message):
     with pytest.raises(ConfigError, match=message):
+        evaluate(alone, Fixed(returned))
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, torch.tensor(-2)])
+def test_a_metric_with_a_weight_that_cannot_be_is_refused(alone, weight):
+    """Also where the other batches' weights would outweigh it."""
+    returned = [{"loss": (1.0, 5.0)}, {"loss": (1.0, weight)}, {"loss": (1.0, 5.0)}]
+    with pytest.raises(ConfigError, match="weight of metric loss is negative, NaN or infinite"):
         evaluate(alone, Fixed(returned))
 
 
