@@ -547,6 +547,7 @@ def test_weights_of_16_bits_are_averaged_in_32(alone):
         assert torch.equal(trainer.replica.module.weight, (before + moved).bfloat16())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_names_are_those_without_compilation():
     model = nn.Sequential(torch.compile(nn.Linear(2, 2)), Tied())
     assert sorted(weights_of(model)) == sorted(
