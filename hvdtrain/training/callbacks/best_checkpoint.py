@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain.training.callbacks.goal import Goal
-from hvdtrain.training.checkpoint import Checkpoints
+from hvdtrain.training.checkpoint import Checkpoints, agree, opened
 from hvdtrain.training.checkpoint_files import name_of
 from hvdtrain.training.events import EvaluationEvent
 
@@ -38,8 +38,10 @@ class BestCheckpoint:
         self.state_name = self._goal.of(self)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Have the folder alone."""
+        """Have the folder alone, with the best of this run in it and of no other: one that is gone is to be found anew."""
         trainer.keep_apart(self.checkpoints)
+        if not agree(trainer.backend, self._begin):
+            self.best, self._step = self._goal.worst, -1
 
     def on_evaluation(self, trainer: Trainer, event: EvaluationEvent) -> None:
         """Save, if it is the best."""
@@ -56,3 +58,10 @@ class BestCheckpoint:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.best, self._step = state["best"], state["step"]
+
+    def _begin(self) -> bool:
+        """On rank 0: set aside what other runs wrote after this one's best, and say whether that is there."""
+        path = self.checkpoints.folder / name_of(max(0, self._step))
+        best = opened(path) if self._step >= 0 and path.is_dir() else None
+        self.checkpoints.begin(best)
+        return best is not None

@@ -300,7 +300,7 @@ def test_a_folder_of_other_checkpoints_is_refused_before_they_are_thinned_out(al
     best = [hvdtrain.BestCheckpoint(tmp_path / name, "it") for name in folders]
     with pytest.raises(ConfigError, match="is the folder of other checkpoints of this run"):
         fit(trainer_of(alone, best, checkpoints=hvdtrain.Checkpoints(tmp_path / "a")))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*/step-*")) == []
 
 
 def test_the_best_checkpoint_stays_in_its_folder_when_the_working_directory_changes(alone, tmp_path, monkeypatch):
@@ -350,6 +350,19 @@ def test_a_run_that_goes_on_from_the_best_is_as_if_it_had_never_gone_further(alo
     result = fit(again, epochs=4, resume_from=mine[0].checkpoints.find(alone))
     assert (result.epochs, mine[0].best, mine[1].steps) == (4, 3, 4 * STEPS)
     assert all(torch.equal(a, b) for a, b in zip(*(t.replica.module.parameters() for t in (whole, again)), strict=True))
+
+
+def test_the_best_of_a_line_that_is_left_is_not_taken_for_this_ones(alone, tmp_path):
+    def run(values, **options):
+        best = hvdtrain.BestCheckpoint(tmp_path / "best", "it")
+        checkpoints = hvdtrain.Checkpoints(tmp_path / "all")
+        fit(trainer_of(alone, [best], Task(values), checkpoints=checkpoints), epochs=3, **options)
+        return best
+
+    run([3, 4, 1])
+    best = run([7], resume_from=tmp_path / "all" / "step-00000006")
+    assert (best.best, best.checkpoints.find(alone).step) == (7, 3 * STEPS)
+    assert (tmp_path / "best.1" / "step-00000009").is_dir()
 
 
 def test_a_new_run_sets_the_best_of_an_older_one_aside(alone, tmp_path):
