@@ -63,6 +63,9 @@ class ReducerReplica(Replica):
                 **_NO_COPY_OF_STATE,
             )
         self._first = True
+        self._laid_out = (
+            self.options.find_unused_parameters and not self.options.static_graph
+        )  # as it was at first, for ever
         self._sparse = sparse_parameters(self.module)
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
@@ -111,11 +114,26 @@ class ReducerReplica(Replica):
 
     def _prepare(self, *losses: Tensor) -> Tensor:
         """Expect the backward pass that ends the step; return what the tally's gradient goes into."""
-        self._reducer._rebuild_buckets()
+        self._lay_out()
         with torch.enable_grad():  # also in a step() under no_grad()
             root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
         self._reducer.prepare_for_backward([*losses, root] if self.options.find_unused_parameters else [])
         return root
+
+    def _lay_out(self) -> None:
+        """Let the reducer lay out its buckets anew, which it does once, after its first backward pass.
+
+        Gradients of earlier micro-batches are out of its sight meanwhile: it would take them over, and divide them by the
+        number of ranks where it multiplies all later ones by the inverse, which over 3 ranks is not the same number.
+        """
+        if self._laid_out:
+            return
+        kept = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        for parameter, _ in kept:
+            parameter.grad = None
+        self._laid_out = self._reducer._rebuild_buckets()
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
     def _end_of_backward(self) -> None:
         if self.options.static_graph and self._first:
