@@ -47,6 +47,7 @@ class Pack:
     flat: bool
     missing: set[int] = field(default_factory=set)  # positions whose gradients are not there yet
     buffer: Tensor | None = None
+    parts: tuple[Tensor, ...] = ()  # of the buffer, flat, one a parameter
     tensors: list[Tensor] = field(default_factory=list)  # what is sent, contiguous
     work: Work | None = None
 
@@ -196,21 +197,16 @@ class HookedReplica(Replica):
         if pack.buffer is None:
             total = sum(p.numel() for p in pack.parameters)
             pack.buffer = torch.empty(total, dtype=pack.dtype, device=self._backend.wire.device)
+            pack.parts = pack.buffer.split([p.numel() for p in pack.parameters])
         parameter = pack.parameters[at]
-        view = self._views(pack)[at]
+        view = pack.parts[at].view(parameter.shape)
         view.copy_(_dense(parameter, self._names))
         if view.dtype == parameter.dtype and view.device == parameter.device:
             parameter.grad = view  # reduced where it lies, as DDP's gradient_as_bucket_view does
 
-    @staticmethod
-    def _views(pack: Pack) -> list[Tensor]:
-        assert pack.buffer is not None
-        parts = pack.buffer.split([p.numel() for p in pack.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, pack.parameters, strict=True)]
-
     def _unpack(self, pack: Pack) -> None:
-        received = self._views(pack) if pack.flat else pack.tensors
-        for parameter, tensor in zip(pack.parameters, received, strict=True):
+        for parameter, received in zip(pack.parameters, pack.parts if pack.flat else pack.tensors, strict=True):
+            tensor = received.view(parameter.shape)
             assert parameter.grad is not None
             if parameter.grad.data_ptr() != tensor.data_ptr() or parameter.grad.dtype != tensor.dtype:
                 parameter.grad.copy_(tensor)
