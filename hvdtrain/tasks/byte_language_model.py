@@ -97,7 +97,7 @@ class ByteLanguageModel:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy of the bytes that follow, in nats."""
         read, following = batch
-        return cross_entropy(model(read).flatten(0, 1).float(), following.flatten(), ignore_index=NOTHING)
+        return cross_entropy(_wide(model(read)).flatten(0, 1), following.flatten(), ignore_index=NOTHING)
 
     def weight_of(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return how many bytes are predicted."""
@@ -106,10 +106,15 @@ class ByteLanguageModel:
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, Tensor]:
         """Return the loss, the same in bits, and how often the likeliest byte is right."""
         read, following = batch
-        scores = model(read).float()
+        scores = _wide(model(read))
         loss = cross_entropy(scores.flatten(0, 1), following.flatten(), ignore_index=NOTHING)
         right = (scores.argmax(-1) == following)[following != NOTHING]
         return {"loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": right.double().mean()}
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Sixteen bits are too few to sum 256 exponentials in."""
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
 class Windows(Dataset[Tensor]):
