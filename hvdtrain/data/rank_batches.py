@@ -7,9 +7,9 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
@@ -86,10 +86,7 @@ class RankBatches:
     ) -> None:
         topology = ranks.topology
         each = topology.world_size * accumulate
-        if global_batch_size is None:
-            if source.batch_size is None:
-                raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
-            global_batch_size = source.batch_size * each
+        global_batch_size = source.global_batch_size(global_batch_size, micro_batches=each)
         self.source = source
         self.dataset = source.dataset
         self._shard = shard = shard_for(source, ranks)
@@ -145,10 +142,7 @@ class RankBatches:
         try:
             for step in self.steps(position["epoch"], position["samples"]):
                 position["samples"] += step.samples
-                if not step.sizes:
-                    yield self.on_device(self.empty)
-                for batch, _ in step:
-                    yield batch
+                yield from one_or_more(step, self)
         finally:  # also when the user breaks off: the next iteration is another epoch
             if self._under_way is position:
                 self._under_way = None
@@ -279,6 +273,23 @@ class RankBatches:
     def _sizes(self, step: Step) -> tuple[int, ...]:
         sizes = tuple(len(positions) for positions in step.micro_batches)
         return sizes + (0,) * (step.passes - len(sizes)) if self._equal_passes else sizes
+
+
+class _Empties(Protocol):
+    @property
+    def empty(self) -> Any: ...
+
+    def on_device(self, batch: Any) -> Any: ...
+
+
+def one_or_more(step: Iterable[tuple[Any, int]], owner: _Empties) -> Iterator[Any]:
+    """Yield a step's batches for a loop of the user's; one of length 0 where this rank has no sample in it."""
+    none = True
+    for batch, _ in step:
+        none = False
+        yield batch
+    if none:
+        yield owner.on_device(owner.empty)
 
 
 def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0) -> Iterator[tuple[Any, int]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hvdtrain.data.nested import empty_from, to_device
 from hvdtrain.data.portions import Cut, Opening, Portion, Start
-from hvdtrain.data.rank_batches import RankBatches, evaluation_batches
+from hvdtrain.data.rank_batches import RankBatches, evaluation_batches, one_or_more
 from hvdtrain.data.reach import Ranks
 from hvdtrain.data.source import Source
 from hvdtrain.data.stream_place import Place
@@ -112,10 +112,7 @@ class RankStream:
     ) -> None:
         topology = ranks.topology
         each = topology.world_size * accumulate
-        if global_batch_size is None:
-            if source.batch_size is None:
-                raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
-            global_batch_size = source.batch_size * each
+        global_batch_size = source.global_batch_size(global_batch_size, micro_batches=each)
         way = way_of(source.dataset)
         self._whole = way == STRIDE
         if global_batch_size < (1 if self._whole else topology.world_size):
@@ -158,10 +155,7 @@ class RankStream:
         self.epoch += 1
         try:
             for step in self._steps(show_pair=True):
-                if not step.sizes:
-                    yield self.on_device(self.empty)
-                for batch, _ in step:
-                    yield batch
+                yield from one_or_more(step, self)
         finally:  # also when the user breaks off: the next iteration is another epoch
             if self._place is place:
                 self._place = Place(self._cut, self.epoch)

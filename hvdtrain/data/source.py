@@ -111,6 +111,22 @@ class Source:
             return len(self.dataset)
         return len(self.sampler) if isinstance(self.sampler, Sized) else len(self.order(0, seed=0))
 
+    def global_batch_size(self, given: int | None, *, micro_batches: int) -> int:
+        """Return the samples per step over all ranks.
+
+        Args:
+            given: That number, if somebody said it; else it follows from the batch size.
+            micro_batches: Of a step, over all ranks.
+
+        Raises:
+            ConfigError: Nobody said either.
+        """
+        if given is not None:
+            return given
+        if self.batch_size is None:
+            raise ConfigError("give either batch_size (per rank and micro-batch) or global_batch_size")
+        return self.batch_size * micro_batches
+
     def order(self, epoch: int, *, seed: int) -> Sequence[Any]:
         """Return the indices that the sampler gives for an epoch.
 
