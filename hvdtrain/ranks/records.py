@@ -5,6 +5,7 @@ Operations are lists that JSON can carry, the first entry their name. Values are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +27,13 @@ class Records:
 
     Attributes:
         kept: The values, as text.
+        set_at: When each was last set, by this process's clock: the ranks' own differ from host to host.
         lost: Ranks whose process has ended without a farewell, each with how: "signal 9", "exit code 3", or "" if
             nobody could see.
     """
 
     kept: dict[str, str] = field(default_factory=dict)
+    set_at: dict[str, float] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
 
     def do(self, operations: Sequence[Sequence[Any]]) -> list[Any]:
@@ -39,6 +42,12 @@ class Records:
 
     def _set(self, key: str, value: str) -> None:
         self.kept[key] = value
+        self.set_at[key] = time.monotonic()
+
+    def _ages(self, keys: Sequence[str]) -> list[float | None]:
+        """Seconds since each key was last set; None for one that never was."""
+        now = time.monotonic()
+        return [now - self.set_at[key] if key in self.set_at else None for key in keys]
 
     def _get(self, key: str) -> str | None:
         return self.kept.get(key)
@@ -61,6 +70,7 @@ class Records:
         self.kept[key] = self.kept.get(key, "") + value
 
     def _delete(self, key: str) -> bool:
+        self.set_at.pop(key, None)
         return self.kept.pop(key, None) is not None
 
     def _names(self, prefix: str) -> list[str]:

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 ALL_THE_SAME = "every rank must make the same collective calls"
 _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says so
 _DEATH_S = 1.0  # how long a rank has been gone before that is said: one whose launcher ends all ranks is no news
+_SILENT = 5  # records that a rank that is alive does not miss in a row, however busy its host
 _ANSWER_S = 2.0  # how long the store may take to answer a rank that has waited for too long already
 
 
@@ -156,7 +157,11 @@ class Watch(NullWatch):
             raise failure.error()
 
     def missing(self, label: str, ranks: Sequence[int]) -> str:
-        """Describe the ranks that have not begun the operation this rank is in, as far as the store can tell."""
+        """Describe the ranks that keep this one waiting, as far as the store can tell.
+
+        They have not begun the operation that it is in; or they have, and were not heard of since: such a rank was
+        stopped or cut off in the middle of it.
+        """
         mine = self._counts.get(label, 0)
         try:
             records = self._read([rank for rank in ranks if rank != self._rank], within_s=_ANSWER_S)
@@ -166,7 +171,7 @@ class Watch(NullWatch):
         for rank, record in records.items():
             if record is None:
                 absent.append(f"rank {rank} (never heard of)")
-            elif record["counts"].get(label, 0) < mine:
+            elif record["counts"].get(label, 0) < mine or record["silent_s"] > _SILENT * self._interval_s:
                 absent.append(f"rank {rank} on {record['host']} ({_doing(record)})")
         return f"; missing: {', '.join(absent)}" if absent else ""
 
@@ -259,16 +264,19 @@ class Watch(NullWatch):
             "ranks": list(waiting[2]) if waiting and len(waiting[2]) < self._world_size else None,  # None: everybody
             "state": self._state,
             "step": self.step,
-            "time": time.time(),
             "host": self._host,
             "process": astuple(self._process) if self._process is not None else None,
         }
         return ["set", f"rank/{self._rank}", json.dumps(record)]
 
     def _read(self, ranks: Sequence[int], *, within_s: float | None = None) -> dict[int, dict[str, Any] | None]:
-        """Other ranks' records, None where there is none."""
-        found = self._store.ask(*(["get", f"rank/{rank}"] for rank in ranks), within_s=within_s)
-        return {rank: None if record is None else json.loads(record) for rank, record in zip(ranks, found, strict=True)}
+        """Other ranks' records, and since when each is silent; None where there is none."""
+        keys = [f"rank/{rank}" for rank in ranks]
+        ages, *found = self._store.ask(["ages", keys], *(["get", key] for key in keys), within_s=within_s)
+        return {
+            rank: None if record is None else {**json.loads(record), "silent_s": age}
+            for rank, record, age in zip(ranks, found, ages, strict=True)
+        }
 
     def _stuck(self) -> str:
         """Describe the rank that left without beginning the operation that this rank is waiting in, if there is one."""
@@ -321,11 +329,10 @@ class Watch(NullWatch):
 
 def _doing(record: dict[str, Any]) -> str:
     """What a rank was at when it was last heard of, in words."""
-    silent = time.time() - record["time"]
     doing = f"in {record['what']}" if record["what"] else record["state"]
     process = Process(*record["process"]) if record["process"] else None
     stopped = process is not None and process.is_here() and process.is_stopped()
-    return f"{doing}; {'its process is stopped, and was ' if stopped else ''}last heard of {silent:.0f} s ago"
+    return f"{doing}; {'its process is stopped, and was ' if stopped else ''}last heard of {record['silent_s']:.0f} s ago"
 
 
 def _death(how: str, record: dict[str, Any] | None) -> str:

@@ -51,6 +51,24 @@ def test_ranks_that_have_not_begun_an_operation_are_missing(ranks):
     del two
 
 
+def test_a_rank_that_falls_silent_inside_an_operation_is_missing_and_its_hosts_clock_does_not_matter(ranks, monkeypatch):
+    zero, one, two = ranks
+    with (
+        two.region("world", "all_reduce of 4 bytes", range(3)),
+        one.region("world", "all_reduce of 4 bytes", range(3)),
+        zero.region("world", "all_reduce of 4 bytes", range(3)),
+    ):
+        time.sleep(0.2)
+        assert zero.missing("world", range(3)) == ""
+        two.close()  # it says no more, as one that was stopped or cut off
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        until(lambda: zero.missing("world", range(3)))
+        said = zero.missing("world", range(3))
+    assert "rank 2" in said
+    assert "in all_reduce of 4 bytes; last heard of 0 s ago" in said
+    assert "rank 1" not in said
+
+
 def test_a_rank_that_left_is_named_to_those_that_wait_for_it(ranks, monkeypatch):
     monkeypatch.setattr("hvdtrain.ranks.watch._STUCK_S", 0.2)
     zero, one, two = ranks
