@@ -219,7 +219,7 @@ class HookedReplica(Replica):
         self._armed = False
         used = [p.grad is not None for p in self._parameters]
         self._lacking = []
-        if not (empty or self.options.find_unused_parameters or all(used)):
+        if not (empty or self.options.allows_unused or all(used)):
             self._lacking = [self._names[id(p)] for p in self._parameters if p.grad is None]
             return
         for pack in self._packs:
@@ -234,7 +234,7 @@ class HookedReplica(Replica):
             self._dispatch(pack)
         self._sums = {id(p): sum_sparse(self._backend, p) for p in self._parameters if id(p) in self._sparse}
         self._nobody = set()
-        if self.options.find_unused_parameters:
+        if self.options.allows_unused:
             everywhere = self._backend.all_reduce(torch.tensor(used), "max").tolist()
             self._nobody = {id(p) for p, somewhere in zip(self._parameters, everywhere, strict=True) if not somewhere}
 

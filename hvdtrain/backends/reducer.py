@@ -50,6 +50,8 @@ class ReducerReplica(Replica):
 
     def _set_up(self) -> None:
         device = self._backend.device
+        # Of a static graph DDP finds them out itself, in the first step.
+        self._seeks_unused = self.options.find_unused_parameters and not self.options.static_graph
         self._model = _WithTally(self.module, self._parameters, device)
         self._ddp = None  # the hooks of an earlier one go with it
         with _versions_kept(self.module):
@@ -58,14 +60,12 @@ class ReducerReplica(Replica):
                 device_ids=[device.index] if device.type == "cuda" else None,
                 bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=self.options.find_unused_parameters,
+                find_unused_parameters=self._seeks_unused,
                 static_graph=self.options.static_graph,
                 **_NO_COPY_OF_STATE,
             )
         self._first = True
-        self._laid_out = (
-            self.options.find_unused_parameters and not self.options.static_graph
-        )  # as it was at first, for ever
+        self._laid_out = self._seeks_unused  # as it was at first, for ever
         self._sparse = sparse_parameters(self.module)
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
@@ -79,13 +79,13 @@ class ReducerReplica(Replica):
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
         root = self._prepare()
-        late = [] if self.options.find_unused_parameters else self._parameters[::-1]
+        late = [] if self.options.allows_unused else self._parameters[::-1]
         torch.autograd.backward([*late, root], [*map(self._zero, late), self._numbers(tally)])
         self._end_of_backward()
 
     def _finish(self, empty: bool) -> Tensor:
         complete = self._complete()
-        if not complete or (self.options.find_unused_parameters and not self.options.static_graph):
+        if not complete or self._seeks_unused:
             self._refuse_strays()
         if not complete:  # DDP would notice at the next step, with the other ranks waiting
             raise self._unused_error(
@@ -117,7 +117,7 @@ class ReducerReplica(Replica):
         self._lay_out()
         with torch.enable_grad():  # also in a step() under no_grad()
             root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
-        self._reducer.prepare_for_backward([*losses, root] if self.options.find_unused_parameters else [])
+        self._reducer.prepare_for_backward([*losses, root] if self._seeks_unused else [])
         return root
 
     def _lay_out(self) -> None:

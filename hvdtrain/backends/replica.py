@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
+from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
@@ -58,6 +59,11 @@ class ReplicaOptions:
     find_unused_parameters: bool = False
     static_graph: bool = False
     bucket_bytes: int | None = None
+
+    @property
+    def allows_unused(self) -> bool:
+        """Whether the loss may not depend on some parameters; of a static graph the engine finds that out itself."""
+        return self.find_unused_parameters or self.static_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +166,7 @@ class Replica(ABC):
             overlap: False to exchange in `reduce_gradients` all the same.
         """
         if not last and self.options.static_graph:
-            # DDP counts how often each gradient comes in its first step, and takes earlier micro-batches for another graph.
-            raise ConfigError("static_graph=True (--static-graph) and several micro-batches a step exclude each other")
+            check_combination({"static_graph": True, "accumulate": True})
         self._last, self._overlap = last, overlap
         try:
             yield

@@ -23,6 +23,14 @@ def traced(error: BaseException) -> str:
         return f"{described(error)}\n(its traceback could not be formatted: {_kind(problem)})\n"
 
 
+def is_long(error: BaseException) -> bool:
+    """Whether `traced` shortens it; one whose words raise is not long."""
+    try:
+        return sum(map(len, traceback.format_exception(error))) > _LONGEST_TRACEBACK
+    except BaseException:
+        return False
+
+
 def shortened(text: str, longest: int) -> str:
     """The beginning and the end of a text that is too long."""
     if len(text) <= longest:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain.errors import HvdtrainError, RankFailure
+from hvdtrain.ranks.describing import is_long, traced
 
 if TYPE_CHECKING:
     from hvdtrain.ranks.watch import NullWatch
@@ -33,7 +34,8 @@ class _Ending:
         code: With which exit code, and without the engine's own end; None for as usual.
         farewells: Called with the code, last of all.
         prepared: Whether Python will come by here when it ends.
-        shows: What shows an exception that nobody caught, once `end_all_on_exception` has taken its place.
+        shows: What shows an exception that nobody caught, but for long ones.
+        at_exception: Such an exception ends the process hard.
         bound_s: Seconds that the engine's own end may take; None for any.
     """
 
@@ -41,7 +43,8 @@ class _Ending:
     code: int | None = None
     farewells: list[Callable[[int], None]] = field(default_factory=list)
     prepared: bool = False
-    shows: Callable[[type[BaseException], BaseException, TracebackType | None], Any] | None = None
+    shows: Callable[[type[BaseException], BaseException, TracebackType | None], Any] = sys.excepthook
+    at_exception: bool = False
 
 
 _CHILD_S = 2.0  # for the end of an engine that a forked process has no part in
@@ -60,6 +63,7 @@ def prepare(farewell: Callable[[int], None] | None = None) -> None:
         _ending.farewells.append(farewell)
     if not _ending.prepared:
         _ending.prepared = True
+        _ending.shows, sys.excepthook = sys.excepthook, _show
         atexit.register(_leave)
 
 
@@ -98,9 +102,7 @@ def code_of(error: BaseException) -> int:
 
 def end_all_on_exception() -> None:
     """From now on an exception that nobody caught ends this process hard, after its traceback was shown."""
-    if _ending.shows is None:
-        _ending.shows = sys.excepthook
-        sys.excepthook = _show_and_end
+    _ending.at_exception = True
     prepare()
 
 
@@ -154,10 +156,13 @@ class Goodbye:
             end_hard(HvdtrainError.exit_code)
 
 
-def _show_and_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    assert _ending.shows is not None
-    _ending.shows(kind, error, trace)
-    end_hard(code_of(error))
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if is_long(error):  # mpirun takes a minute to pass on 20 MB
+        print(traced(error), file=sys.stderr, flush=True)  # noqa: T201 - last words
+    else:
+        _ending.shows(kind, error, trace)
+    if _ending.at_exception:
+        end_hard(code_of(error))
 
 
 def _leave() -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ def rendezvous_file(detection: Detection) -> Path:
     """Where rank 0 writes, and the others read.
 
     Raises:
-        LaunchError: The folder is not this user's alone.
+        LaunchError: The folder is not this user's alone, or cannot be had.
     """
     chosen = given(DIRECTORY_VARIABLE)
     if chosen and detection.topology.num_nodes > 1:
         folder = Path(chosen)
-        folder.mkdir(parents=True, exist_ok=True)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     elif detection.topology.num_nodes > 1:
         folder = _private(Path.cwd() / ".hvdtrain-rendezvous")  # a job's working directory is on the shared file system
     else:
@@ -37,14 +40,29 @@ def private_folder() -> Path:
     """This user's folder in the temporary directory.
 
     Raises:
-        LaunchError: It is not this user's alone.
+        LaunchError: It is not this user's alone, or cannot be had.
     """
-    return _private(Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}")
+    with _explained("a temporary folder"):  # Python's own tries whether it can be written to
+        temporary = Path(tempfile.gettempdir())
+    return _private(temporary / f"hvdtrain-{os.getuid()}")
+
+
+@contextmanager
+def _explained(place: Path | str) -> Iterator[None]:
+    """Say what a full disk, or one that cannot be written to, is needed for."""
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"could not write to {place}, where the ranks find each other: {error}; free some space, or set TMPDIR, or for "
+            f"several nodes {DIRECTORY_VARIABLE}, to a private folder that can be written to"
+        ) from error
 
 
 def _private(folder: Path) -> Path:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
+    with _explained(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise LaunchError(
             f"{folder} must belong to you and be private (mode 0700); remove it, or set TMPDIR, or for several nodes "
@@ -54,12 +72,17 @@ def _private(folder: Path) -> Path:
 
 
 def write(file: Path, content: object) -> None:
-    """Write a file that nobody else can read; whole or not at all."""
+    """Write a file that nobody else can read; whole or not at all.
+
+    Raises:
+        LaunchError: It cannot be written.
+    """
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as target:
-        json.dump(content, target)
-    temporary.replace(file)
+    with _explained(file.parent):
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as target:
+            json.dump(content, target)
+        temporary.replace(file)
 
 
 def read(file: Path) -> dict[str, Any]:

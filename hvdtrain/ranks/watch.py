@@ -332,7 +332,9 @@ def _doing(record: dict[str, Any]) -> str:
     doing = f"in {record['what']}" if record["what"] else record["state"]
     process = Process(*record["process"]) if record["process"] else None
     stopped = process is not None and process.is_here() and process.is_stopped()
-    return f"{doing}; {'its process is stopped, and was ' if stopped else ''}last heard of {record['silent_s']:.0f} s ago"
+    return (
+        f"{doing}; {'its process is stopped, and was ' if stopped else ''}last heard of {record['silent_s']:.0f} s ago"
+    )
 
 
 def _death(how: str, record: dict[str, Any] | None) -> str:

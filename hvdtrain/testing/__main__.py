@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--log-dir", type=Path, help="folder for each rank's output; the terminal otherwise")
+    parser.add_argument("--record", type=Path, help="file for what passed (see hvdtrain.testing.features)")
     known, others = parser.parse_known_args()
     if known.log_dir is not None:
         known.log_dir.mkdir(parents=True, exist_ok=True)
@@ -29,6 +30,8 @@ def main() -> int:
     options = ["-x", "-p", "hvdtrain.testing.plugin", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(suite)]
     options += ["-p", "no:hypothesispytest"]  # its summary would load all of hypothesis on every rank
     chosen = [f"--hvdtrain-backend={known.backend}", f"--hvdtrain-device={known.device}"]
+    if known.record is not None:
+        chosen.append(f"--hvdtrain-record={known.record.absolute()}")
     return int(pytest.main([str(suite), *options, *chosen, *others]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +12,51 @@ import hvdtrain
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.local import LocalBackend
 from hvdtrain.launch.detect import Detection
+from hvdtrain.testing.features import FEATURES, Record
 from hvdtrain.topology import Topology
 
 _TIMEOUT_S = 60.0
+_RECORD = pytest.StashKey[Record]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Say which backend is tested."""
     parser.addoption("--hvdtrain-backend", default="auto")
     parser.addoption("--hvdtrain-device", default="cpu")
+    parser.addoption("--hvdtrain-record", type=Path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the mark of tests that stand for a feature."""
+    config.addinivalue_line(
+        "markers",
+        "feature(name, refused_by={}): one of `hvdtrain.testing.features`; engines where the test shows a refusal, with the reason",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Stop the backend last: some engines start only once in a process."""
     items.sort(key=lambda item: item.path.name == "test_stop.py")
+    unknown = {mark.args[0] for item in items for mark in item.iter_markers("feature")} - set(FEATURES)
+    if unknown:
+        raise pytest.UsageError(f"no such feature in hvdtrain.testing.features: {', '.join(sorted(unknown))}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Count the tests of each feature that pass."""
+    yield
+    record = item.config.stash.get(_RECORD, None)
+    if record is not None:
+        for mark in item.iter_markers("feature"):
+            record.count(mark.args[0], mark.kwargs.get("refused_by", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write down what passed, if all did."""
+    file, record = session.config.getoption("--hvdtrain-record"), session.config.stash.get(_RECORD, None)
+    if file is not None and record is not None and exitstatus == 0:
+        record.write(file)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +67,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         config.getoption("--hvdtrain-backend"), device=config.getoption("--hvdtrain-device"), timeout_s=_TIMEOUT_S
     )
     with made as running:
+        if running.rank == 0:
+            config.stash[_RECORD] = Record(
+                backend=running.name, world_size=running.world_size, device=running.device.type
+            )
         yield running
         if request.session.testsfailed:  # the others may wait in a test that this rank has left
             raise RuntimeError(f"a test failed on rank {running.rank}")

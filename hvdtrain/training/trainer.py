@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
+from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
 from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
@@ -32,6 +33,7 @@ from hvdtrain.data.source import Source, source_of
 from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
+from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
@@ -169,13 +171,21 @@ class Trainer:
             raise ConfigError(
                 "LBFGS evaluates the loss several times a step, which this loop does not; choose another optimizer"
             )
-        for name, value in (("accumulate", accumulate), ("log_every", log_every)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        if checkpoint_minutes is not None and not checkpoint_minutes > 0:
-            raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")
+        _check_numbers(accumulate=accumulate, log_every=log_every, checkpoint_minutes=checkpoint_minutes)
         if on_nan not in ("stop", "skip"):
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
+        check_combination(
+            {
+                **replica_options,
+                "accumulate": accumulate > 1,
+                "checkpoint_modules": checkpoint_modules is not None,
+                "compile": compile is not False,
+                "shard_optimizer": isinstance(optimizer, ShardedOptimizer),
+                "clip_norm": clip_norm is not None,
+                "on_nan": on_nan == "skip",
+            },
+            backend.name,
+        )
         self._pacemaker = Pacemaker(schedule, schedule_interval, schedule_metric)
         self._pacemaker.check_optimizer(optimizer)
         self._events = Events(callbacks)
@@ -656,3 +666,11 @@ class Trainer:
                 return self.task.loss(model, batch)
 
         return forward
+
+
+def _check_numbers(*, accumulate: int, log_every: int, checkpoint_minutes: float | None) -> None:
+    for name, value in (("accumulate", accumulate), ("log_every", log_every)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if checkpoint_minutes is not None and not checkpoint_minutes > 0:
+        raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")

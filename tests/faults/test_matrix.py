@@ -52,7 +52,9 @@ STALL_S = TIMEOUT_S + 10 + 20
 def test_a_fault_ends_all_and_is_named(launcher, fault, culprit, moment, tmp_path, record_property):
     outcome = end_of(launcher, ENGINES[launcher], fault, culprit, moment, tmp_path)
     record_property("seconds", round(outcome.seconds, 1))  # for --junitxml
-    check(outcome, fault, culprit)
+    # Before hvdtrain has begun, Python itself prints all 20 MB, and mpirun takes its time to pass them on.
+    slow = (fault, moment) == ("large", "before") and launcher in ("mpirun", "horovodrun-mpi")
+    check(outcome, fault, culprit, DEATH_S + 90 * slow)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +74,11 @@ def test_a_fault_under_srun_ends_all_and_is_named(slurm, fault, culprit, moment,
     check(outcome, fault, culprit)
 
 
-def check(outcome, fault, culprit):
+def check(outcome, fault, culprit, death_s=DEATH_S):
     output = outcome.ended.output
     assert outcome.ended.code not in (0, None), output
     # One that is stopped before it came cannot be told from one that takes its time.
-    assert outcome.seconds < (STALL_S if fault == "stop" else DEATH_S), f"{outcome.seconds:.1f} s\n{output}"
+    assert outcome.seconds < (STALL_S if fault == "stop" else death_s), f"{outcome.seconds:.1f} s\n{output}"
     assert names(output, culprit) or fault in WORDS, output
     if fault in WORDS:
         assert re.search(WORDS[fault], output), output[:10_000]

@@ -12,6 +12,8 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 
+pytestmark = pytest.mark.feature("activation checkpointing")
+
 
 class Counting(nn.Module):
     def __init__(self, module):

@@ -8,6 +8,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
 
+pytestmark = pytest.mark.feature("callbacks")
+
 
 def data(length):
     return ArrayDataset(torch.linspace(-1, 1, 4 * length).reshape(length, 4), torch.arange(length) % 3)

@@ -11,6 +11,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.errors import CheckpointError
 
+pytestmark = pytest.mark.feature("checkpoints")
+
 
 def state(backend):
     torch.manual_seed(0)

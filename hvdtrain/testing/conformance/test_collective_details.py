@@ -9,6 +9,8 @@ import torch
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.errors import CollectiveError
 
+pytestmark = pytest.mark.feature("collectives")
+
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128]
 OPS = ["sum", "mean", "min", "max", "product"]

@@ -11,7 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from hvdtrain.errors import TrainingError
 
 # torch 2.4 to 2.5, of their own checkpointing
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
+pytestmark = [
+    pytest.mark.feature("forward"),
+    pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning"),
+]
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
 
 

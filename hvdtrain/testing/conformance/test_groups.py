@@ -10,6 +10,8 @@ import torch
 
 from hvdtrain.errors import CollectiveError
 
+pytestmark = pytest.mark.feature("collectives")
+
 
 def ones(group):
     return None if group is None else int(group.all_reduce(torch.tensor(1)))

@@ -11,6 +11,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
 
+pytestmark = pytest.mark.feature("loader")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 

@@ -6,6 +6,8 @@ from torch import nn
 
 import hvdtrain
 
+pytestmark = pytest.mark.feature("accumulation")
+
 LENGTH = 53
 
 

@@ -8,6 +8,8 @@ import torch
 
 from hvdtrain.errors import CollectiveError
 
+pytestmark = pytest.mark.feature("collectives")
+
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,

@@ -10,6 +10,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.errors import ConfigError, TrainingError
 
+pytestmark = pytest.mark.feature("wide layers")
+
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 

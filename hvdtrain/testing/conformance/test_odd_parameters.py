@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+pytestmark = pytest.mark.feature("odd parameters")
+
 SAMPLES = 13
 
 

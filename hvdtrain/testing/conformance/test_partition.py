@@ -11,6 +11,8 @@ from hvdtrain.data.shards import PARTITIONS, own_shard, shard_of
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.launch.launchers import node_of
 
+pytestmark = pytest.mark.feature("partition")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 CUT_ONCE = [kind for kind in PARTITIONS if kind not in ("batch", "sample-own")]
 

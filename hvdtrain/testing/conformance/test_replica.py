@@ -10,6 +10,8 @@ from torch import nn
 
 from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
 
+pytestmark = pytest.mark.feature("accumulation")
+
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.feature("several")
+
 SAMPLES = 11  # no number of ranks but 1 divides it
 
 

@@ -7,6 +7,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 
+pytestmark = pytest.mark.feature("sharded optimizer")
+
 
 def made():
     torch.manual_seed(1)

@@ -10,7 +10,10 @@ from torch import nn
 from hvdtrain.errors import ConfigError, TrainingError
 
 # torch 2.4 to 2.5, of their own checkpointing
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
+pytestmark = [
+    pytest.mark.feature("slips"),
+    pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning"),
+]
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
 
 

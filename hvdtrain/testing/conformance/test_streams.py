@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import hvdtrain
 from hvdtrain.errors import CheckpointError, ConfigError, DataError
 
+pytestmark = pytest.mark.feature("streams")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 

@@ -11,6 +11,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import TrainingError
 
+pytestmark = pytest.mark.feature("batch normalisation")
+
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 SHAPES = {1: (5,), 2: (3, 4), 3: (2, 3, 2)}
 

@@ -11,6 +11,8 @@ from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.random_numbers import OwnRandomNumbers, seed_everything
 
+pytestmark = pytest.mark.feature("trainer")
+
 
 def data(length=22):
     return ArrayDataset(torch.linspace(-1, 1, 4 * length).reshape(length, 4), torch.arange(length) % 3)

@@ -11,6 +11,8 @@ import hvdtrain
 from hvdtrain.data.samplers import epoch_order
 from hvdtrain.errors import ConfigError, TrainingError
 
+pytestmark = pytest.mark.feature("weights")
+
 IGNORED = -100
 SENTENCES = 23
 WORDS = 7

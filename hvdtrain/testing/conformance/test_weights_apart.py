@@ -6,6 +6,8 @@ from torch import nn
 
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 
+pytestmark = pytest.mark.feature("weights")
+
 
 def model_of():
     torch.manual_seed(3)

@@ -11,6 +11,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError, OutputError
 
+pytestmark = pytest.mark.feature("whole data")
+
 
 def data(length):
     return ArrayDataset(torch.linspace(-1, 1, 2 * length).reshape(length, 2), torch.arange(length))

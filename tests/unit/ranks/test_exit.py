@@ -86,6 +86,22 @@ raise ConfigError("planted")
 
 
 @pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise ValueError('planted' + 'x' * 20_000_000)", "ValueError: planted"),
+        ("raise ExceptionGroup('many', [ValueError('planted') for _ in range(20_000)])", "many"),
+    ],
+)
+def test_what_mpirun_would_take_a_minute_to_pass_on_is_shown_shortened(body, says):
+    if "ExceptionGroup" in body and sys.version_info < (3, 11):
+        pytest.skip("there are no exception groups before Python 3.11")
+    ended = run(f"time.sleep = lambda s: None\nend.prepare()\n{body}")
+    assert ended.code == 1
+    assert says in ended.err
+    assert len(ended.err) < 100_000
+
+
+@pytest.mark.parametrize(
     ("watch", "stuck", "code", "said"),
     [
         ("Nobody", "False", 0, "left the engine waits"),

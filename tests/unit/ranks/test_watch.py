@@ -51,7 +51,9 @@ def test_ranks_that_have_not_begun_an_operation_are_missing(ranks):
     del two
 
 
-def test_a_rank_that_falls_silent_inside_an_operation_is_missing_and_its_hosts_clock_does_not_matter(ranks, monkeypatch):
+def test_a_rank_that_falls_silent_inside_an_operation_is_missing_and_its_hosts_clock_does_not_matter(
+    ranks, monkeypatch
+):
     zero, one, two = ranks
     with (
         two.region("world", "all_reduce of 4 bytes", range(3)),
