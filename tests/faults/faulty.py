@@ -83,7 +83,7 @@ def _processes(temporary: str) -> list[str]:
 
 def names(output: str, rank: int) -> bool:
     """Whether what is read says which rank it was: ours, or the launcher's own words."""
-    own = rf"rank {rank} (on \S+ (died|ended|failed|has left the program)|of 2 (failed|ended))|missing: rank {rank} (on|.never heard of)"
+    own = rf"rank {rank} (on \S+ (died|ended|failed|has left the program)|of 2 (failed|ended))|missing: rank {rank} (on|.never heard of)|for rank {rank}'s address"
     mpirun = rf"process rank {rank} with PID|Process name: \[[^\]]*,{rank}\]"
     torchrun = rf"rank\s*: {rank} \(local_rank: {rank}\)"
     horovodrun = rf"Process name: {rank}\b"
