@@ -26,6 +26,7 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
+from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
@@ -265,6 +266,7 @@ class Backend(Communicator):
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         bucket_bytes: int | None = None,
+        reduce_dtype: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
 
@@ -277,13 +279,18 @@ class Backend(Communicator):
             find_unused_parameters: See `ReplicaOptions`.
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
+            reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
 
         Raises:
             ModelMismatch: The ranks hold different models; names the first difference and the ranks.
-            ConfigError: The model is on another device, or the optimizer holds foreign parameters.
+            ConfigError: The model is on another device, the optimizer holds foreign parameters, or gradients do not fit into
+                ``reduce_dtype``.
         """
         options = ReplicaOptions(
-            find_unused_parameters=find_unused_parameters, static_graph=static_graph, bucket_bytes=bucket_bytes
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            bucket_bytes=bucket_bytes,
+            reduce_dtype=reduce_dtype_of(reduce_dtype),
         )
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)

@@ -64,7 +64,7 @@ class HookedReplica(Replica):
     """A replica whose gradients are sent from hooks, in packs.
 
     Args:
-        carried: The dtype in which an engine sends gradients of a given dtype.
+        carried: The dtype in which an engine sends gradients of a given dtype, unless the options say one.
         groups: None: packs of about ``bucket_bytes``, flattened. 0: each gradient by itself. N: N packs, each
             parameter's gradient sent as it lies.
         options: As for `Replica`.
@@ -85,7 +85,9 @@ class HookedReplica(Replica):
         carried: Callable[[torch.dtype], torch.dtype],
         groups: int | None = None,
     ) -> None:
-        self._carried, self._groups = carried, groups
+        wanted = options.reduce_dtype
+        self._carried = carried if wanted is None else lambda _: wanted
+        self._groups = groups
         self._armed = False
         self._hooks: list[RemovableHandle] = []
         super().__init__(backend, module, optimizer, options)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hvdtrain.backends.reduce_dtype import NarrowBuckets, check_sums, narrow_buckets
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.sparse import dense_embeddings, empty_sparse, sparse_parameters
 from hvdtrain.backends.weighting import Tally
@@ -33,9 +34,11 @@ _NO_COPY_OF_STATE: dict[str, Any] = (
 class _WithTally(nn.Module):
     """A model and one parameter more, whose gradient carries the tally in the model's own buckets."""
 
-    def __init__(self, module: nn.Module, trained: list[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, trained: list[nn.Parameter], device: torch.device, *, apart: bool = False
+    ) -> None:
         super().__init__()
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in trained)
+        wide = apart or any(p.dtype in (torch.float64, torch.complex128) for p in trained)
         self.tally = nn.Parameter(
             torch.zeros(Tally.SIZE, dtype=torch.float64 if wide else torch.float32, device=device)
         )
@@ -52,7 +55,8 @@ class ReducerReplica(Replica):
         device = self._backend.device
         # Of a static graph DDP finds them out itself, in the first step.
         self._seeks_unused = self.options.find_unused_parameters and not self.options.static_graph
-        self._model = _WithTally(self.module, self._parameters, device)
+        other = self._other_dtype()
+        self._model = _WithTally(self.module, self._parameters, device, apart=other is not None)
         self._ddp = None  # the hooks of an earlier one go with it
         with _versions_kept(self.module):
             self._ddp = DistributedDataParallel(
@@ -64,6 +68,9 @@ class ReducerReplica(Replica):
                 static_graph=self.options.static_graph,
                 **_NO_COPY_OF_STATE,
             )
+        if other is not None:
+            check_sums(other, device)
+            self._ddp.register_comm_hook(NarrowBuckets(other, self._backend.world_size), narrow_buckets)
         self._first = True
         self._laid_out = self._seeks_unused  # as it was at first, for ever
         self._sparse = sparse_parameters(self.module)
@@ -106,6 +113,11 @@ class ReducerReplica(Replica):
         self.clear()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _other_dtype(self) -> torch.dtype | None:
+        """The type in which gradients are to travel, where that is not their own."""
+        wanted = self.options.reduce_dtype
+        return None if all(p.dtype == wanted for p in self._parameters) else wanted
 
     @property
     def _reducer(self) -> dist.Reducer:

@@ -32,6 +32,7 @@ from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
+from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
@@ -54,11 +55,13 @@ class ReplicaOptions:
             parameters take part only sometimes, or only on some ranks; costs a walk over the graph.
         static_graph: Promise that the graph is the same at every step; allows the engine some short cuts.
         bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
+        reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
     """
 
     find_unused_parameters: bool = False
     static_graph: bool = False
     bucket_bytes: int | None = None
+    reduce_dtype: torch.dtype | None = None
 
     @property
     def allows_unused(self) -> bool:
@@ -118,6 +121,7 @@ class Replica(ABC):
             check_optimizer(optimizer)
         self._watched = Watched(module, optimizer)
         check_parameters(module, optimizer, self._parameters, backend.device)
+        check_reduce_dtype(module.named_parameters(), options.reduce_dtype)
         check_same_structure(self._gather, module, optimizer)
         copy_state_from_rank_zero(backend, module, optimizer)
         self._phase = _Phase.EMPTY
@@ -280,6 +284,7 @@ class Replica(ABC):
             raise TrainingError(_WEIGHTLESS)
         if self._weightless or not self._any_gradient():
             scaler = None  # no rank had a sample: there is nothing to unscale
+        self._scaler_looked = scaler is not None
         if scaler is not None:
             unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
         norm: Tensor | None = None
@@ -387,7 +392,7 @@ class Replica(ABC):
     def why_no_step(self) -> str:
         """Why the optimizer must not step now; "" if it may."""
         exchanged = self._phase is _Phase.EXCHANGED
-        late = self._keeper.why_late() if exchanged else ""
+        late = self._why_not_these() if exchanged else ""
         if (exchanged and not late) or not self._backend.running or not self._any_gradient():
             return ""
         if exchanged:
@@ -401,6 +406,14 @@ class Replica(ABC):
             "optimizer.step() on gradients that were not exchanged with the other ranks; call replica.backward(loss, "
             "samples=...) and replica.step(), or replica.reduce_gradients() before optimizer.step()"
         )
+
+    def _why_not_these(self) -> str:
+        """Why the optimizer must not use the averaged gradients; "" if it may."""
+        if late := self._keeper.why_late():
+            return late
+        halves = self.options.reduce_dtype == torch.float16 and self._backend.world_size > 1
+        looked = self._scaler_looked or getattr(self._optimizer, "found_inf", None) is not None  # a fused one skips by itself
+        return overflowed(self._gradients()) if halves and not looked else ""
 
     def note_step(self) -> None:
         """The optimizer has stepped."""
@@ -467,6 +480,7 @@ class Replica(ABC):
         self._samples: int | None = None  # of all ranks, once that is known
         self._weightless = False  # there were samples, and nothing that their losses are means over
         self._left_gradients = False  # the exchange left any
+        self._scaler_looked = False  # whether they are finite
         self._aboard: Ahead | None = None
         self._keeper.forget()
 
@@ -558,6 +572,7 @@ class Replica(ABC):
         """Train what was found; parameters that are ``new`` must be alike already unless they are going to be copied."""
         self._keeper.follow()
         check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
+        check_reduce_dtype(self.module.named_parameters(), self.options.reduce_dtype)
         # Where the forward pass has used the new ones it is too late to copy them.
         check_same_structure(self._gather, self.module, self._optimizer, () if copied else new)
         self._set_up()

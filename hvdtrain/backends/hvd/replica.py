@@ -57,13 +57,14 @@ class HorovodReplica(HookedReplica):
             self._adasum
         )  # each rank's own mean gradient goes in, and a combination of them comes out
         compression = config.compression
+        _check_reduce_dtype(options.reduce_dtype, config)
         groups = 0 if self._adasum and config.num_groups is None else config.num_groups  # Adasum weighs each tensor
         super().__init__(
             backend, module, optimizer, options, carried=lambda dtype: _carried(dtype, compression), groups=groups
         )
 
     def _send(self, pack: Pack) -> Work:
-        if self._config.compression == "bf16" and pack.tensors[0].dtype == torch.bfloat16:
+        if pack.dtype == torch.bfloat16:
             return Bf16Sum(self._waiter, self._backend.world_size, f"{self._label}.{pack.name}", pack.tensors)
         op = hvd.Adasum if self._adasum else hvd.Sum
         factor = self._config.gradient_predivide_factor
@@ -146,6 +147,18 @@ class Bf16Sum:
         whole = output.view(torch.bfloat16)[: self._numel]
         for tensor, part in zip(self._tensors, whole.split([t.numel() for t in self._tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def _check_reduce_dtype(dtype: torch.dtype | None, config: HorovodConfig) -> None:
+    if dtype is None:
+        return
+    if config.compression != "none":
+        raise ConfigError(
+            f"reduce_dtype (--reduce-dtype) and --horovod.compression {config.compression} both say in which type gradients travel; give "
+            "one of them"
+        )
+    if config.op == "adasum" and dtype == torch.bfloat16:
+        raise ConfigError("--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients")
 
 
 def _carried(dtype: torch.dtype, compression: str) -> torch.dtype:
