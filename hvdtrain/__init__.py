@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
+    from hvdtrain.optim.master_weights import MasterWeights as MasterWeights
     from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
@@ -64,6 +65,7 @@ _PUBLIC = {
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
+    "MasterWeights": "hvdtrain.optim.master_weights:MasterWeights",
     "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
     "Task": "hvdtrain.training.task:Task",

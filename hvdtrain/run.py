@@ -33,6 +33,7 @@ from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
 from hvdtrain.observe.whole_file import write_whole
+from hvdtrain.optim.master_weights import MasterWeights, has_masters
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
@@ -85,6 +86,8 @@ def run_training(config: TrainConfig) -> Summary:
         if config.epochs == 0 and eval_data is None:
             raise ConfigError("--epochs 0 only evaluates, and there are no evaluation data; train for some --epochs")
         optimizer = _optimizer(config, task, model, backend)
+        if config.precision == "bf16-pure" and not has_masters(optimizer):
+            optimizer = MasterWeights(optimizer)
         if config.shard_optimizer:
             optimizer = ShardedOptimizer(optimizer, backend)
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
@@ -118,6 +121,7 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_policy=config.checkpoint_policy,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
+            reduce_dtype=config.reduce_dtype,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:

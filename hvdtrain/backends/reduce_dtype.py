@@ -51,8 +51,9 @@ def overflowed(gradients: Iterable[Tensor]) -> str:
 
     They are the same on every rank, and so is the answer.
     """
-    norms = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g, torch.inf) for g in gradients]
-    if not norms or bool(torch.stack(norms).isfinite().all()):
+    # A sum shows each NaN and infinity, and is many times faster than a norm; float16's numbers cannot overflow it.
+    sums = [(g.coalesce().values() if g.is_sparse else g).sum(dtype=torch.float32) for g in gradients]
+    if not sums or bool(torch.stack(sums).isfinite().all()):
         return ""
     return (
         "the averaged gradient is not finite: it was too large for float16, as which it travelled (reduce_dtype), or the loss was not "

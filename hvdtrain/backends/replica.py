@@ -327,11 +327,12 @@ class Replica(ABC):
         self._begin_step()
 
     def gradient_norm(self) -> Tensor:
-        """The L2 norm over all gradients, float64 for float64 models; 0 if there is no gradient."""
+        """The L2 norm over all gradients, float64 for float64 models, else float32; 0 if there is no gradient."""
         numbers = [values(g) for g in self._gradients()]
         if not numbers:
             return torch.zeros((), device=self._backend.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(v) for v in numbers]))
+        norms = [torch.linalg.vector_norm(v, dtype=torch.float32 if v.dtype in _NARROW else None) for v in numbers]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
     @property
@@ -585,7 +586,7 @@ class Replica(ABC):
         )
 
     def _clip(self, clip_norm: float) -> Tensor:
-        if not any(g.is_sparse for g in self._gradients()):
+        if not any(g.is_sparse or g.dtype in _NARROW for g in self._gradients()):
             return nn.utils.clip_grad_norm_(self._parameters, clip_norm)
         norm = self.gradient_norm()
         factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
@@ -593,6 +594,8 @@ class Replica(ABC):
             gradient.mul_(factor.to(gradient.dtype))
         return norm
 
+
+_NARROW = (torch.bfloat16, torch.float16)  # too few digits for a norm
 
 _WEIGHTLESS = (
     "no loss of this step had any weight on any rank (the weight= of every backward() was 0), so that there is no mean to follow; "

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.data.partition import share
 from hvdtrain.errors import ConfigError
+from hvdtrain.optim.master_weights import MasterWeights
 from hvdtrain.optim.pieces import Bucket, Piece, buckets_of, cut_out, flat, joined, laid_out_as, layout_of, on_cpu, runs
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
@@ -50,7 +51,7 @@ class ShardedOptimizer(Optimizer):
 
     Hand it to `Backend.replicate` or the `Trainer` like any other optimizer; schedules, GradScalers and parameter groups work
     on it. `state_dict` is that of the plain optimizer: it loads at any number of ranks, and into an optimizer that is not
-    sharded, and the other way round.
+    sharded, and the other way round. Of a `MasterWeights` the masters are cut too.
 
     Args:
         optimizer: A new one, over parameters that are already on their device. What it holds is taken over.
@@ -62,13 +63,15 @@ class ShardedOptimizer(Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, communicator: Communicator, *, elementwise: bool = False) -> None:
-        name = type(optimizer).__name__
-        if not elementwise and not (type(optimizer).__module__.startswith("torch.optim") and name in ELEMENTWISE):
+        masters = isinstance(optimizer, MasterWeights)
+        kind = optimizer.inner_type if isinstance(optimizer, MasterWeights) else type(optimizer)
+        name = kind.__name__
+        if not elementwise and not (kind.__module__.startswith("torch.optim") and name in ELEMENTWISE):
             raise ConfigError(
                 f"{name} may look at a parameter as a whole, and ShardedOptimizer cuts parameters into pieces; use one of "
                 f"{', '.join(ELEMENTWISE)}, or promise elementwise=True"
             )
-        self.kind = name  # in checkpoints: the plain optimizer reads what this one wrote
+        self.kind = getattr(optimizer, "kind", name)  # in checkpoints: the whole optimizer reads what this one wrote
         self._communicator = communicator
         self._pieces: list[Piece] = []
         self._buckets: list[Bucket] = []
@@ -76,7 +79,8 @@ class ShardedOptimizer(Optimizer):
         self._numel: dict[nn.Parameter, int] = {}
         self._layout: list[tuple[tuple[int, ...], ...]] | None = None  # of them, since the first step
         self._inner: Optimizer | None = None
-        self._make = type(optimizer)
+        self._make = kind
+        self._masters = masters
         earlier = optimizer.state_dict() if optimizer.state else None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         if earlier is not None:
@@ -89,7 +93,8 @@ class ShardedOptimizer(Optimizer):
         pieces = [piece for bucket in buckets_of(group["params"]) for piece in self._cut(bucket)]
         mine = {**group, "params": [piece.inner for piece in pieces]}
         if self._inner is None:
-            self._inner = self._make([mine], **({"lr": group["lr"]} if "lr" in group else {}))
+            inner = self._make([mine], **({"lr": group["lr"]} if "lr" in group else {}))
+            self._inner = MasterWeights(inner) if self._masters else inner
         else:
             self._inner.add_param_group(mine)
         self._pieces += pieces
@@ -141,7 +146,8 @@ class ShardedOptimizer(Optimizer):
         """
         assert self._inner is not None
         self._check_parameters()
-        mine = [self._inner.state.get(piece.inner, {}) for piece in self._pieces]
+        held = self._inner.state
+        mine = [held.get(piece.inner, {}) for piece in self._pieces]
         everyone: list[list[dict[str, Any]]] = self._communicator.all_gather_object([on_cpu(state) for state in mine])
         parts: dict[int, dict[str, list[tuple[slice, Any]]]] = {}
         for states, places in zip(everyone, self._places(), strict=True):
@@ -172,13 +178,14 @@ class ShardedOptimizer(Optimizer):
         self.param_groups = groups
         assert self._inner is not None
         index = {parameter: at for at, parameter in enumerate(self._parameters())}
-        self._inner.state.clear()
+        held = self._inner.state
+        held.clear()
         group_of = {parameter: group for group in groups for parameter in group["params"]}
         for piece in self._pieces:
             state = state_dict["state"].get(index[piece.parameter])
             if state is not None:
                 on_device = any(group_of[piece.parameter].get(option) for option in ("capturable", "fused"))
-                self._inner.state[piece.inner] = {
+                held[piece.inner] = {
                     name: cut_out(name, value, piece, counters_too=on_device) for name, value in state.items()
                 }
 

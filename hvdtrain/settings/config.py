@@ -204,9 +204,10 @@ class TrainConfig:
     )
     precision: str = option(
         "fp32",
-        "arithmetic: fp32, fp64, or autocast to bf16 or fp16 (fp16 with a gradient scaler)",
+        "arithmetic: fp32, tf32 (fp32 with faster products on GPUs), fp64, autocast to bf16 or fp16 (fp16 with a gradient scaler), or "
+        "bf16-pure (model and activations in bf16, float32 masters in the optimizer)",
         group=_OPTIM,
-        choices=("fp32", "fp64", "bf16", "fp16"),
+        choices=("fp32", "tf32", "fp64", "bf16", "bf16-pure", "fp16"),
     )
 
     shard_optimizer: bool = option(
@@ -267,6 +268,13 @@ class TrainConfig:
         above=0,
         at_most=2**20,
         default_text="25, and 4 with backend horovod",
+    )
+    reduce_dtype: str = option(
+        "auto",
+        "type in which gradients travel: each its own (auto), fp32, or in half the bytes bf16 or fp16; they are the parameters' "
+        "type again when they are clipped and used",
+        group=_DISTRIBUTED,
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     all_reduce: str = option(
         "auto",
@@ -379,6 +387,7 @@ class TrainConfig:
                     f"leave one out (arguments for the task: --task.NAME VALUE)"
                 )
         self._check_warmup()
+        self._check_reduce_dtype()
         if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
             raise ConfigError(
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
@@ -405,6 +414,24 @@ class TrainConfig:
         if self.horovod != HorovodConfig() and self.backend in ("local", "torch", "mpi"):
             raise ConfigError(
                 f"--horovod.* settings are for --backend horovod, got --backend {self.backend}; leave them out"
+            )
+
+    def _check_reduce_dtype(self) -> None:
+        if self.reduce_dtype == "auto":
+            return
+        if self.precision == "fp64":
+            raise ConfigError(
+                f"--reduce-dtype {self.reduce_dtype} and --precision fp64 exclude each other: gradients would lose what fp64 is for; "
+                "leave one out"
+            )
+        if self.horovod.compression != "none":
+            raise ConfigError(
+                f"--reduce-dtype {self.reduce_dtype} and --horovod.compression {self.horovod.compression} both say in which type "
+                "gradients travel; give one of them"
+            )
+        if self.horovod.op == "adasum" and self.reduce_dtype == "bf16":
+            raise ConfigError(
+                "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
             )
 
     def _check_warmup(self) -> None:

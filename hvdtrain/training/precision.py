@@ -1,31 +1,46 @@
 """Which floating-point numbers a step computes with; nothing else knows.
 
-fp32 and fp64 compute in that type throughout. bf16 and fp16 keep float32 parameters and run the forward pass under
-`torch.autocast`; fp16 scales its losses with a `GradScaler`, whose skipped steps agree on all ranks because it looks at
-gradients that have been averaged over them.
+fp32 and fp64 compute in that type throughout, and tf32 is fp32 whose matrix products and convolutions may round their factors
+to 10 binary digits on a GPU. bf16 and fp16 keep float32 parameters and run the forward pass under `torch.autocast`; fp16
+scales its losses with a `GradScaler`, whose skipped steps agree on all ranks because it looks at gradients that have been
+averaged over them. bf16-pure has parameters, buffers and inputs of bfloat16 and no autocast; the optimizer must work on
+float32 masters (`hvdtrain.optim.master_weights`).
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from hvdtrain.data.nested import cast_floating
 from hvdtrain.errors import ConfigError
+from hvdtrain.optim.master_weights import has_masters
 
-_PARAMETER_DTYPE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
+_log = logging.getLogger(__name__)
+
+_PARAMETER_DTYPE = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.float32,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float32,
+}
 _AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """One of fp32, fp64, bf16 and fp16, on one device.
+    """One of fp32, tf32, fp64, bf16, bf16-pure and fp16, on one device.
 
     Args:
-        name: "fp32", "fp64", "bf16" or "fp16".
+        name: Which.
         device: Where the model is.
     """
 
@@ -37,15 +52,36 @@ class Precision:
         self._device = device
         self._autocast_dtype = _AUTOCAST_DTYPE.get(name)
         self.scaler: GradScaler | None = GradScaler(device.type) if name == "fp16" else None
+        if name == "tf32" and device.type != "cuda":
+            _log.warning("precision tf32 is for GPUs: on %s it is fp32", device.type)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that would lose small updates.
+
+        Raises:
+            ConfigError: It works on the bfloat16 parameters themselves.
+        """
+        if self.name == "bf16-pure" and not has_masters(optimizer):
+            raise ConfigError(
+                "precision bf16-pure needs an optimizer that works on float32 masters, or updates smaller than bfloat16's digits are "
+                "lost; give the Trainer hvdtrain.MasterWeights(optimizer), made before the schedule"
+            )
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and its floating-point parameters and buffers to the precision's type, in place.
 
         Complex ones get the type of two such numbers; ``model.to(dtype)`` would drop their imaginary parts.
+
+        Raises:
+            ConfigError: There are none of two such numbers.
         """
 
         def converted(tensor: Tensor) -> Tensor:
             kind = tensor.dtype
+            if kind.is_complex and self.dtype == torch.bfloat16:
+                raise ConfigError(
+                    "precision bf16-pure: there are no complex numbers of bfloat16, and the model has some; use bf16"
+                )
             return tensor.to(
                 self.dtype.to_complex() if kind.is_complex else self.dtype if kind.is_floating_point else kind
             )
@@ -55,8 +91,12 @@ class Precision:
         return model
 
     def cast(self, batch: Any) -> Any:
-        """Return a batch whose floating-point tensors have the type that the model's parameters have (fp64 only)."""
-        return cast_floating(batch, self.dtype) if self.dtype == torch.float64 else batch
+        """Return a batch whose floating-point tensors have the type that the model's parameters have, if that is not float32."""
+        return batch if self.dtype == torch.float32 else cast_floating(batch, self.dtype)
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Context of everything that computes; what it sets for the whole process is set back."""
+        return _tf32() if self.name == "tf32" and self._device.type == "cuda" else nullcontext()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward pass."""
@@ -67,3 +107,22 @@ class Precision:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss to call backward on."""
         return loss if self.scaler is None else self.scaler.scale(loss)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let GPUs multiply float32 as TF32."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[tuple[Any, str, Any]] = (
+        [(where, "fp32_precision", "tf32") for where in (cuda, cudnn.conv, cudnn.rnn)]
+        if hasattr(cudnn, "conv")  # since torch 2.9
+        else [(where, "allow_tf32", True) for where in (cuda, cudnn)]
+    )
+    before = [getattr(where, name) for where, name, _ in switches]
+    for where, name, value in switches:
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for (where, name, _), value in zip(switches, before, strict=True):
+            setattr(where, name, value)

@@ -106,7 +106,8 @@ class Trainer:
         schedule_interval: "step" to step it after every optimizer step, "epoch" after every epoch. A ReduceLROnPlateau is
             stepped after every evaluation instead, but for one that is made only because the run ends.
         schedule_metric: With which metric of the evaluation such a schedule is stepped.
-        precision: "fp32", "fp64", "bf16" or "fp16".
+        precision: "fp32", "tf32", "fp64", "bf16", "fp16", or "bf16-pure" with a `hvdtrain.MasterWeights` (see
+            `hvdtrain.training.precision`).
         accumulate: Micro-batches per optimizer step and rank.
         clip_norm: Largest L2 norm of the averaged gradient.
         on_nan: "stop" all ranks at a NaN or infinite loss, or "skip" the step on all ranks.
@@ -195,6 +196,7 @@ class Trainer:
         described(task)  # refuses what cannot be computed
         self.backend = backend
         self.precision = Precision(precision, backend.device)
+        self.precision.check_optimizer(optimizer)
         self.precision.prepare(model)
         if checkpoint_modules is not None:
             checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
@@ -325,7 +327,7 @@ class Trainer:
         per_rank = max(1, math.ceil(batches.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
         position, resumed_from = self.position, None
-        with self._own_random_numbers:
+        with self.precision.arithmetic(), self._own_random_numbers:
             if resume_from is not None:
                 resumed_from = resume(self._state, resume_from, position, self._seed, self.backend, batches)
                 if position.steps < total_steps:
@@ -482,11 +484,11 @@ class Trainer:
         check_same_data(source, self.backend, seed=self._seed, name="the data")
         source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
         batches = RankBatches(source, self.backend, seed=self._seed)
-        with self._events.inference(self):
+        with self.precision.arithmetic(), self._events.inference(self):
             return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        with self._events.inference(self):
+        with self.precision.arithmetic(), self._events.inference(self):
             count = self._counting.trusts_indices
             batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
             metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)

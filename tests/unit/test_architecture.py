@@ -86,7 +86,7 @@ STAIRS = [
     ["horovod.running", "horovod.stand_in.horovod"],
     ["horovod"],
     ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file"],
-    ["training.checkpoint_files", "training.host_copy", "training.dry_run"],
+    ["training.checkpoint_files", "training.host_copy", "training.dry_run", "optim.master_weights"],
     ["training.descent", "training.mirror", "optim.pieces"],
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "optim.sharded", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
     ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
