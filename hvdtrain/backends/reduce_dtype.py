@@ -75,7 +75,9 @@ class NarrowBuckets:
     def __init__(self, dtype: torch.dtype, world_size: int) -> None:
         self._dtype = dtype
         self._world_size = world_size
-        self._sent: dict[int, Tensor] = {}  # by bucket: large memory that is asked for anew in each step costs page faults
+        self._sent: dict[
+            int, Tensor
+        ] = {}  # by bucket: large memory that is asked for anew in each step costs page faults
 
     def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Begin the exchange of a bucket."""
@@ -92,7 +94,8 @@ class NarrowBuckets:
     def _summed(tensor: Tensor, finish: Callable[[Tensor], Tensor]) -> torch.futures.Future[Tensor]:
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
-        return work.get_future().then(lambda _: finish(tensor))
+        averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda _: finish(tensor))
+        return averaged
 
 
 def narrow_buckets(state: NarrowBuckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -413,7 +413,9 @@ class Replica(ABC):
         if late := self._keeper.why_late():
             return late
         halves = self.options.reduce_dtype == torch.float16 and self._backend.world_size > 1
-        looked = self._scaler_looked or getattr(self._optimizer, "found_inf", None) is not None  # a fused one skips by itself
+        looked = (
+            self._scaler_looked or getattr(self._optimizer, "found_inf", None) is not None
+        )  # a fused one skips by itself
         return overflowed(self._gradients()) if halves and not looked else ""
 
     def note_step(self) -> None:

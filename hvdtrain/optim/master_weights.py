@@ -45,7 +45,9 @@ class MasterWeights(Optimizer):
                 "ShardedOptimizer(MasterWeights(optimizer), backend)"
             )
         if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
-            raise ConfigError("a schedule holds this optimizer already; make MasterWeights of it first, and the schedule over that")
+            raise ConfigError(
+                "a schedule holds this optimizer already; make MasterWeights of it first, and the schedule over that"
+            )
         self.kind = _KIND + type(optimizer).__name__
         self.inner_type = type(optimizer)
         self._inner: Optimizer | None = None
@@ -54,7 +56,7 @@ class MasterWeights(Optimizer):
         for group in self.param_groups:
             self._make_masters(group["params"])
         optimizer.param_groups = [self._inner_group(group) for group in self.param_groups]
-        for parameter in list(optimizer.state):
+        for parameter in [p for p in self._parameters() if p in optimizer.state]:
             state = optimizer.state.pop(parameter)
             optimizer.state[self._masters[parameter]] = {name: _widened(value) for name, value in state.items()}
         self._inner = optimizer

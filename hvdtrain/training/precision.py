@@ -55,26 +55,23 @@ class Precision:
         if name == "tf32" and device.type != "cuda":
             _log.warning("precision tf32 is for GPUs: on %s it is fp32", device.type)
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that would lose small updates.
-
-        Raises:
-            ConfigError: It works on the bfloat16 parameters themselves.
-        """
-        if self.name == "bf16-pure" and not has_masters(optimizer):
-            raise ConfigError(
-                "precision bf16-pure needs an optimizer that works on float32 masters, or updates smaller than bfloat16's digits are "
-                "lost; give the Trainer hvdtrain.MasterWeights(optimizer), made before the schedule"
-            )
-
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """Move a model to the device and its floating-point parameters and buffers to the precision's type, in place.
 
         Complex ones get the type of two such numbers; ``model.to(dtype)`` would drop their imaginary parts.
 
+        Args:
+            model: What is to be trained or used.
+            optimizer: What trains it.
+
         Raises:
-            ConfigError: There are none of two such numbers.
+            ConfigError: The optimizer would lose small updates, or there are no complex numbers of the type.
         """
+        if self.name == "bf16-pure" and optimizer is not None and not has_masters(optimizer):
+            raise ConfigError(
+                "precision bf16-pure needs an optimizer that works on float32 masters, or updates smaller than bfloat16's digits are "
+                "lost; give the Trainer hvdtrain.MasterWeights(optimizer), made before the schedule"
+            )
 
         def converted(tensor: Tensor) -> Tensor:
             kind = tensor.dtype

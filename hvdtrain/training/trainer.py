@@ -196,8 +196,7 @@ class Trainer:
         described(task)  # refuses what cannot be computed
         self.backend = backend
         self.precision = Precision(precision, backend.device)
-        self.precision.check_optimizer(optimizer)
-        self.precision.prepare(model)
+        self.precision.prepare(model, optimizer)
         if checkpoint_modules is not None:
             checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
         self._compile = compile is not False

@@ -158,7 +158,9 @@ def _check_reduce_dtype(dtype: torch.dtype | None, config: HorovodConfig) -> Non
             "one of them"
         )
     if config.op == "adasum" and dtype == torch.bfloat16:
-        raise ConfigError("--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients")
+        raise ConfigError(
+            "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
+        )
 
 
 def _carried(dtype: torch.dtype, compression: str) -> torch.dtype:

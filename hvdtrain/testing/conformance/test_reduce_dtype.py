@@ -49,7 +49,7 @@ def by_hand(backend, dtype, scale=1.0):
         model = made()
         loss_of(model, *batch(backend, rank)).backward()
         for total, parameter in zip(sums, model.parameters(), strict=True):
-            total += (parameter.grad / backend.world_size).to(dtype).double()
+            total.add_((parameter.grad / backend.world_size).to(dtype).double())
     return sums
 
 
@@ -158,7 +158,7 @@ def test_sparse_gradients_travel_as_they_are(backend):
 def test_wide_gradients_are_refused(backend, dtype):
     model = made()
     model[0].weight = nn.Parameter(model[0].weight.to(dtype))
-    with pytest.raises(ConfigError, match="is for gradients of float32 and less, and '0.weight'"):
+    with pytest.raises(ConfigError, match=r"is for gradients of float32 and less, and '0\.weight'"):
         backend.replicate(model, reduce_dtype="bf16")
 
 
