@@ -45,13 +45,21 @@ def moment(remainder: int, *, modulo: int) -> int:
     return _Clock.ticks - (_Clock.ticks - remainder) % modulo
 
 
-def unscale(scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], began: int) -> None:
+def steps_others(scaler: GradScaler, known: list[Optimizer]) -> bool:
+    """Whether a scaler has unscaled, since its last update, the gradients of an optimizer that is none of these."""
+    return not set(scaler._per_optimizer_states) <= set(map(id, known))
+
+
+def unscale(
+    scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], outside: list[Tensor], began: int
+) -> None:
     """Divide gradients by the scale of the losses that they came from, and look for infinities in them.
 
     Args:
         scaler: Scaled the losses.
         optimizer: Holds the parameters.
         gradients: Averaged over the ranks.
+        outside: Those of them that the optimizer does not hold, and that count in a norm and as infinities all the same.
         began: `now` of the step's first backward pass.
     """
     if scaler._scale is None:  # a rank without samples, in the first step
@@ -61,6 +69,12 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], b
         for gradient in gradients:
             gradient.mul_(factor)  # a power of two by default, so nothing is rounded
     scaler.unscale_(optimizer)
+    for gradient in outside:
+        numbers = gradient.mul_(1 / scaler.get_scale())
+        numbers = numbers.coalesce().values() if numbers.is_sparse else numbers
+        infinite = ~torch.isfinite(torch.linalg.vector_norm(numbers, torch.inf))
+        for found in scaler._found_inf_per_device(optimizer).values():
+            found.copy_(torch.maximum(found, infinite.to(found)))
 
 
 def found_infinity(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -30,7 +30,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
-from hvdtrain.backends.loss_scale import found_infinity, unscale, update_scaler
+from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
@@ -282,11 +282,11 @@ class Replica(ABC):
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
             raise TrainingError(_WEIGHTLESS)
-        if self._weightless or not self._any_gradient():
-            scaler = None  # no rank had a sample: there is nothing to unscale
+        if scaler is not None and (self._weightless or not self._any_to_step() or not scaler.is_enabled()):
+            scaler = None  # no rank had a sample, or losses are not scaled: there is nothing to unscale
         self._scaler_looked = scaler is not None
         if scaler is not None:
-            unscale(scaler, optimizer, self._gradients(), self._weighting.tally.began)
+            unscale(scaler, optimizer, self._gradients(), self._outside(scaler), self._weighting.tally.began)
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
@@ -436,6 +436,19 @@ class Replica(ABC):
 
     def _any_gradient(self) -> bool:
         return self._watched.any_gradient()
+
+    def _any_to_step(self) -> bool:
+        """Whether the optimizer has a gradient to use."""
+        if not self._watched.outside:
+            return self._any_gradient()
+        return any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"])
+
+    def _outside(self, scaler: GradScaler) -> list[Tensor]:
+        """Gradients that the optimizer does not use, and no optimizer that the user steps by hand with this scaler."""
+        found = [p.grad for p in self._watched.outside if p.grad is not None]
+        if not found:
+            return []
+        return [] if steps_others(scaler, [r._optimizer for r in _living if r._optimizer is not None]) else found
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "?")

@@ -30,6 +30,7 @@ class Watched:
     Attributes:
         trained: Those that require gradients, in the model's order.
         frozen: The others.
+        outside: Those that are trained and that the optimizer does not hold; none without an optimizer.
         held: All of the model's and the optimizer's.
     """
 
@@ -46,6 +47,8 @@ class Watched:
         self.trained = [p for p in own if p.requires_grad]
         self.frozen = [p for p in own if not p.requires_grad]
         groups = [] if self._optimizer is None else self._optimizer.param_groups
+        stepped = {id(p) for group in groups for p in group["params"]}
+        self.outside = [p for p in self.trained if id(p) not in stepped] if groups else []
         self.held = list(dict.fromkeys([*own, *(p for group in groups for p in group["params"])]))
         self._own = own
         self._seen = self._look()

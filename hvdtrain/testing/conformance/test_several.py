@@ -31,6 +31,9 @@ class Alone:
     def reduce_gradients(self):
         pass
 
+    def clear(self):
+        self.model.zero_grad()
+
     def step(self, clip_norm=None):
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
@@ -114,6 +117,80 @@ def test_losses_that_use_parts_of_a_model_in_turn(both):
         return (whole,)
 
     both(loop)
+
+
+@pytest.mark.parametrize("infinite", ["", "0.weight", "2.weight"])
+def test_one_loss_and_one_scaler_for_two_optimizers_that_are_stepped_by_hand(backend, infinite):
+    def trained(replicate, mine):
+        model = made(3, 2).float()
+        optimizers = [sgd(model[0]), torch.optim.AdamW(model[2].parameters(), lr=0.01, fused=True)]
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        trains, scales = replicate(model), []
+        for step in range(5):
+            x = mine(samples(step)).float()
+            hook = None
+            if infinite and step == 2:
+                hook = model.get_parameter(infinite).register_hook(lambda grad: grad * torch.inf)
+            trains.backward(scaler.scale(model(x).square().mean()), samples=len(x))
+            trains.reduce_gradients()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model[0].parameters(), 0.05)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            if hook is not None:
+                hook.remove()
+            trains.clear()
+            scales.append(scaler.get_scale())
+        return model, scales
+
+    spread, scales = trained(backend.replicate, lambda x: x[backend.rank :: backend.world_size])
+    alone, expected = trained(lambda model: Alone(model, None), lambda x: x)
+    assert scales == expected
+    for a, b in zip(spread.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("second", ["nobody's", "by hand"])
+def test_a_norm_is_the_same_with_and_without_a_scaler_where_the_optimizer_holds_some_parameters(backend, second):
+    def stepped(scaler):
+        model = made(3, 2).float()
+        trains, other = backend.replicate(model, sgd(model[0])), sgd(model[2])
+        found = []
+        for step in range(3):
+            x = samples(step)[backend.rank :: backend.world_size].float()
+            loss = model(x).square().mean()
+            trains.backward(loss if scaler is None else scaler.scale(loss), samples=len(x))
+            trains.reduce_gradients()
+            if second == "by hand":
+                if scaler is None:
+                    other.step()
+                else:
+                    scaler.step(other)
+            found.append(trains.step(scaler=scaler, clip_norm=0.05).gradient_norm)
+        return model, torch.stack(found)
+
+    plain, norms = stepped(None)
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=1024.0), torch.amp.GradScaler("cpu", enabled=False)):
+        scaled, same = stepped(scaler)
+        torch.testing.assert_close(same, norms)
+        for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_infinity_outside_the_optimizer_skips_its_step_too(backend):
+    model = made(3, 2).float()
+    trains = backend.replicate(model, sgd(model[0]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = model[0].weight.detach().clone()
+    hook = model[2].bias.register_hook(lambda grad: grad * torch.inf)
+    x = samples(backend.rank).float()
+    trains.backward(scaler.scale(model(x).square().mean()), samples=len(x))
+    hook.remove()
+    assert trains.step(scaler=scaler, clip_norm=1.0).skipped
+    assert scaler.get_scale() == 512
+    assert torch.equal(model[0].weight, before)
 
 
 def test_gradients_clipped_by_value_and_by_group(both):
