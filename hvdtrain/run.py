@@ -49,6 +49,7 @@ from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt
 from hvdtrain.training.mirror import Mirror
+from hvdtrain.training.precision import lie_channels_last
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
@@ -81,6 +82,8 @@ def run_training(config: TrainConfig) -> Summary:
         _check_model(config, task, model, backend)
         if config.sync_batch_norm:
             model = convert_sync_batch_norm(model, backend)
+        if config.channels_last:
+            lie_channels_last(model)  # before an optimizer's state lies as the model does
         batch = _global_batch_size(config, backend)
         steps_per_epoch = _steps_per_epoch(config, train_data, batch, backend)
         if config.epochs == 0 and eval_data is None:
@@ -103,6 +106,7 @@ def run_training(config: TrainConfig) -> Summary:
             schedule=schedule,
             schedule_interval=interval,
             precision=config.precision,
+            channels_last=config.channels_last,
             accumulate=config.accumulate,
             clip_norm=config.clip_norm,
             on_nan=config.on_nan,

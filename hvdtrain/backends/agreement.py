@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.errors import ModelMismatch
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def copy_optimizer(communicator: Communicator | Broadcasts, optimizer: Optimizer
             _overwrite(optimizer, _put_tensors(outline, received))
         else:
             optimizer.load_state_dict(_put_tensors(outline, received))
+        lay_out_states(optimizer)
 
 
 def _overwrite(optimizer: Optimizer, theirs: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.backends.layout import lying_like
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.sparse import sparse_parameters, sum_sparse, unexpected
 from hvdtrain.backends.weighting import Tally
@@ -47,7 +48,7 @@ class Pack:
     flat: bool
     missing: set[int] = field(default_factory=set)  # positions whose gradients are not there yet
     buffer: Tensor | None = None
-    parts: tuple[Tensor, ...] = ()  # of the buffer, flat, one a parameter
+    parts: tuple[Tensor, ...] = ()  # of the buffer, one a parameter, which lies as that does
     tensors: list[Tensor] = field(default_factory=list)  # what is sent, contiguous
     work: Work | None = None
 
@@ -199,16 +200,17 @@ class HookedReplica(Replica):
         if pack.buffer is None:
             total = sum(p.numel() for p in pack.parameters)
             pack.buffer = torch.empty(total, dtype=pack.dtype, device=self._backend.wire.device)
-            pack.parts = pack.buffer.split([p.numel() for p in pack.parameters])
+            rows = pack.buffer.split([p.numel() for p in pack.parameters])
+            pack.parts = tuple(map(lying_like, rows, pack.parameters))
         parameter = pack.parameters[at]
-        view = pack.parts[at].view(parameter.shape)
+        view = pack.parts[at]
         view.copy_(_dense(parameter, self._names))
         if view.dtype == parameter.dtype and view.device == parameter.device:
             parameter.grad = view  # reduced where it lies, as DDP's gradient_as_bucket_view does
 
     def _unpack(self, pack: Pack) -> None:
         for parameter, received in zip(pack.parameters, pack.parts if pack.flat else pack.tensors, strict=True):
-            tensor = received.view(parameter.shape)
+            tensor = received if pack.flat else received.view(parameter.shape)
             assert parameter.grad is not None
             if parameter.grad.data_ptr() != tensor.data_ptr() or parameter.grad.dtype != tensor.dtype:
                 parameter.grad.copy_(tensor)

@@ -68,6 +68,17 @@ def cast_floating(batch: Any, dtype: torch.dtype) -> Any:
     return cast(batch, ())
 
 
+def laid_out(batch: Any, memory_format: torch.memory_format) -> Any:
+    """Return a batch whose 4-D tensors lie in a memory format; the others stay."""
+
+    def lie(value: Any, above: tuple[int, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
+        return _changed(value, lie, above)
+
+    return lie(batch, ())
+
+
 def leaves(batch: Any, path: str = "batch", *, _above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Yield each leaf with the expression that leads to it, such as ``batch['image'][0]``."""
     parts = None if id(batch) in _above else parts_of(batch)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.hooked import Pack, make_packs
+from hvdtrain.backends.layout import laid_out_like, lying_like
 from hvdtrain.horovod import state
 from hvdtrain.horovod.compression import FP16Compressor, NoneCompressor
 from hvdtrain.horovod.controller import Controller
@@ -303,13 +304,13 @@ class Exchange:
                 elif grad is not None and grad.dtype != tensor.dtype:
                     grad.copy_(tensor)
                 else:  # where it lies, as DistributedDataParallel's gradient_as_bucket_view
-                    parameter.grad = tensor.to(parameter.dtype).view(parameter.shape)
+                    parameter.grad = laid_out_like(tensor.to(parameter.dtype).view(parameter.shape), parameter)
 
 
 def _views(pack: Pack) -> list[Tensor]:
     assert pack.buffer is not None
     parts = pack.buffer.split([parameter.numel() for parameter in pack.parameters])
-    return [part.view(parameter.shape) for part, parameter in zip(parts, pack.parameters, strict=True)]
+    return [lying_like(part, parameter) for part, parameter in zip(parts, pack.parameters, strict=True)]
 
 
 def _grouped(parameters: list[nn.Parameter], groups: Groups) -> list[list[nn.Parameter]]:

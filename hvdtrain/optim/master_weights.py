@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdtrain.backends.layout import laid_out_like, lay_out_states
 from hvdtrain.errors import ConfigError
 
 _KIND = "MasterWeights of "
@@ -80,6 +81,11 @@ class MasterWeights(Optimizer):
             raise ConfigError("the state of MasterWeights is changed by load_state_dict()")
         _State(self._inner, self._masters).clear()
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the optimizer has a state beside the masters."""
+        return self._inner is not None and bool(self._inner.state)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the masters by the parameters' gradients, and round them to the parameters.
@@ -94,7 +100,7 @@ class MasterWeights(Optimizer):
         trained = [(p, self._masters[p]) for p in self._parameters() if p.grad is not None]
         for parameter, master in trained:
             assert parameter.grad is not None
-            master.grad = parameter.grad.to(master.dtype)
+            master.grad = laid_out_like(parameter.grad.to(master.dtype), master)
         self._inner.step()
         for parameter, master in trained:
             parameter.copy_(master)
@@ -124,6 +130,7 @@ class MasterWeights(Optimizer):
         states = {index: dict(state) for index, state in state_dict["state"].items()}
         masters = {index: state.pop(_KEY) for index, state in states.items() if _KEY in state}
         self._inner.load_state_dict({**state_dict, "state": {index: state for index, state in states.items() if state}})
+        lay_out_states(self._inner)
         for group, loaded in zip(self.param_groups, self._inner.param_groups, strict=True):
             group.update({name: value for name, value in loaded.items() if name != "params"})
         for index, parameter in enumerate(self._parameters()):
@@ -161,8 +168,9 @@ class MasterWeights(Optimizer):
                 raise ConfigError(
                     f"a parameter has shape {tuple(parameter.shape)}, and had {tuple(master.shape)} when MasterWeights was made; resize it before"
                 )
-            if master.device != parameter.device:
-                master.data = master.data.to(parameter.device)
+            kind = master.dtype if parameter.dtype in _NARROW else parameter.dtype  # converted, since: to float64, say
+            if master.device != parameter.device or master.dtype != kind:
+                master.data = master.data.to(parameter.device, kind)
             rounded = master.to(parameter.dtype)
             if parameter.is_cuda or not torch.equal(rounded, parameter):  # not to wait for a GPU is worth more there
                 master.copy_(torch.where(rounded == parameter, master, parameter.to(master.dtype)))

@@ -85,6 +85,8 @@ class ShardedOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         if earlier is not None:
             self.load_state_dict(earlier)
+            if isinstance(optimizer, MasterWeights) and not optimizer.remembers:
+                self._layout = None  # masters alone follow the parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Cut one more group of parameters over the ranks; every rank must call it."""

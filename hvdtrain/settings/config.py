@@ -210,6 +210,9 @@ class TrainConfig:
         choices=("fp32", "tf32", "fp64", "bf16", "bf16-pure", "fp16"),
     )
 
+    channels_last: bool = option(
+        False, "let weights and images lie channels last in memory, which convolutions may be faster with", group=_OPTIM
+    )
     shard_optimizer: bool = option(
         False, "cut the optimizer's state over the ranks (ZeRO, stage 1), to need less memory", group=_OPTIM
     )

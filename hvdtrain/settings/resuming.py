@@ -63,6 +63,7 @@ RULES: dict[str, Rule] = {
     "clip_norm": Rule(TAKEN),
     "label_smoothing": Rule(TAKEN),
     "precision": Rule(TAKEN, "fp64, bf16-pure and the others do not read each other's; a gradient scaler goes on"),
+    "channels_last": Rule(TAKEN),
     "shard_optimizer": Rule(FREE),
     "compile": Rule(TAKEN),
     "checkpoint_modules": Rule(FREE),

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hvdtrain.backends.base import Backend
+from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
@@ -30,7 +32,6 @@ from hvdtrain.training.schedules import describe
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
-    from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -323,7 +324,10 @@ def _load(part: Any, state: Any) -> None:
         optimizer = _optimizer(part)
         if optimizer is not None and state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
+            lay_out_states(optimizer)
     elif isinstance(part, nn.Module):
         fill(part, state, "the checkpoint")
     else:
         part.load_state_dict(state)
+        if isinstance(part, Optimizer):
+            lay_out_states(part)

@@ -108,6 +108,7 @@ class Trainer:
         schedule_metric: With which metric of the evaluation such a schedule is stepped.
         precision: "fp32", "tf32", "fp64", "bf16", "fp16", or "bf16-pure" with a `hvdtrain.MasterWeights` (see
             `hvdtrain.training.precision`).
+        channels_last: Let the 4-D weights and inputs of convolutions lie channels last in memory.
         accumulate: Micro-batches per optimizer step and rank.
         clip_norm: Largest L2 norm of the averaged gradient.
         on_nan: "stop" all ranks at a NaN or infinite loss, or "skip" the step on all ranks.
@@ -147,6 +148,7 @@ class Trainer:
         schedule_interval: str = "step",
         schedule_metric: str = "loss",
         precision: str = "fp32",
+        channels_last: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = None,
         on_nan: str = "stop",
@@ -195,7 +197,7 @@ class Trainer:
             self._events.check_savable()
         described(task)  # refuses what cannot be computed
         self.backend = backend
-        self.precision = Precision(precision, backend.device)
+        self.precision = Precision(precision, backend.device, channels_last=channels_last)
         self.precision.prepare(model, optimizer)
         if checkpoint_modules is not None:
             checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
@@ -538,6 +540,7 @@ class Trainer:
                 "accumulate": self._accumulate,
                 "seed": self._seed,
                 "precision": self.precision.name,
+                "channels_last": self.precision.channels_last,
                 "callbacks": self._events.described,
                 "log_every": self._checkup.log_every,
                 "checkpoints given": self._checkpoints is not None,

@@ -1,0 +1,37 @@
+"""How gradients and optimizer states lie in memory: as their parameters do.
+
+torch's fused optimizers go over a parameter, its gradient and its states as rows of memory. On CPUs they do so without a
+look at the strides (seen in torch 2.13): a gradient that lies otherwise, as a contiguous one of a channels-last parameter
+does, would go to other numbers, without a word.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def lying_like(row: Tensor, parameter: Tensor) -> Tensor:
+    """A row of contiguous memory as a tensor of a parameter's shape that lies as the parameter does, without a gap."""
+    if parameter.is_contiguous():
+        return row.view(parameter.shape)
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return row.as_strided(parameter.shape, strides, row.storage_offset())
+
+
+def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor, or a copy of it that lies as a parameter of its shape does."""
+    if tensor.shape != parameter.shape or tensor.layout != torch.strided or tensor.stride() == parameter.stride():
+        return tensor
+    if tensor.is_contiguous() and parameter.is_contiguous():  # strides of dimensions of size 1 say nothing
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
+
+
+def lay_out_states(optimizer: Optimizer) -> None:
+    """Let an optimizer's states, which may come from a file or from another rank, lie as their parameters do."""
+    for parameter, state in getattr(optimizer, "state", {}).items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and isinstance(parameter, Tensor):
+                state[name] = laid_out_like(value.detach(), parameter)
