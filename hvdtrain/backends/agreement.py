@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -40,6 +41,7 @@ def check_same_structure(
     module: nn.Module,
     optimizer: Optimizer | None = None,
     contents: Sequence[nn.Parameter] = (),
+    settings: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Compare names, shapes, dtypes and trainability over the ranks.
 
@@ -50,11 +52,13 @@ def check_same_structure(
         module: The model.
         optimizer: Its parameter groups are compared too.
         contents: Parameters that must hold the same numbers already.
+        settings: What else must be the same.
 
     Raises:
         ModelMismatch: On every rank; names the first differing parameter, buffer or setting, and the ranks.
     """
-    rows = _describe(module, optimizer, {id(p) for p in contents})
+    rows = [(f"setting {name}", str(value)) for name, value in settings.items()]
+    rows += _describe(module, optimizer, {id(p) for p in contents})
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     if set(gather(digest)) == {digest}:
         return

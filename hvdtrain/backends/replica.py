@@ -122,7 +122,7 @@ class Replica(ABC):
         self._watched = Watched(module, optimizer)
         check_parameters(module, optimizer, self._parameters, backend.device)
         check_reduce_dtype(module.named_parameters(), options.reduce_dtype)
-        check_same_structure(self._gather, module, optimizer)
+        check_same_structure(self._gather, module, optimizer, settings={"reduce_dtype": options.reduce_dtype})
         copy_state_from_rank_zero(backend, module, optimizer)
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)

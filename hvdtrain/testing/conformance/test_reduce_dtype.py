@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hvdtrain.backends.reduce_dtype import REDUCE_DTYPES
-from hvdtrain.errors import ConfigError, TrainingError
+from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
 
 NARROW = ["bf16", "fp16"]
 
@@ -160,6 +160,17 @@ def test_wide_gradients_are_refused(backend, dtype):
     model[0].weight = nn.Parameter(model[0].weight.to(dtype))
     with pytest.raises(ConfigError, match=r"is for gradients of float32 and less, and '0\.weight'"):
         backend.replicate(model, reduce_dtype="bf16")
+
+
+def test_ranks_that_ask_for_different_types_are_told(backend):
+    wanted = "bf16" if backend.rank == 0 else "fp16"
+    several = backend.world_size > 1
+    with (
+        pytest.raises(ModelMismatch, match=r"setting reduce_dtype torch\.bfloat16, ranks? 1")
+        if several
+        else nullcontext()
+    ):
+        backend.replicate(made(), reduce_dtype=wanted)
 
 
 def test_an_unknown_type_is_refused(backend):

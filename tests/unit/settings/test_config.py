@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hvdtrain.errors import BackendUnavailable, ConfigError
-from hvdtrain.settings.config import BACKEND_GROUP, Component, TrainConfig
+from hvdtrain.settings.config import BACKEND_GROUP, Component, HorovodConfig, TrainConfig
 from hvdtrain.settings.layers import layer, merge, plain
 from hvdtrain.settings.options import every_option_of
 
@@ -72,7 +72,10 @@ def test_a_task_leaves_model_and_data_open() -> None:
         ({"data": "imagefolder"}, "--data 'imagefolder' is incomplete; write imagefolder:DIR"),
         ({"data": "imagefoldr:/data/cats"}, "did you mean 'imagefolder'?"),
         ({"schedule": "cosin"}, "--schedule does not know 'cosin'; did you mean 'cosine'?"),
-        ({"precision": "fp23"}, "--precision must be one of fp32, fp64, bf16, fp16, got 'fp23'; did you mean 'fp32'?"),
+        (
+            {"precision": "fp23"},
+            "--precision must be one of fp32, tf32, fp64, bf16, bf16-pure, fp16, got 'fp23'; did you mean 'fp32'?",
+        ),
         ({"device": "gpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "cuda:x"}, "got 'cuda:x'; did you mean 'cuda"),
         ({"warmup_epochs": 6, "epochs": 5}, "--warmup-epochs 6 is more than --epochs 5"),
@@ -92,6 +95,16 @@ def test_a_task_leaves_model_and_data_open() -> None:
         ({"lr": 0}, "--lr must be more than 0"),
         ({"lr": float("nan")}, "--lr must be a finite number"),
         ({"timeout": 0}, "--timeout must be more than 0"),
+        ({"reduce_dtype": "fp8"}, "--reduce-dtype must be one of auto, fp32, bf16, fp16, got 'fp8'"),
+        ({"reduce_dtype": "bf16", "precision": "fp64"}, "--reduce-dtype bf16 and --precision fp64 exclude each other"),
+        (
+            {"reduce_dtype": "bf16", "horovod": HorovodConfig(compression="fp16")},
+            "--reduce-dtype bf16 and --horovod.compression fp16 both say",
+        ),
+        (
+            {"reduce_dtype": "bf16", "horovod": HorovodConfig(op="adasum")},
+            "--horovod.op adasum does not go with --reduce-dtype bf16",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_name_of_the_flag(values: dict[str, Any], message: str) -> None:

@@ -134,7 +134,7 @@ def test_warm_up_in_steps_and_in_epochs_replace_each_other(tmp_path: Path) -> No
     [
         ("max_stps: 3\n", "a.yaml: unknown key 'max_stps'; did you mean 'max_steps'?"),
         ("batch_size: 0\n", "a.yaml: --batch-size must be at least 1, got 0"),
-        ("precision: fp23\n", "a.yaml: --precision must be one of fp32, fp64, bf16, fp16, got 'fp23'"),
+        ("precision: fp23\n", "a.yaml: --precision must be one of fp32, tf32, fp64, bf16, bf16-pure, fp16, got 'fp23'"),
         ("data: minst\n", "a.yaml: --data does not know 'minst'; did you mean 'mnist'?"),
         ("deterministic: yes\n", "a.yaml: --deterministic must be true or false, got 'yes'"),
         ("1: 2\n", "a.yaml: unknown key '1'"),

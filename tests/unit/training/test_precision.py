@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
         ("fp64", torch.float64, torch.float64),
         ("bf16", torch.float32, torch.bfloat16),
         ("fp16", torch.float32, torch.float16),
+        ("tf32", torch.float32, torch.float32),
+        ("bf16-pure", torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_parameters_and_products_have_the_types_of_the_precision(name, parameters, computes):
@@ -43,6 +45,55 @@ def test_complex_numbers_keep_their_imaginary_parts(name, kind):
     assert (model.turns.tolist(), model.phase.tolist()) == ([1j, 2 + 1j], [3j])
 
 
+def test_bf16_pure_has_no_complex_numbers():
+    model = nn.Linear(2, 2)
+    model.register_buffer("turns", torch.tensor([1j]))
+    with pytest.raises(ConfigError, match="no complex numbers of bfloat16"):
+        Precision("bf16-pure", CPU).prepare(model)
+
+
+def _switches():
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    return cuda.allow_tf32, cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32"])
+def test_tf32_is_set_for_a_gpu_and_set_back_also_after_an_error(name):
+    before = _switches()
+    inside = []
+
+    def failing():
+        inside.extend(_switches())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Precision(name, torch.device("cuda")).arithmetic():
+        failing()
+    assert _switches() == before
+    assert (set(inside) <= {"tf32", True}) == (name == "tf32")
+
+
+def test_tf32_on_a_cpu_says_that_it_is_float32_and_sets_nothing(caplog):
+    before = _switches()
+    with Precision("tf32", CPU).arithmetic():
+        assert _switches() == before
+    assert "on cpu it is fp32" in caplog.text
+
+
+def test_images_lie_channels_last_and_the_argument_stays():
+    batch = {"x": torch.ones(2, 3, 4, 5), "y": torch.ones(2, 3)}
+    precision = Precision("bf16-pure", CPU, channels_last=True)
+    cast = precision.cast(batch)
+    assert cast["x"].is_contiguous(memory_format=torch.channels_last)
+    assert cast["y"].dtype == torch.bfloat16
+    assert batch["x"].is_contiguous()
+    model = precision.prepare(nn.Conv2d(3, 4, 2))
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ConfigError, match="leave it out"):
+        precision.prepare(nn.Linear(3, 4))
+
+
 def test_only_fp16_scales_losses_and_keeps_its_scale():
     loss = torch.tensor(2.0)
     for name in ("fp32", "fp64", "bf16"):
@@ -58,5 +109,5 @@ def test_only_fp16_scales_losses_and_keeps_its_scale():
 
 
 def test_an_unknown_precision_is_refused_with_the_names():
-    with pytest.raises(ConfigError, match=r"fp8.*fp32, fp64, bf16, fp16"):
+    with pytest.raises(ConfigError, match=r"fp8.*fp32, tf32, fp64, bf16, bf16-pure, fp16"):
         Precision("fp8", CPU)

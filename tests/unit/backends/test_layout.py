@@ -1,0 +1,63 @@
+"""Rows of memory and states lie as their parameters do, whatever the format; numbers stay where they belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hvdtrain.backends.layout import laid_out_like, lay_out_states, lying_like
+
+SHAPE = (2, 3, 4, 5)
+PARAMETERS = {
+    "contiguous": torch.zeros(SHAPE),
+    "channels last": torch.zeros(SHAPE).to(memory_format=torch.channels_last),
+    "transposed": torch.zeros(7, 5).t(),
+    "of one pixel": torch.zeros(6, 4, 1, 1).to(memory_format=torch.channels_last),
+    "with gaps": torch.zeros(4, 6)[:, ::2],
+    "a number": torch.zeros(()),
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_row_is_seen_as_the_parameter_lies(name):
+    parameter = PARAMETERS[name]
+    memory = torch.arange(3.0 + parameter.numel())
+    seen = lying_like(memory[3:], parameter)
+    assert seen.shape == parameter.shape
+    assert sorted(seen.flatten().tolist()) == memory[3:].tolist()  # each number of the row once
+    if name != "with gaps" and not parameter.is_contiguous():
+        assert seen.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_state_keeps_its_numbers(name):
+    parameter = nn.Parameter(PARAMETERS[name])
+    state = torch.randn(parameter.shape, dtype=torch.float64)
+    laid = laid_out_like(state, parameter)
+    assert torch.equal(laid, state)
+    assert laid.dtype == torch.float64
+    assert not laid.requires_grad
+    if name in ("channels last", "transposed"):
+        assert laid.stride() == parameter.stride()
+
+
+def test_what_has_another_shape_stays_the_same_object():
+    count = torch.tensor(3.0)
+    assert laid_out_like(count, PARAMETERS["channels last"]) is count
+
+
+def test_a_fused_step_is_right_after_states_were_laid_out():
+    weight = torch.randn(SHAPE)
+    parameters, optimizers = [], []
+    for fused in (False, True):
+        parameter = nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
+        optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, fused=fused)
+        optimizer.state[parameter] = {"momentum_buffer": weight.clone()}  # contiguous, as out of a file
+        lay_out_states(optimizer)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        parameters.append(parameter)
+        optimizers.append(optimizer)
+    torch.testing.assert_close(*parameters)
