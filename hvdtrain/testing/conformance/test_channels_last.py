@@ -119,10 +119,10 @@ def test_a_state_that_comes_from_rank_zero_lies_as_the_parameters_do(backend):
     assert_alike(model, expected, **CLOSE)
 
 
-def test_gradients_lie_as_their_parameters_do(backend):
+def test_gradients_lie_as_their_parameters_do_and_nobody_else_holds_them(backend, caplog):
     model = made().to(memory_format=torch.channels_last)
     replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for _ in range(2):
+    for _ in range(4):
         x = torch.randn(2, 3, 7, 7).to(memory_format=torch.channels_last)
         replica.backward(model(x).square().mean(), samples=2)
         replica.reduce_gradients()
@@ -130,6 +130,7 @@ def test_gradients_lie_as_their_parameters_do(backend):
             lies = parameter.grad.is_contiguous(memory_format=torch.channels_last) if parameter.dim() == 4 else True
             assert lies
         replica.clear()
+    assert "still referenced" not in caplog.text
 
 
 def test_a_model_without_convolutions_is_refused(backend):
