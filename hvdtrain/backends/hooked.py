@@ -203,7 +203,7 @@ class HookedReplica(Replica):
             rows = pack.buffer.split([p.numel() for p in pack.parameters])
             pack.parts = tuple(map(lying_like, rows, pack.parameters))
         parameter = pack.parameters[at]
-        view = pack.parts[at].view(parameter.shape)  # anew in each step: who keeps a gradient is noticed by its references
+        view = pack.parts[at].view(parameter.shape)  # a new one: who keeps it is noticed by its references
         view.copy_(_dense(parameter, self._names))
         if view.dtype == parameter.dtype and view.device == parameter.device:
             parameter.grad = view  # reduced where it lies, as DDP's gradient_as_bucket_view does
