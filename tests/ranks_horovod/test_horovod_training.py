@@ -74,6 +74,27 @@ def test_it_steps_as_one_process_with_the_whole_batch(rank, size, arguments, tol
     assert_equal(model, trained_alone(size), tolerance)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"groups": 2}, {"compression": hvd.Compression.fp16}], ids=str)
+def test_a_fused_optimizer_of_channels_last_weights_gets_gradients_that_lie_so(rank, size, arguments):
+    torch.manual_seed(3)
+    model = (
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Conv2d(5, 2, 2)).double().to(memory_format=torch.channels_last)
+    )
+    alone = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **arguments)
+    expected = torch.optim.AdamW(alone.parameters(), lr=0.01)
+    for _ in range(3):
+        whole = torch.randn(size, 2, 3, 6, 6, dtype=torch.float64)
+        optimizer.zero_grad()
+        loss_of(model, whole[rank].to(memory_format=torch.channels_last)).backward()
+        optimizer.step()
+        expected.zero_grad()
+        loss_of(alone, whole.flatten(0, 1)).backward()
+        expected.step()
+    assert_equal(model, alone, 1e-3 if arguments.get("compression") else 1e-9)
+
+
 class Halved:
     @staticmethod
     def compress(tensor):

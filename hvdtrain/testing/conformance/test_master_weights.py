@@ -34,8 +34,10 @@ def all_equal(some, others):
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    ("kind", "sharded"),
+    [("SGD", False), ("AdamW", True), ("AdamW-fused", False), ("AdamW-fused", True), ("Adagrad", True)],
+)
 def test_masters_are_what_the_plain_optimizer_makes_of_the_same_gradients_in_float32(backend, kind, sharded):
     model = made(seed=backend.rank + 1)  # the ranks begin with rank 0's
     replica = backend.replicate(model, wrapped(backend, MAKERS[kind](model.parameters()), sharded))
@@ -128,7 +130,7 @@ def trained(backend, sharded=False, folder=None, reduce_dtype=None, **fit):
     return model, masters_of(optimizer), None if checkpoints is None else checkpoints.find(backend)
 
 
-@pytest.mark.parametrize(("before", "after"), [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("before", "after"), [(False, False), (True, False), (False, True)])
 def test_a_run_goes_on_bit_for_bit_from_whole_and_from_cut_masters(backend, tmp_path_factory, before, after):
     folder = backend.broadcast_object(str(tmp_path_factory.mktemp("run")) if backend.rank == 0 else None)
     model, masters, _ = trained(backend, after)
