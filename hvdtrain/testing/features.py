@@ -39,6 +39,7 @@ FEATURES = {
     "compile": "`torch.compile` (`--compile`)",
     "activation checkpointing": "Activation checkpointing (`--checkpoint-modules`)",
     "sharded optimizer": "The optimizer's state cut over the ranks, ZeRO-1 (`--shard-optimizer`)",
+    "precision": "Precisions, float32 masters, the type in which gradients travel, channels last, fused optimizers, clipping",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",
 }

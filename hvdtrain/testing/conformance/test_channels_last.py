@@ -10,6 +10,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
 
+pytestmark = pytest.mark.feature("precision")
+
 FORMS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}  # in float64; convolutions sum in another order
 

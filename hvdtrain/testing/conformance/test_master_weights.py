@@ -8,6 +8,8 @@ import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.feature("precision")
+
 MAKERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=1e-3, momentum=0.9),
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-4),

@@ -9,6 +9,8 @@ from torch import nn
 import hvdtrain
 from hvdtrain.training.precision import Precision
 
+pytestmark = pytest.mark.feature("precision")
+
 KINDS = {
     "SGD": lambda ps, **how: torch.optim.SGD(ps, lr=0.05, momentum=0.9, weight_decay=0.01, **how),
     "AdamW": lambda ps, **how: torch.optim.AdamW(ps, lr=0.01, amsgrad=True, **how),

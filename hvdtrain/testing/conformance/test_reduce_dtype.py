@@ -9,6 +9,8 @@ from torch import nn
 from hvdtrain.backends.reduce_dtype import REDUCE_DTYPES
 from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
 
+pytestmark = pytest.mark.feature("precision")
+
 NARROW = ["bf16", "fp16"]
 
 
