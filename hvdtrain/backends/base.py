@@ -27,6 +27,7 @@ from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.units import check_options, refuse_engine, units_of
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
@@ -82,6 +83,8 @@ class Backend(Communicator):
     """
 
     name: ClassVar[str]
+    shards_models: ClassVar[bool] = False
+    """Whether `replicate` can cut a model over the ranks."""
     restartable: ClassVar[bool] = True
     """Whether `start` works again after `stop`, in one process."""
 
@@ -265,6 +268,7 @@ class Backend(Communicator):
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         bucket_bytes: int | None = None,
+        shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
 
@@ -277,14 +281,25 @@ class Backend(Communicator):
             find_unused_parameters: See `ReplicaOptions`.
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
+            shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
+                expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
+                whole name must match. The optimizer's groups then hold this rank's parts.
 
         Raises:
             ModelMismatch: The ranks hold different models; names the first difference and the ranks.
             ConfigError: The model is on another device, or the optimizer holds foreign parameters.
         """
         options = ReplicaOptions(
-            find_unused_parameters=find_unused_parameters, static_graph=static_graph, bucket_bytes=bucket_bytes
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            bucket_bytes=bucket_bytes,
+            shard_modules=shard_modules,
         )
+        if shard_modules is not None:
+            if not self.shards_models:
+                refuse_engine(self.name)
+            check_options(options, optimizer)
+            units_of(model, shard_modules)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
         return self._replicate(model, optimizer, options)

@@ -61,6 +61,8 @@ class ShardedOptimizer(Optimizer):
         ConfigError: The optimizer looks at parameters as a whole, or at parameters that cannot be cut.
     """
 
+    spreads_state = True  # asked for by who cuts parameters too
+
     def __init__(self, optimizer: Optimizer, communicator: Communicator, *, elementwise: bool = False) -> None:
         name = type(optimizer).__name__
         if not elementwise and not (type(optimizer).__module__.startswith("torch.optim") and name in ELEMENTWISE):
