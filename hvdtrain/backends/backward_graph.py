@@ -27,7 +27,9 @@ _PASSING = ("torch.distributed.fsdp.",)  # and what hands on gradients as they a
 def nothing_added(loss: Tensor) -> Iterator[None]:
     """Let the gradients of a loss be 0 wherever nothing of another rank's can be in them, whatever comes of its own value."""
     graph = _nodes([loss.grad_fn])
-    meeting = [node for node in graph if isinstance(node, BackwardCFunction) and not _passes(node)]  # torch's own nodes are each rank's own
+    meeting = [
+        node for node in graph if isinstance(node, BackwardCFunction) and not _passes(node)
+    ]  # torch's own nodes are each rank's own
     behind = _nodes([following for node in meeting for following, _ in node.next_functions])
     hooks = [node.register_hook(_zeros) for node in graph - behind - set(meeting) if node.next_functions]
     hooks += [node.register_hook(_numbers) for node in meeting]

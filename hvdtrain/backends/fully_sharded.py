@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
 from hvdtrain.backends.replica import Replica, ReplicaOptions
@@ -121,10 +122,12 @@ class FullyShardedReplica(Replica):
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """As `Replica.load_whole_state`: rank 0's is cut over the ranks, one tensor at a time."""
-        outline = self._backend.broadcast_object(_outline(state) if self._backend.rank == 0 else None)
+        outline: Any = self._backend.broadcast_object(_outline(state) if self._backend.rank == 0 else {})
         own = self.module.state_dict()
         if set(outline["model"]) != set(own):
-            raise ConfigError(f"the state is of another model: it has {sorted(set(outline['model']) ^ set(own))[:8]} or lacks them")
+            raise ConfigError(
+                f"the state is of another model: it has {sorted(set(outline['model']) ^ set(own))[:8]} or lacks them"
+            )
         for name, tensor in own.items():
             if tuple(outline["model"][name].shape) != tuple(tensor.shape):
                 raise ConfigError(
@@ -183,8 +186,15 @@ class FullyShardedReplica(Replica):
     def _send_after(self, tally: Tally, empty: bool) -> None:
         self._begin(tally)
 
+    def _settle_unit(self) -> float:
+        if self._going_back:
+            return super()._settle_unit()
+        self._meet(_END)  # before any other collective of the step's end
+        return 1.0  # each backward pass has settled it
+
     def _begin(self, tally: Tally) -> None:
-        self._meet(_END)
+        if self._going_back:
+            self._meet(_END)
         self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._backend.wire.device)
         self._work = self._backend.wire.all_reduce_(self._summed, "sum")
 
@@ -203,8 +213,11 @@ class FullyShardedReplica(Replica):
 
     def _shard(self) -> None:
         names = {parameter: name for name, parameter in self.module.named_parameters()}
-        mesh = DeviceMesh.from_group(dist.group.WORLD, self._backend.device.type)
+        world = dist.group.WORLD
+        assert world is not None
+        mesh = DeviceMesh.from_group(world, self._backend.device.type)
         for unit in (*self._units.values(), self.module):
+            unit.register_forward_hook(_own_memory)
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
@@ -275,6 +288,11 @@ class FullyShardedReplica(Replica):
                 'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
                 "of at least one sample a rank) and equally many micro-batches"
             )
+
+
+def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """An in-place operation on a view would take away the hook that gathers the parameters for the backward pass."""
+    return tree_map(lambda one: one.clone() if isinstance(one, Tensor) and one._is_view() else one, output)
 
 
 def _own(tensor: Tensor) -> Tensor:

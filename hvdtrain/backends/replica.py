@@ -218,7 +218,9 @@ class Replica(ABC):
             self._follow_changes()
         share = self._weighting.weigh(samples, weight, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
-        if leaving or (not self._weighting.settled and (self._ranks_always_meet or ranks_meet(loss))):  # what they send each other is in one unit
+        if leaving or (
+            not self._weighting.settled and (self._ranks_always_meet or ranks_meet(loss))
+        ):  # what they send each other is in one unit
             share *= self._settle_unit()
         if leaving:
             self._board()
@@ -384,7 +386,7 @@ class Replica(ABC):
         Raises:
             ConfigError: It is of another model.
         """
-        state = self._backend.broadcast_object(state if self._backend.rank == 0 else None)
+        state = self._backend.broadcast_object(state if self._backend.rank == 0 else {})
         try:
             self.module.load_state_dict(state["model"])
         except RuntimeError as error:

@@ -33,7 +33,11 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     except re.error as error:
         raise ConfigError(f"shard_modules= is no regular expression: {error} in {pattern!r}") from error
     names = {name: module for name, module in model.named_modules() if name}
-    units = {name: module for name, module in names.items() if wanted.fullmatch(name) and any(True for _ in module.parameters())}
+    units = {
+        name: module
+        for name, module in names.items()
+        if wanted.fullmatch(name) and any(True for _ in module.parameters())
+    }
     if not units:
         some = ", ".join(list(names)[:12])
         raise ConfigError(
@@ -92,7 +96,9 @@ def refuse_scaler() -> None:
     Raises:
         ConfigError: Always.
     """
-    _refuse("a GradScaler", "each rank would look for infinities in its own part alone", "use bfloat16, which needs none")
+    _refuse(
+        "a GradScaler", "each rank would look for infinities in its own part alone", "use bfloat16, which needs none"
+    )
 
 
 def refuse_engine(name: str) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.errors import ConfigError, TrainingError
+import hvdtrain
+from hvdtrain.errors import CheckpointError, ConfigError, TrainingError
+from hvdtrain.training.checkpoint import model_state
 
 UNITS = "layers[.][^.]+"
 
@@ -15,7 +17,10 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(5, 7)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Tanh()) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 7), nn.Unflatten(1, (7, 1)))
+            for _ in range(3)
+        )
         self.last = nn.Linear(7, 1)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.first.bias.requires_grad_(False)
@@ -23,15 +28,16 @@ class Model(nn.Module):
     def forward(self, x):
         x = self.first(x)
         for layer in self.layers:
-            x = x + layer(x)
+            y = layer(x).view(-1, 7)
+            y += x  # in place, on a view
+            x = y
         self.calls += 1
         return self.last(x)
 
 
 def made(seed):
     torch.manual_seed(seed)
-    model = Model().double().eval()  # running statistics depend on how a batch is cut
-    return model
+    return Model().double().eval()  # running statistics depend on how a batch is cut
 
 
 def offered(backend):
@@ -44,7 +50,10 @@ def offered(backend):
 
 
 def optimizer_of(kind, model):
-    groups = [{"params": list(model.layers.parameters())}, {"params": [*model.first.parameters(), *model.last.parameters()], "lr": 0.03}]
+    groups = [
+        {"params": list(model.layers.parameters())},
+        {"params": [*model.first.parameters(), *model.last.parameters()], "lr": 0.03},
+    ]
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
     return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
@@ -233,7 +242,7 @@ def test_a_changed_model_is_refused(backend):
     replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
     loss = replica.model(torch.ones(2, 5).double()).sum()
     model.last.bias.requires_grad_(False)
-    with pytest.raises(TrainingError, match="after the model was cut over the ranks|did not depend"):
+    with pytest.raises(TrainingError, match=r"after the model was cut over the ranks|did not depend"):
         replica.backward(loss, samples=2)
     backend.barrier()
 
@@ -245,3 +254,90 @@ def test_tied_parameters_in_two_units_are_refused(backend):
     model.layers[0][0].weight = model.layers[1][0].weight
     with pytest.raises(ConfigError, match=r"are one parameter, .*different units"):
         backend.replicate(model, shard_modules=UNITS)
+
+
+def test_ranks_that_do_not_do_the_same_are_told(backend):
+    if not offered(backend) or backend.world_size == 1:
+        return
+    model = made(1)
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    x = torch.ones(2, 5).double()
+    said = "rank 0 ends its step .* and rank 1 runs the model .*equally many micro-batches"
+    with pytest.raises(TrainingError, match=said):  # noqa: PT012 - the first rank is told in the backward pass
+        with replica.accumulate(last=backend.rank == 0):
+            replica.backward(replica.model(x).square().mean(), samples=2)
+        replica.model(x)
+    backend.barrier()
+
+
+def test_a_rank_without_samples_is_told_with_the_others(backend):
+    if not offered(backend) or backend.world_size == 1:
+        return
+    model = made(1)
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    with pytest.raises(TrainingError, match="Give every rank samples in each step"):
+        replica.step() if backend.rank else replica.model(torch.ones(2, 5).double())
+    backend.barrier()
+
+
+def test_a_plain_backward_pass_is_refused(backend):
+    if not offered(backend):
+        return
+    model = made(1)
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    with pytest.raises(TrainingError, match=r"replica.backward\(loss, samples=\.\.\.\)"):  # noqa: PT012 - in either
+        replica.model(torch.ones(2, 5).double()).sum().backward()
+        replica.step()
+    backend.barrier()
+
+
+def test_a_part_that_is_not_used_is_named(backend):
+    if not offered(backend):
+        return
+    model = made(1)
+    model.spare = nn.Linear(2, 2).double()
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    if backend.world_size > 1:
+        loss = replica.model(torch.ones(2, 5).double()).sum()
+        with pytest.raises(
+            TrainingError, match=r"did not depend on some parameters: spare.weight, spare.bias\. Freeze"
+        ):
+            replica.backward(loss, samples=2)
+    backend.barrier()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_types_are_summed_and_not_averaged(backend, reference, dtype):
+    if not offered(backend):
+        return
+    whole, model = made(1).to(dtype), made(1).to(dtype)
+    plain = reference.replicate(whole, optimizer_of("sgd", whole))
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    x = torch.ones(backend.world_size, 5, dtype=dtype)
+    plain.backward(plain.model(x).square().mean(), samples=len(x))
+    plain.reduce_gradients()
+    replica.backward(replica.model(x[:1]).square().mean(), samples=1)
+    replica.reduce_gradients()
+    torch.testing.assert_close(replica.gradient_norm(), plain.gradient_norm(), rtol=0.02, atol=0, check_dtype=False)
+
+
+def test_what_writes_whole_tensors_refuses_it(backend):
+    if not offered(backend):
+        return
+    model = made(1)
+    with pytest.raises(ConfigError, match=r"the Trainer takes no shard_modules=.*loop of your own"):
+        hvdtrain.Trainer(backend, model, optimizer_of("sgd", model), loss=nn.functional.mse_loss, shard_modules=UNITS)
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    with pytest.raises(ConfigError, match=r"LoopState does not save .*replica\.whole_state\(\)"):
+        hvdtrain.LoopState(backend, replica)
+
+
+def test_a_model_that_is_cut_already_is_refused(backend):
+    if not offered(backend) or backend.world_size == 1:
+        return
+    model = made(1)
+    backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    with pytest.raises(ConfigError, match=r"is a DTensor, .*hand in the whole model"):
+        backend.replicate(model, optimizer_of("sgd", model))
+    with pytest.raises(CheckpointError, match=r"is cut over the ranks.*whole_state"):
+        model_state(model)
