@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 _Gradients = tuple[Tensor | None, ...]
 # Modules of functions that are collectives.
 _MEETING = ("hvdtrain.", "torch.distributed.", "torch.nn.modules._functions")
+_PASSING = ("torch.distributed.fsdp.",)  # and what hands on gradients as they are
 
 
 @contextmanager
 def nothing_added(loss: Tensor) -> Iterator[None]:
     """Let the gradients of a loss be 0 wherever nothing of another rank's can be in them, whatever comes of its own value."""
     graph = _nodes([loss.grad_fn])
-    meeting = [node for node in graph if isinstance(node, BackwardCFunction)]  # torch's own nodes are each rank's own
+    meeting = [
+        node for node in graph if isinstance(node, BackwardCFunction) and not _passes(node)
+    ]  # torch's own nodes are each rank's own
     behind = _nodes([following for node in meeting for following, _ in node.next_functions])
     hooks = [node.register_hook(_zeros) for node in graph - behind - set(meeting) if node.next_functions]
     hooks += [node.register_hook(_numbers) for node in meeting]
@@ -40,10 +43,15 @@ def nothing_added(loss: Tensor) -> Iterator[None]:
 def ranks_meet(loss: Tensor) -> bool:
     """Whether the backward pass of a loss exchanges gradients with the other ranks', as far as their ways to do so are known."""
     return any(
-        getattr(getattr(node, "_forward_cls", None), "__module__", "").startswith(_MEETING)
+        _module(node).startswith(_MEETING) and not _passes(node)
         for node in _nodes([loss.grad_fn])
         if isinstance(node, BackwardCFunction)
     )
+
+
+def leaves(loss: Tensor) -> set[Tensor]:
+    """The tensors in which a backward pass from a loss leaves gradients."""
+    return {node.variable for node in _nodes([loss.grad_fn]) if hasattr(node, "variable")}
 
 
 def _zeros(gradients: _Gradients, _: _Gradients) -> _Gradients:
@@ -59,6 +67,14 @@ def _numbers(gradients: _Gradients, _: _Gradients) -> _Gradients:
         return gradient.masked_fill(gradient.isnan(), 0)
 
     return tuple(map(number, gradients))
+
+
+def _module(node: Node) -> str:
+    return getattr(getattr(node, "_forward_cls", None), "__module__", "")
+
+
+def _passes(node: Node) -> bool:
+    return _module(node).startswith(_PASSING)
 
 
 def _nodes(first: list[Node | None]) -> set[Node]:

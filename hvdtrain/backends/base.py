@@ -28,6 +28,7 @@ from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.units import check_options, refuse_engine, units_of
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
@@ -83,6 +84,8 @@ class Backend(Communicator):
     """
 
     name: ClassVar[str]
+    shards_models: ClassVar[bool] = False
+    """Whether `replicate` can cut a model over the ranks."""
     restartable: ClassVar[bool] = True
     """Whether `start` works again after `stop`, in one process."""
 
@@ -267,6 +270,7 @@ class Backend(Communicator):
         static_graph: bool = False,
         bucket_bytes: int | None = None,
         reduce_dtype: str | None = None,
+        shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
 
@@ -280,6 +284,9 @@ class Backend(Communicator):
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
+            shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
+                expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
+                whole name must match. The optimizer's groups then hold this rank's parts.
 
         Raises:
             ModelMismatch: The ranks hold different models; names the first difference and the ranks.
@@ -291,7 +298,13 @@ class Backend(Communicator):
             static_graph=static_graph,
             bucket_bytes=bucket_bytes,
             reduce_dtype=reduce_dtype_of(reduce_dtype),
+            shard_modules=shard_modules,
         )
+        if shard_modules is not None:
+            if not self.shards_models:
+                refuse_engine(self.name)
+            check_options(options, optimizer)
+            units_of(model, shard_modules)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
         return self._replicate(model, optimizer, options)

@@ -40,6 +40,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    shards_models = True
 
     def __init__(self, detection: Detection, *, process_group: str = "auto", **options: Any) -> None:
         super().__init__(detection, **options)
@@ -133,6 +134,10 @@ class TorchBackend(Backend):
         pass  # destroy_process_group may wait, with operations under way, for ranks that will never come
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
+        if options.shard_modules is not None:
+            from hvdtrain.backends.fully_sharded import FullyShardedReplica  # noqa: PLC0415 - loads much of torch
+
+            return FullyShardedReplica(self, model, optimizer, options)
         return ReducerReplica(self, model, optimizer, options)
 
     def _group(self, ranks: list[int]) -> Group | None:

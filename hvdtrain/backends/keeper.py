@@ -228,5 +228,6 @@ _ALONE, _HELD = _references([torch.empty(0)])[0], _references([_held.grad])[0]
 
 
 def values(gradient: Tensor) -> Tensor:
-    """The numbers that a gradient holds, also a sparse one."""
+    """The numbers that a gradient holds, also a sparse one; this rank's of one that is cut over the ranks."""
+    gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -32,6 +32,7 @@ class LocalBackend(Backend):
     """
 
     name = "local"
+    shards_models = True
 
     def __init__(self, detection: Detection, *, data_parallel: bool = False, **options: Any) -> None:
         super().__init__(detection, **options)

@@ -86,7 +86,7 @@ class MpiBackend(TorchBackend):
         dist.barrier()
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and options.shard_modules is None:
             return MpiReplica(self, model, optimizer, options)
         return super()._replicate(model, optimizer, options)
 

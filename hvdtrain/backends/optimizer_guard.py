@@ -113,6 +113,8 @@ def _why_not_copied(tensor: torch.Tensor) -> str:
         return (
             f"has the layout {tensor.layout}; register it dense (.to_dense()), or keep it out of the model's buffers:"
         )
+    if hasattr(tensor, "full_tensor"):
+        return "is a DTensor, cut over ranks already; hand in the whole model and replicate(shard_modules=...):"
     if tensor.is_inference():
         return "was made under torch.inference_mode(); make the model outside it, or clone() the tensor there:"
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):

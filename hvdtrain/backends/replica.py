@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, 
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
+from hvdtrain.backends.units import refuse_scaler
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
@@ -56,12 +57,15 @@ class ReplicaOptions:
         static_graph: Promise that the graph is the same at every step; allows the engine some short cuts.
         bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
         reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
+        shard_modules: Cut the model over the ranks; a regular expression for the names of the modules that are gathered one
+            at a time. None to keep all of it on every rank.
     """
 
     find_unused_parameters: bool = False
     static_graph: bool = False
     bucket_bytes: int | None = None
     reduce_dtype: torch.dtype | None = None
+    shard_modules: str | None = None
 
     @property
     def allows_unused(self) -> bool:
@@ -108,6 +112,7 @@ class Replica(ABC):
     _suitable_bucket_bytes = 25 * 2**20
     _reuses_gradients = True  # the engine writes a step's gradients where the last step's were
     _own_hooks = 0  # post-accumulate hooks that the engine has put on each parameter
+    _ranks_always_meet = False  # every backward pass adds up gradients over the ranks
     _engine_averages = True  # the engine divides the ranks' sum by the world size while it exchanges
 
     def __init__(
@@ -120,10 +125,7 @@ class Replica(ABC):
         if optimizer is not None:
             check_optimizer(optimizer)
         self._watched = Watched(module, optimizer)
-        check_parameters(module, optimizer, self._parameters, backend.device)
-        check_reduce_dtype(module.named_parameters(), options.reduce_dtype)
-        check_same_structure(self._gather, module, optimizer, settings={"reduce_dtype": options.reduce_dtype})
-        copy_state_from_rank_zero(backend, module, optimizer)
+        self._make_alike()
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
@@ -219,7 +221,9 @@ class Replica(ABC):
             self._follow_changes()
         share = self._weighting.weigh(samples, weight, total, shared=retain_graph and not leaving)
         self._phase = _Phase.GATHERING
-        if leaving or (not self._weighting.settled and ranks_meet(loss)):  # what they send each other is in one unit
+        if leaving or (
+            not self._weighting.settled and (self._ranks_always_meet or ranks_meet(loss))
+        ):  # what they send each other is in one unit
             share *= self._settle_unit()
         if leaving:
             self._board()
@@ -278,6 +282,8 @@ class Replica(ABC):
             TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
+        if scaler is not None and self.options.shard_modules is not None:
+            refuse_scaler()
         self._exchange()
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
@@ -366,6 +372,32 @@ class Replica(ABC):
         with torch.no_grad():
             for buffer in self.module.buffers():
                 self._backend.broadcast_(buffer)
+
+    def whole_state(self) -> dict[str, Any]:
+        """Return the states of model and optimizer on rank 0, copied to its CPU, and {} elsewhere; every rank must call it.
+
+        It loads at any number of ranks, whether the model is cut over them (``shard_modules=``) or not.
+        """
+        if self._backend.rank != 0:
+            return {}
+        whole = {"model": self.module.state_dict()}
+        if self._optimizer is not None:
+            whole["optimizer"] = self._optimizer.state_dict()
+        return {name: _copied(state) for name, state in whole.items()}
+
+    def load_whole_state(self, state: dict[str, Any]) -> None:
+        """Take what rank 0 gives, from `whole_state`; every rank must call it, others with {}.
+
+        Raises:
+            ConfigError: It is of another model.
+        """
+        state = self._backend.broadcast_object(state if self._backend.rank == 0 else {})
+        try:
+            self.module.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ConfigError(f"the state is of another model: {error}") from error
+        if self._optimizer is not None and "optimizer" in state:
+            self._optimizer.load_state_dict(state["optimizer"])
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -554,6 +586,14 @@ class Replica(ABC):
                 "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
             )
 
+    def _make_alike(self) -> None:
+        """Check that all ranks hold the same model, and give them rank 0's numbers."""
+        check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
+        check_reduce_dtype(self.module.named_parameters(), self.options.reduce_dtype)
+        settings = {"reduce_dtype": self.options.reduce_dtype}
+        check_same_structure(self._gather, self.module, self._optimizer, settings=settings)
+        copy_state_from_rank_zero(self._backend, self.module, self._optimizer)
+
     def _gather(self, text: str) -> list[str]:
         # Beside the engine: a rank whose model did not change is in another operation of the engine's.
         return self._backend.agree_beside("the agreement on the model's parameters", text)
@@ -581,6 +621,11 @@ class Replica(ABC):
         self._keeper.refuse_hooks(self._own_hooks)
         if not self._watched.changed():
             return
+        if self.options.shard_modules is not None:
+            raise TrainingError(
+                "parameters were frozen, unfrozen, added or removed after the model was cut over the ranks (shard_modules=); do that "
+                "before replicate()"
+            )
         self._take(self._watched.take(), copied=False)
         self._keeper.refuse_hooks(self._own_hooks)
 
@@ -616,6 +661,12 @@ _WEIGHTLESS = (
     "no loss of this step had any weight on any rank (the weight= of every backward() was 0), so that there is no mean to follow; "
     "give the global batch something that counts, or skip such steps: replica.step(skip_nonfinite=True), --on-nan skip"
 )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _explained(error: RuntimeError) -> TrainingError | None:

@@ -39,6 +39,8 @@ class MasterWeights(Optimizer):
         ConfigError: It is wrapped already, or has a schedule.
     """
 
+    keeps_masters = True  # asked for by who cuts parameters too
+
     def __init__(self, optimizer: Optimizer) -> None:
         if hasattr(optimizer, "kind"):  # MasterWeights or ShardedOptimizer
             raise ConfigError(

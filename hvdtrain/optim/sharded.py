@@ -62,6 +62,8 @@ class ShardedOptimizer(Optimizer):
         ConfigError: The optimizer looks at parameters as a whole, or at parameters that cannot be cut.
     """
 
+    spreads_state = True  # asked for by who cuts parameters too
+
     def __init__(self, optimizer: Optimizer, communicator: Communicator, *, elementwise: bool = False) -> None:
         masters = isinstance(optimizer, MasterWeights)
         kind = optimizer.inner_type if isinstance(optimizer, MasterWeights) else type(optimizer)

@@ -40,6 +40,7 @@ FEATURES = {
     "activation checkpointing": "Activation checkpointing (`--checkpoint-modules`)",
     "sharded optimizer": "The optimizer's state cut over the ranks, ZeRO-1 (`--shard-optimizer`)",
     "precision": "Precisions, float32 masters, the type in which gradients travel, channels last, fused optimizers, clipping",
+    "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`replicate(shard_modules=)`)",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",
 }
@@ -115,7 +116,7 @@ def table(records: Iterable[Record]) -> str:
 
 def exclusions() -> str:
     """What does not go together, in Markdown."""
-    return "\n".join(f"- {row.sentence[0].upper()}{row.sentence[1:]}." for row in EXCLUSIONS)
+    return "\n".join(f"- {row.sentence}." for row in EXCLUSIONS)
 
 
 def page(records: list[Record]) -> str:

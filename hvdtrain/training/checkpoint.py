@@ -342,9 +342,13 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state_dict by the names that it has without `torch.compile`, of itself or of modules in it.
 
     Raises:
-        CheckpointError: Two tensors have the same name without it.
+        CheckpointError: Two tensors have the same name without it, or one is cut over the ranks.
     """
     state = model.state_dict()
+    if cut := next((name for name, value in state.items() if hasattr(value, "full_tensor")), None):
+        raise CheckpointError(
+            f"{cut!r} is cut over the ranks, and a checkpoint holds whole tensors: replica.whole_state()"
+        )
     plain = {without_compile(name): value for name, value in state.items()}
     if len(plain) != len(state):
         twice = sorted(name for name in plain if sum(without_compile(other) == name for other in state) > 1)

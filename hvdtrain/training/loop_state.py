@@ -94,6 +94,12 @@ class LoopState:
             if not isinstance(value, Replica) and not is_stateful(value):
                 raise ConfigError(f"{name}={type(value).__name__} has no state_dict and load_state_dict to be saved by")
         self._backend = backend
+        for part in (replica, *others.values()):
+            if isinstance(part, Replica) and part.options.shard_modules is not None:
+                raise ConfigError(
+                    "LoopState does not save a model that is cut over the ranks (shard_modules=); save what replica.whole_state() returns "
+                    "on rank 0, and go on by replica.load_whole_state()"
+                )
         self._replica = replica
         self._schedule = schedule
         self._scaler = scaler

@@ -204,7 +204,7 @@ class Trainer:
         self._compile = compile is not False
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
-        self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
+        self.replica: Replica = backend.replicate(model, optimizer, **_whole(replica_options))
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -678,3 +678,12 @@ def _check_numbers(*, accumulate: int, log_every: int, checkpoint_minutes: float
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if checkpoint_minutes is not None and not checkpoint_minutes > 0:
         raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")
+
+
+def _whole(replica_options: dict[str, Any]) -> dict[str, Any]:
+    if replica_options.get("shard_modules") is not None:
+        raise ConfigError(
+            "the Trainer takes no shard_modules=, because ranks may evaluate different numbers of batches and a sharded model needs all "
+            "ranks in each forward pass; use backend.replicate(model, optimizer, shard_modules=...) in a loop of your own"
+        )
+    return replica_options

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, MPI, TORCH, run
 
+from hvdtrain.testing import features
+
+PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
 LAUNCHES = [
     (LOCAL, 1),
     *[(launch, 3) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
@@ -21,7 +25,9 @@ LAUNCHES = [
 
 @pytest.mark.parametrize(("launch", "ranks"), LAUNCHES, ids=str)
 def test_the_backend_keeps_every_promise(tmp_path, launch, ranks):
-    argv = launch.argv(ranks, "-m", "hvdtrain.testing", "--backend", launch.backend, "--log-dir", str(tmp_path), "-q")
+    record = tmp_path / "record.json"
+    how = ["--backend", launch.backend, "--log-dir", str(tmp_path), "--record", str(record), "-q"]
+    argv = launch.argv(ranks, "-m", "hvdtrain.testing", *how)
     ended = run(argv, timeout_s=240)
     logs = {file.name: file.read_text() for file in sorted(tmp_path.glob("rank*.log"))}
     shown = "\n\n".join([ended.output, *(f"--- {name}\n{text[-6000:]}" for name, text in logs.items())])
@@ -32,3 +38,12 @@ def test_the_backend_keeps_every_promise(tmp_path, launch, ranks):
     }
     assert len(counts) == 1, shown
     assert counts.pop() > 250
+    found = features.Record.read(record)
+    if ranks > 1 or launch.backend == "local":
+        assert {feature: found.cell(feature) for feature in features.FEATURES} == features.cells_in(
+            PAGE, launch.backend
+        )
+
+
+def test_the_page_says_what_excludes_what():
+    assert features.exclusions() in PAGE

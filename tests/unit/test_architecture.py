@@ -38,7 +38,7 @@ STAIRS = [
     ["ranks.last_words"],
     ["ranks.watch", "ranks.exit"],
     ["ranks.everyone", "ranks.rendezvous"],
-    ["backends.wire", "backends.layout", "backends.optimizer_guard", "backends.loss_scale", "backends.watched", "backends.backward_graph", "backends.exclusions"],
+    ["backends.wire", "backends.layout", "backends.optimizer_guard", "backends.units", "backends.loss_scale", "backends.watched", "backends.backward_graph", "backends.exclusions"],
     ["backends.keeper"],
     ["backends.forms", "backends.local_first"],
     ["backends.member"],
@@ -49,7 +49,7 @@ STAIRS = [
     ["backends.agreement", "backends.ahead", "backends.weighting", "backends.sparse", "backends.reduce_dtype"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],
-    ["backends.reducer", "backends.base"],
+    ["backends.reducer", "backends.base", "backends.fully_sharded"],
     ["mpi.library", "mpi.lane", "mpi.dtypes"],
     ["mpi.operations", "mpi.staging"],
     ["mpi.messages"],
@@ -124,7 +124,7 @@ STAIRS = [
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_ahead", "testing.conformance.test_streams", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_weights_apart", "testing.conformance.test_several",
-     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_reduce_dtype", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters"],
+     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_reduce_dtype", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

@@ -22,7 +22,10 @@ ASKED = {
     "on_nan": {"on_nan": "skip"},
 }
 CHANGES_THE_RESULT = ("clip_norm",)
-PAIRS = list(itertools.combinations(ASKED, 2))
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())
+    for pair in itertools.combinations(ASKED, 2)
+]
 
 
 def trained(backend, *features):

@@ -1,0 +1,312 @@
+"""A model that is cut over the ranks: each holds an N-th of the parameters, of their gradients and of the optimizer's state.
+
+It is torch's own FSDP2 (`torch.distributed.fsdp.fully_shard`, https://pytorch.org/docs/stable/distributed.fsdp.fully_shard.html;
+stage 3 of ZeRO, Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054). What this module owns: the ranks' weights, the
+optimizer that was made over whole parameters, ranks that do not do the same, and states that are whole again.
+
+Every forward and every backward pass gathers parameters from all ranks, so that all must make equally many. That is compared
+before each by one small exchange; a rank without samples cannot sit a step out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from hvdtrain.backends.backward_graph import leaves
+from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.units import owner, units_of
+from hvdtrain.backends.weighting import Tally
+from hvdtrain.errors import ConfigError, TrainingError
+
+try:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    _CAN = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+except ImportError:
+    _CAN = False
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from hvdtrain.backends.base import Backend
+
+_KINDS = ("runs the model", "runs the model without gradients", "goes backward", "ends its step")
+_FORWARD, _INFERENCE, _BACKWARD, _END = range(4)
+_MANY = 2**20
+
+
+class FullyShardedReplica(Replica):
+    """This rank's part of a model; gradients are summed and cut in each backward pass."""
+
+    _reuses_gradients = False
+    _engine_averages = False
+    _ranks_always_meet = True
+
+    def __init__(
+        self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
+    ) -> None:
+        if not _CAN:
+            raise ConfigError(
+                f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
+                "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
+            )
+        assert options.shard_modules is not None
+        self._units = units_of(module, options.shard_modules)
+        self._calls = [0] * len(_KINDS)
+        self._inside = self._going_back = False
+        self._gathered: dict[Tensor, str] = {}  # parameters as the forward pass saw them last
+        super().__init__(backend, module, optimizer, options)
+
+    # -- verbs --------------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, **how: Any) -> None:
+        """As `Replica.backward`; every rank must call it equally often in a step.
+
+        Raises:
+            TrainingError: Also when the ranks do not do the same, or the loss did not depend on some parameters.
+        """
+        if not loss.requires_grad:
+            raise TrainingError(
+                f"rank {self._backend.rank}: the loss depends on no parameter, and every rank takes part in each backward pass of a model "
+                "that is cut over the ranks (shard_modules=)"
+            )
+        used = leaves(loss)
+        names = {name for parameter, name in self._gathered.items() if parameter in used}
+        lacking = [name for name, p in self.module.named_parameters() if p.requires_grad and name not in names]
+        if lacking:
+            raise TrainingError(
+                f"rank {self._backend.rank}: the loss did not depend on some parameters: {', '.join(lacking[:8])}"
+                f"{' ...' if len(lacking) > 8 else ''}. Freeze them before replicate(), or use them"
+            )
+        self._meet(_BACKWARD)
+        self._going_back = True
+        try:
+            super().backward(loss, **how)
+        finally:
+            self._going_back = False
+
+    def copy_from_rank_zero(self) -> None:
+        """Give every rank rank 0's buffers; parameters and optimizer state exist once, over all ranks."""
+        self.sync_buffers()
+
+    def gradient_norm(self) -> Tensor:
+        """The L2 norm over all gradients of all ranks."""
+        parts = [_own(gradient) for gradient in self._gradients()]
+        squares = torch.zeros((), dtype=torch.float64, device=self._backend.device)
+        for part in parts:
+            squares += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        kind = torch.promote_types(torch.float32, parts[0].dtype) if parts else torch.float32
+        return self._backend.all_reduce(squares).sqrt().to(kind)
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def whole_state(self) -> dict[str, Any]:
+        """As `Replica.whole_state`: put together one tensor at a time, on rank 0 alone."""
+        model = {name: self._whole(value) for name, value in self.module.state_dict().items()}
+        plain = {} if self._optimizer is None else self._optimizer.state_dict()
+        state = {
+            index: {name: self._whole(value) for name, value in of.items()}
+            for index, of in plain.get("state", {}).items()
+        }
+        if self._backend.rank != 0:
+            return {}
+        return {"model": model, **({"optimizer": {**plain, "state": state}} if plain else {})}
+
+    def load_whole_state(self, state: dict[str, Any]) -> None:
+        """As `Replica.load_whole_state`: rank 0's is cut over the ranks, one tensor at a time."""
+        outline: Any = self._backend.broadcast_object(_outline(state) if self._backend.rank == 0 else {})
+        own = self.module.state_dict()
+        if set(outline["model"]) != set(own):
+            raise ConfigError(
+                f"the state is of another model: it has {sorted(set(outline['model']) ^ set(own))[:8]} or lacks them"
+            )
+        for name, tensor in own.items():
+            if tuple(outline["model"][name].shape) != tuple(tensor.shape):
+                raise ConfigError(
+                    f"the state has {name!r} in shape {tuple(outline['model'][name].shape)}, the model in {tuple(tensor.shape)}"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(self._cut(state.get("model", {}).get(name), outline["model"][name], tensor))
+        if self._optimizer is None or "optimizer" not in outline:
+            return
+        held = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        theirs = outline["optimizer"]
+        mine = state.get("optimizer", {}).get("state", {})
+        cut = {
+            index: {
+                name: self._cut(mine.get(index, {}).get(name), value, held[index]) if _is_outline(value) else value
+                for name, value in of.items()
+            }
+            for index, of in theirs["state"].items()
+        }
+        self._optimizer.load_state_dict({**theirs, "state": cut})
+
+    def _whole(self, value: Any) -> Any:
+        """A tensor of all ranks on rank 0's CPU; None elsewhere."""
+        if not isinstance(value, Tensor):
+            return value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return whole.detach().cpu().clone() if self._backend.rank == 0 else None
+
+    def _cut(self, value: Tensor | None, outline: Tensor, like: Tensor) -> Tensor:
+        device = self._backend.device
+        if self._backend.rank == 0:
+            assert value is not None
+            whole = value.to(device)
+        else:
+            whole = torch.empty(outline.shape, dtype=outline.dtype, device=device)
+        whole = self._backend.broadcast(whole)
+        if isinstance(like, DTensor) and whole.shape == like.shape:
+            return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        return whole
+
+    # -- Replica ------------------------------------------------------------------------------------------------------
+
+    def _make_alike(self) -> None:
+        super()._make_alike()
+        self._shard()
+        self._watched.take()
+
+    def _set_up(self) -> None:
+        pass
+
+    def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
+        loss.backward(weight, retain_graph=retain_graph)
+        self._begin(tally)
+
+    def _send_after(self, tally: Tally, empty: bool) -> None:
+        self._begin(tally)
+
+    def _settle_unit(self) -> float:
+        if self._going_back:
+            return super()._settle_unit()
+        self._meet(_END)  # before any other collective of the step's end
+        return 1.0  # each backward pass has settled it
+
+    def _begin(self, tally: Tally) -> None:
+        if self._going_back:
+            self._meet(_END)
+        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._backend.wire.device)
+        self._work = self._backend.wire.all_reduce_(self._summed, "sum")
+
+    def _finish(self, empty: bool) -> Tensor:
+        self._work.wait()
+        return self._summed
+
+    def _clip(self, clip_norm: float) -> Tensor:
+        norm = self.gradient_norm()
+        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in self._gradients():
+            _own(gradient).mul_(factor.to(gradient.dtype))
+        return norm
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _shard(self) -> None:
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        world = dist.group.WORLD
+        assert world is not None
+        mesh = DeviceMesh.from_group(world, self._backend.device.type)
+        for unit in (*self._units.values(), self.module):
+            unit.register_forward_hook(_own_memory)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+            assert isinstance(unit, FSDPModule)
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        cut = dict(self.module.named_parameters())
+        for group in [] if self._optimizer is None else self._optimizer.param_groups:
+            group["params"][:] = [cut[names[parameter]] for parameter in group["params"]]
+        for name, unit in (("", self.module), *self._units.items()):
+            unit.register_forward_pre_hook(self._note_gathered(name))
+        self.module.register_forward_pre_hook(self._enter, prepend=True)
+        self.module.register_forward_hook(self._leave, always_call=True)
+        for unit in self._units.values():
+            unit.register_forward_pre_hook(self._refuse_apart, prepend=True)
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self._meet(_FORWARD if torch.is_grad_enabled() else _INFERENCE)
+        self._inside = True
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._inside = False
+
+    def _refuse_apart(self, module: nn.Module, inputs: Any) -> None:
+        if not self._inside and not self._going_back:
+            raise TrainingError(
+                f"a {type(module).__name__} of a model that is cut over the ranks (shard_modules=) was called by itself; call replica.model, "
+                "in whose forward pass all ranks gather its parameters"
+            )
+
+    def _note_gathered(self, unit: str) -> Callable[[nn.Module, Any], None]:
+        places = [
+            (part, key, f"{prefix}.{key}" if prefix else key)
+            for prefix, part in self.module.named_modules()
+            for key in part._parameters
+            if owner(f"{prefix}.{key}" if prefix else key, self._units) == unit
+        ]
+
+        def note(module: nn.Module, inputs: Any) -> None:
+            for part, key, name in places:
+                parameter = part._parameters[key]
+                if parameter is not None and parameter not in self._gathered:
+                    self._gathered[parameter] = name
+                    if parameter.requires_grad:
+                        parameter.register_post_accumulate_grad_hook(self._refuse_plain)
+
+        return note
+
+    def _refuse_plain(self, parameter: Tensor) -> None:
+        if not self._going_back:
+            raise TrainingError(
+                f"loss.backward() was called on a model that is cut over the ranks (its {self._gathered[parameter]!r}), without the weight of "
+                "its samples; call replica.backward(loss, samples=...)"
+            )
+
+    def _meet(self, kind: int) -> None:
+        """Return when all ranks are about to do the same.
+
+        Raises:
+            TrainingError: On every rank; says which rank does what.
+        """
+        self._calls[kind] += 1
+        mine = torch.tensor([kind * _MANY + self._calls[kind] % _MANY], device=self._backend.wire.device)
+        everyone = [divmod(int(code), _MANY) for code in torch.cat(list(self._backend.all_gather(mine))).tolist()]
+        other = next((rank for rank, what in enumerate(everyone) if what != everyone[0]), None)
+        if other is not None:
+            does = [f"{_KINDS[everyone[rank][0]]} (its time {everyone[rank][1]})" for rank in (0, other)]
+            raise TrainingError(
+                f"rank 0 {does[0]}, and rank {other} {does[1]}: parameters are cut over the ranks (shard_modules=), so that all must run the "
+                'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
+                "of at least one sample a rank) and equally many micro-batches"
+            )
+
+
+def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """An in-place operation on a view would take away the hook that gathers the parameters for the backward pass."""
+    return tree_map(lambda one: one.clone() if isinstance(one, Tensor) and one._is_view() else one, output)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _outline(value: Any) -> Any:
+    """The same without numbers: tensors on the meta device; what is no parameter's is kept."""
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return {key: _outline(item) for key, item in value.items()}
+    return value
+
+
+def _is_outline(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
