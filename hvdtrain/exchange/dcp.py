@@ -11,6 +11,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -87,7 +88,16 @@ class _Records(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python before 3.11.4 and 3.12 pickles an enumeration's member
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no DCP metadata needs")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, and nothing else that getattr would give."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError("it asks for an attribute, which no DCP metadata needs")
 
 
 class _Reader(FileSystemReader):

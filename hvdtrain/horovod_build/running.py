@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -134,7 +135,10 @@ def pip() -> list[str]:
     if find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", *quiet]
     spec = find_spec("ensurepip")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        for wheel in sorted(Path(folder, "_bundled").glob("pip-*.whl")):
+    folders = [Path(folder, "_bundled") for folder in spec.submodule_search_locations or []] if spec else []
+    # Distributions keep the wheel of ensurepip elsewhere.
+    folders += [Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "/usr/share/python-wheels")]
+    for folder in folders:
+        for wheel in sorted(folder.glob("pip-*.whl")):
             return [sys.executable, str(wheel / "pip"), *quiet]  # a wheel is a zip file, which Python runs
     raise BuildError(f"pip is missing in {sys.prefix}; type: {sys.executable} -m ensurepip, or: uv pip install pip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -15,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from hvdtrain.backends.local import LocalBackend
 from hvdtrain.cli.commands import main
 from hvdtrain.errors import CheckpointError
+from hvdtrain.exchange.dcp import _Records
 from hvdtrain.exchange.files import check_torch
 from hvdtrain.exchange.moving import FORMATS, export_checkpoint, import_file, read_foreign
 from hvdtrain.launch.detect import Detection
@@ -315,6 +318,27 @@ def outside(path):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+class Reaches:
+    """Pickled as Python before 3.11.4 pickles an enumeration's member: by getattr."""
+
+    def __init__(self, *what):
+        self.what = what
+
+    def __reduce__(self):
+        return getattr, self.what
+
+
+def reaching(path):
+    path.mkdir()
+    (path / ".metadata").write_bytes(pickle.dumps(Reaches(Metadata, "__subclasses__")))
+
+
+def test_metadata_of_an_older_python_is_read(tmp_path):
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    written = pickle.dumps(Reaches(_MEM_FORMAT_ENCODING, member.name))
+    assert _Records(io.BytesIO(written)).load() is member
+
+
 REFUSED = {
     "nothing there": (lambda path: None, "does not exist"),
     "an empty file": (lambda path: path.touch(), "neither a safetensors file"),
@@ -341,6 +365,7 @@ REFUSED = {
         "4 is in no param_groups",
     ),
     "a file outside": (outside, "outside of its folder"),
+    "metadata that reaches for an attribute": (reaching, "asks for an attribute"),
     "a huge header": (lambda path: path.write_bytes(b"\xff" * 8 + b"{"), "no whole safetensors file"),
     "no tensors in safetensors": (lambda path: save_file({}, path), "is empty"),
 }
