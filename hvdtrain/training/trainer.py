@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.replica import Replica
-from hvdtrain.data.rank_batches import RankStep
-from hvdtrain.data.rank_stream import Batches, StreamStep, batches_of
+from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
+from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.sample_count import SampleCount
-from hvdtrain.data.source import Source
+from hvdtrain.data.source import Source, source_of
+from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
 from hvdtrain.optim.sharded import ShardedOptimizer
@@ -41,13 +42,13 @@ from hvdtrain.training.checkup import Checkup, Tally
 from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
+from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.events import Events
-from hvdtrain.training.fit_result import FitResult
-from hvdtrain.training.inference_loop import Data, InferenceLoop
 from hvdtrain.training.lone_sample import lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
+from hvdtrain.training.predicting import destination, predict
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import go_on, resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -55,6 +56,35 @@ from hvdtrain.training.schedules import Pacemaker
 from hvdtrain.training.task import Learning, Supervised
 
 _log = logging.getLogger(__name__)
+
+Data = Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """What a `Trainer.fit` did, the same on every rank.
+
+    Attributes:
+        epochs: Epochs completed, those before a resume included.
+        steps: Optimizer steps, those before a resume included; skipped ones count.
+        skipped_steps: Steps without an update, because the gradient was not finite.
+        train_loss: Mean over the samples of the last epoch (or part of one) that was trained.
+        eval_metrics: Of the last evaluation; empty without one.
+        samples: Samples trained on in this call.
+        train_seconds: Time spent in training steps, without evaluation and checkpoints.
+        stopped: Why a callback ended the run before its epochs or steps; "" if none did.
+        resumed_from: The checkpoint that this call continued from, or None.
+    """
+
+    epochs: int
+    steps: int
+    skipped_steps: int
+    train_loss: float
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    samples: int
+    train_seconds: float
+    resumed_from: str | None
+    stopped: str = ""
 
 
 class Trainer:
@@ -186,23 +216,13 @@ class Trainer:
             callbacks=self._events,
             position=self.position,
         )
-        self._inference = InferenceLoop(
-            backend,
-            self.replica,
-            self.task,
-            self.precision,
-            self._counting,
-            seed=seed,
-            workers=workers,
-            collate=collate or getattr(task, "collate", None),
-            callbacks=self._events.described,
-            around=lambda: self._events.inference(self),
-        )
         self._own_random_numbers = OwnRandomNumbers(backend)
         self._accumulate = accumulate
         self._clip_norm = clip_norm
         self._skip_nonfinite = on_nan == "skip"
         self._seed = seed
+        self._workers = workers
+        self._collate = collate or getattr(task, "collate", None)
         self._logger: Logger = logger or NullLogger()
         self._progress = progress
         self._checkpoints = checkpoints
@@ -276,10 +296,8 @@ class Trainer:
             raise ConfigError(f"epochs must be 0 or more, got {epochs}")
         self._pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
         self.backend.assemble("fit")
-        source = self._inference.source(
-            train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last, partition=partition
-        )
-        eval_source = None if eval_data is None else self._inference.source(eval_data, partition=partition)
+        source = self._source(train_data, shuffle=True, last_batch=last_batch, drop_last=drop_last, partition=partition)
+        eval_source = None if eval_data is None else self._source(eval_data, partition=partition)
         self._check_call(
             source,
             eval_source,
@@ -304,8 +322,8 @@ class Trainer:
             count=self._counting.trusts_indices,
         )
         earlier, self._batches = self._batches, batches
-        self._seen = self._inference.sample_count(source)
-        eval_seen = None if eval_source is None else self._inference.sample_count(eval_source)
+        self._seen = self._sample_count(source)
+        eval_seen = None if eval_source is None else self._sample_count(eval_source)
         total_steps = min(batches.steps_in(epochs), math.inf if max_steps is None else max_steps)
         per_rank = max(1, math.ceil(batches.global_batch_size / self.backend.world_size))
         eval_batch_size = eval_batch_size or (eval_source.batch_size if eval_source else None) or per_rank
@@ -418,7 +436,12 @@ class Trainer:
                 averaged; the message names the metric.
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
-        return self._inference.evaluate(data, batch_size, partition, step=self.position.steps)
+        source = self._source(data, partition=partition)
+        self.backend.assemble(f"an evaluation after step {self.position.steps}")
+        callbacks = self._events.described
+        check_same_call(self.backend, "evaluate", {"epoch_metrics": described(self.task), "callbacks": callbacks})
+        check_same_data(source, self.backend, seed=self._seed, name="the evaluation data")
+        return self._evaluate(source, batch_size or source.batch_size or 64, self._sample_count(source))
 
     def predict(
         self, data: Dataset[Any] | DataLoader[Any], *, batch_size: int | None = None, to: Path | str = "rank0"
@@ -445,12 +468,39 @@ class Trainer:
             OutputError: On every rank: the folder is not empty, or cannot be written.
             CollectiveError: Some rank did not call it; says which, and what it does.
         """
-        return self._inference.predict(data, batch_size, to, step=self.position.steps)
+        source = self._source(data)
+        if source.is_stream:
+            raise ConfigError(
+                "predictions come in the order of a data set with numbers, which a stream does not have; pass a list of its samples"
+            )
+        size = batch_size or source.batch_size or 64
+        self.backend.assemble(f"a prediction after step {self.position.steps}")
+        arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
+        check_same_call(self.backend, "predict", arguments)
+        if source.partition != "batch":
+            raise ConfigError(
+                f"predictions come in the order of one data set that every rank is given, and this loader cuts it by partition="
+                f"{source.partition!r}; pass the data set itself"
+            )
+        check_same_data(source, self.backend, seed=self._seed, name="the data")
+        source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
+        batches = RankBatches(source, self.backend, seed=self._seed)
+        with self.precision.arithmetic(), self._events.inference(self):
+            return predict(self.backend, self.replica, self.task, self.precision, batches, to)
+
+    def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
+        with self.precision.arithmetic(), self._events.inference(self):
+            count = self._counting.trusts_indices
+            batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
+            metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
+        if not metrics:
+            raise ConfigError("the evaluation data set is empty; give one with samples, or none")
+        return metrics
 
     def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None, *, regular: bool) -> None:
         """Evaluate at this position, and say it; an evaluation only because the run ends here steps no schedule."""
         position = self.position
-        position.eval_metrics = self._inference.metrics(source, batch_size, seen)
+        position.eval_metrics = self._evaluate(source, batch_size, seen)
         position.evaluated_at = position.steps
         self._logger.log_eval(EvalRecord(step=position.steps, epoch=position.epoch, metrics=position.eval_metrics))
         if regular:
@@ -458,6 +508,20 @@ class Trainer:
         self._events.evaluated(self, regular=regular)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _source(self, data: Any, shuffle: bool = False, **cut: Any) -> Source:
+        """What to load: as a DataLoader says, and else as this Trainer was told."""
+        own = isinstance(data, DataLoader | RankBatches | RankStream)
+        said = source_of(
+            data.source if isinstance(data, RankBatches | RankStream) else data,
+            shuffle=None if own or is_stream(data) else shuffle,
+            **cut,
+        )
+        return replace(said, collate=said.collate or self._collate, workers=said.workers or self._workers)
+
+    def _sample_count(self, source: Source) -> SampleCount | None:
+        """What sees that samples are missing from a batch, where that would matter."""
+        return sample_count(source, self.backend, seed=self._seed) if self._counting.trusts_indices else None
 
     def _check_call(self, source: Source, eval_source: Source | None, **arguments: Any) -> None:
         """Refuse, on every rank, what would leave the ranks waiting for each other or training on the wrong samples."""
