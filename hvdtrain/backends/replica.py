@@ -30,6 +30,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
@@ -398,6 +399,7 @@ class Replica(ABC):
             raise ConfigError(f"the state is of another model: {error}") from error
         if self._optimizer is not None and "optimizer" in state:
             self._optimizer.load_state_dict(state["optimizer"])
+            lay_out_states(self._optimizer)
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 

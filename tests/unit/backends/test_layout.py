@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import hvdtrain
 from hvdtrain.backends.layout import laid_out_like, lay_out_states, lying_like
 
 SHAPE = (2, 3, 4, 5)
@@ -61,3 +62,17 @@ def test_a_fused_step_is_right_after_states_were_laid_out():
         parameters.append(parameter)
         optimizers.append(optimizer)
     torch.testing.assert_close(*parameters)
+
+
+def test_a_whole_state_that_lies_otherwise_is_laid_out_when_it_is_loaded():
+    with hvdtrain.init("local", device="cpu") as backend:
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        replica = backend.replicate(model, optimizer)
+        replica.backward(model(torch.randn(2, 3, 5, 5)).sum(), samples=2)
+        replica.step()
+        state = replica.whole_state()
+        moments = state["optimizer"]["state"][0]
+        moments["exp_avg"] = moments["exp_avg"].contiguous()
+        replica.load_whole_state(state)
+        assert optimizer.state[model.weight]["exp_avg"].stride() == model.weight.stride()
