@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.units import owner, units_of
+from hvdtrain.backends.units import own_part, owner, units_of
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError
 
@@ -99,7 +99,7 @@ class FullyShardedReplica(Replica):
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients of all ranks."""
-        parts = [_own(gradient) for gradient in self._gradients()]
+        parts = [own_part(gradient) for gradient in self._gradients()]
         squares = torch.zeros((), dtype=torch.float64, device=self._backend.device)
         for part in parts:
             squares += torch.linalg.vector_norm(part, dtype=torch.float64).square()
@@ -206,7 +206,7 @@ class FullyShardedReplica(Replica):
         norm = self.gradient_norm()
         factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for gradient in self._gradients():
-            _own(gradient).mul_(factor.to(gradient.dtype))
+            own_part(gradient).mul_(factor.to(gradient.dtype))
         return norm
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -293,10 +293,6 @@ class FullyShardedReplica(Replica):
 def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:
     """An in-place operation on a view would take away the hook that gathers the parameters for the backward pass."""
     return tree_map(lambda one: one.clone() if isinstance(one, Tensor) and one._is_view() else one, output)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _outline(value: Any) -> Any:

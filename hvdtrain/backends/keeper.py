@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.backends.units import own_part
 from hvdtrain.backends.watched import Watched
 from hvdtrain.errors import TrainingError
 
@@ -229,5 +230,5 @@ _ALONE, _HELD = _references([torch.empty(0)])[0], _references([_held.grad])[0]
 
 def values(gradient: Tensor) -> Tensor:
     """The numbers that a gradient holds, also a sparse one; this rank's of one that is cut over the ranks."""
-    gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    gradient = own_part(gradient)
     return gradient.coalesce().values() if gradient.is_sparse else gradient

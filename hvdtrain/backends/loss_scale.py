@@ -69,8 +69,9 @@ def unscale(
         for gradient in gradients:
             gradient.mul_(factor)  # a power of two by default, so nothing is rounded
     scaler.unscale_(optimizer)
+    inverse = 1 / scaler.get_scale() if outside else 1.0  # a wait for the GPU
     for gradient in outside:
-        numbers = gradient.mul_(1 / scaler.get_scale())
+        numbers = gradient.mul_(inverse)
         numbers = numbers.coalesce().values() if numbers.is_sparse else numbers
         infinite = ~torch.isfinite(torch.linalg.vector_norm(numbers, torch.inf))
         for found in scaler._found_inf_per_device(optimizer).values():

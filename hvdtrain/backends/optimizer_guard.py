@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from hvdtrain.backends.units import is_cut
 from hvdtrain.errors import ConfigError, TrainingError
 
 __all__ = ["Guard", "check_optimizer", "check_parameters", "guard_steps"]
@@ -113,7 +114,7 @@ def _why_not_copied(tensor: torch.Tensor) -> str:
         return (
             f"has the layout {tensor.layout}; register it dense (.to_dense()), or keep it out of the model's buffers:"
         )
-    if hasattr(tensor, "full_tensor"):
+    if is_cut(tensor):
         return "is a DTensor, cut over ranks already; hand in the whole model and replicate(shard_modules=...):"
     if tensor.is_inference():
         return "was made under torch.inference_mode(); make the model outside it, or clone() the tensor there:"

@@ -59,6 +59,17 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     return dict(sorted(units.items(), key=lambda unit: -unit[0].count(".")))
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of all ranks together, of which each holds a part (a DTensor, whose module is slow to load)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    part: torch.Tensor = tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 def owner(name: str, units: dict[str, nn.Module]) -> str:
     """The innermost unit that a parameter's name lies in; "" for the rest of the model."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default="")

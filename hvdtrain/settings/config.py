@@ -427,15 +427,7 @@ class TrainConfig:
                 f"--reduce-dtype {self.reduce_dtype} and --precision fp64 exclude each other: gradients would lose what fp64 is for; "
                 "leave one out"
             )
-        if self.horovod.compression != "none":
-            raise ConfigError(
-                f"--reduce-dtype {self.reduce_dtype} and --horovod.compression {self.horovod.compression} both say in which type "
-                "gradients travel; give one of them"
-            )
-        if self.horovod.op == "adasum" and self.reduce_dtype == "bf16":
-            raise ConfigError(
-                "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
-            )
+        self.horovod.check_reduce_dtype(f"--reduce-dtype {self.reduce_dtype}", bf16=self.reduce_dtype == "bf16")
 
     def _check_warmup(self) -> None:
         if self.warmup_epochs and self.warmup_steps is not None:

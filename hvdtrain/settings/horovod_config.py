@@ -110,6 +110,25 @@ class HorovodConfig:
     )
     process_sets: bool = option(False, "allow groups of ranks (backend.group), at a small cost", group=HOROVOD_GROUP)
 
+    def check_reduce_dtype(self, asked: str, *, bf16: bool) -> None:
+        """Refuse another type of the exchange beside these settings.
+
+        Args:
+            asked: How it was asked for, for the message.
+            bf16: It is bfloat16.
+
+        Raises:
+            ConfigError: They say a type too, or cannot combine that one.
+        """
+        if self.compression != "none":
+            raise ConfigError(
+                f"{asked} and --horovod.compression {self.compression} both say in which type gradients travel; give one of them"
+            )
+        if self.op == "adasum" and bf16:
+            raise ConfigError(
+                "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
+            )
+
     def __post_init__(self) -> None:
         settle(self, "horovod")
         if self.autotune_log is not None and not self.autotune:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from hvdtrain.backends.units import is_cut
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.folder_lock import FolderInUse, FolderLock, take
 from hvdtrain.training import descent
@@ -345,7 +346,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: Two tensors have the same name without it, or one is cut over the ranks.
     """
     state = model.state_dict()
-    if cut := next((name for name, value in state.items() if hasattr(value, "full_tensor")), None):
+    if cut := next((name for name, value in state.items() if is_cut(value)), None):
         raise CheckpointError(
             f"{cut!r} is cut over the ranks, and a checkpoint holds whole tensors: replica.whole_state()"
         )

@@ -57,7 +57,8 @@ class HorovodReplica(HookedReplica):
             self._adasum
         )  # each rank's own mean gradient goes in, and a combination of them comes out
         compression = config.compression
-        _check_reduce_dtype(options.reduce_dtype, config)
+        if options.reduce_dtype is not None:
+            config.check_reduce_dtype("reduce_dtype (--reduce-dtype)", bf16=options.reduce_dtype == torch.bfloat16)
         groups = 0 if self._adasum and config.num_groups is None else config.num_groups  # Adasum weighs each tensor
         super().__init__(
             backend, module, optimizer, options, carried=lambda dtype: _carried(dtype, compression), groups=groups
@@ -147,20 +148,6 @@ class Bf16Sum:
         whole = output.view(torch.bfloat16)[: self._numel]
         for tensor, part in zip(self._tensors, whole.split([t.numel() for t in self._tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
-def _check_reduce_dtype(dtype: torch.dtype | None, config: HorovodConfig) -> None:
-    if dtype is None:
-        return
-    if config.compression != "none":
-        raise ConfigError(
-            f"reduce_dtype (--reduce-dtype) and --horovod.compression {config.compression} both say in which type gradients travel; give "
-            "one of them"
-        )
-    if config.op == "adasum" and dtype == torch.bfloat16:
-        raise ConfigError(
-            "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
-        )
 
 
 def _carried(dtype: torch.dtype, compression: str) -> torch.dtype:

@@ -65,6 +65,11 @@ def optimizer_of(kind, model):
     return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
 
 
+def cut(backend):
+    model = made(1)
+    return backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+
+
 def batches(world, micro, step):
     """For each micro-batch, the samples of each rank: unequal numbers."""
     torch.manual_seed(100 + step)
@@ -179,8 +184,7 @@ def test_a_loss_without_weight_adds_nothing_even_where_it_is_no_number(backend, 
 def test_a_step_without_samples_anywhere_changes_nothing(backend):
     if not offered(backend):
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     before = replica.whole_state()
     replica.step()
     close(backend, replica.whole_state(), before)
@@ -189,8 +193,7 @@ def test_a_step_without_samples_anywhere_changes_nothing(backend):
 def test_gradients_that_are_no_numbers_are_skipped_on_all_ranks(backend):
     if not offered(backend):
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     before = replica.whole_state()
     loss = replica.model(torch.ones(2, 5).double()).square().mean()
     replica.backward(loss * (float("nan") if backend.rank == 0 else 1.0), samples=2)
@@ -245,8 +248,7 @@ def test_an_optimizer_that_cannot_be_cut_is_refused(backend):
 def test_a_scaler_is_refused(backend):
     if not offered(backend):
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     replica.backward(replica.model(torch.ones(2, 5).double()).sum(), samples=2)
     with pytest.raises(ConfigError, match=r"GradScaler: .*bfloat16"):
         replica.step(scaler=torch.amp.GradScaler("cpu"))
@@ -256,10 +258,9 @@ def test_a_scaler_is_refused(backend):
 def test_a_changed_model_is_refused(backend):
     if not offered(backend):
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     loss = replica.model(torch.ones(2, 5).double()).sum()
-    model.last.bias.requires_grad_(False)
+    replica.model.last.bias.requires_grad_(False)
     with pytest.raises(TrainingError, match=r"after the model was cut over the ranks|did not depend"):
         replica.backward(loss, samples=2)
     backend.barrier()
@@ -277,8 +278,7 @@ def test_tied_parameters_in_two_units_are_refused(backend):
 def test_ranks_that_do_not_do_the_same_are_told(backend):
     if not offered(backend) or backend.world_size == 1:
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     x = torch.ones(2, 5).double()
     said = "rank 0 ends its step .* and rank 1 runs the model .*equally many micro-batches"
     with pytest.raises(TrainingError, match=said):  # noqa: PT012 - the first rank is told in the backward pass
@@ -291,8 +291,7 @@ def test_ranks_that_do_not_do_the_same_are_told(backend):
 def test_a_rank_without_samples_is_told_with_the_others(backend):
     if not offered(backend) or backend.world_size == 1:
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     with pytest.raises(TrainingError, match="Give every rank samples in each step"):
         replica.step() if backend.rank else replica.model(torch.ones(2, 5).double())
     backend.barrier()
@@ -301,8 +300,7 @@ def test_a_rank_without_samples_is_told_with_the_others(backend):
 def test_a_plain_backward_pass_is_refused(backend):
     if not offered(backend):
         return
-    model = made(1)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    replica = cut(backend)
     with pytest.raises(TrainingError, match=r"replica.backward\(loss, samples=\.\.\.\)"):  # noqa: PT012 - in either
         replica.model(torch.ones(2, 5).double()).sum().backward()
         replica.step()
