@@ -95,6 +95,32 @@ EDITS: tuple[Edit, ...] = (
         new="#include <torch/csrc/utils/pybind.h>\n#include <torch/types.h>\n",
     ),
     Edit(
+        name="enqueue-unlocked",
+        file="horovod/torch/mpi_ops_v2.cc",
+        why="starting an operation may wait for Horovod's thread, which may wait for a rank that stands still: with Python's "
+        "interpreter lock held, no other thread could notice",
+        old="PYBIND11_MODULE(mpi_lib_v2, m) {\n",
+        new="""namespace {
+struct Unlocked {
+  py::module_& module;
+  template <typename Function> void def(const char* name, Function function) {
+    module.def(name, function, py::call_guard<py::gil_scoped_release>());
+  }
+};
+} // namespace
+
+PYBIND11_MODULE(mpi_lib_v2, bare) {
+  Unlocked m{bare};
+""",
+    ),
+    Edit(
+        name="wait-unlocked",
+        file="horovod/torch/mpi_ops_v2.cc",
+        why="the lock is released for the whole call by the edit before",
+        old="      py::gil_scoped_release release_python_gil;\n",
+        new="",
+    ),
+    Edit(
         name="joined-files",
         file="horovod/torch/CMakeLists.txt",
         why="six files in one go read the headers that they share once; the last six, torch's, are begun first",

@@ -64,6 +64,11 @@ class NullWatch:
         """Do nothing."""
         yield
 
+    @contextmanager
+    def blind(self, what: str, timeout_s: float) -> Iterator[None]:
+        """Do nothing."""
+        yield
+
     def missing(self, label: str, ranks: Sequence[int]) -> str:
         """Return ""."""
         return ""
@@ -116,6 +121,7 @@ class Watch(NullWatch):
         self._counts: dict[str, int] = {}
         # Label, what, ranks, since; the innermost last. Threads wait beside each other.
         self._waiting: list[tuple[str, str, tuple[int, ...], float]] = []
+        self._blind: dict[int, tuple[str, float, float]] = {}  # thread: what, its bound, since
         self._turn = threading.Lock()
         self._state = "computing"
         self._closing = threading.Event()
@@ -149,6 +155,19 @@ class Watch(NullWatch):
         finally:
             with self._turn:
                 self._waiting.remove(waiting)
+
+    @contextmanager
+    def blind(self, what: str, timeout_s: float) -> Iterator[None]:
+        """Mark that this thread is inside a call of the engine that should return at once, and has no bound if it does not.
+
+        A rank that is in there for longer than ``timeout_s`` seconds is ended by the watch: nothing else can.
+        """
+        thread = threading.get_ident()
+        self._blind[thread] = what, timeout_s, time.monotonic()
+        try:
+            yield
+        finally:
+            del self._blind[thread]
 
     def raise_if_failed(self) -> None:
         """Raise `RankFailure` if another rank has reported one."""
@@ -220,7 +239,7 @@ class Watch(NullWatch):
         while not self._closing.wait(self._interval_s):
             try:
                 self._look()
-                stuck = self._stuck()
+                stuck = self._stuck() or self._overdue()
             except StoreLost as error:
                 if not self._closing.is_set():
                     self._end_soon(f"rank 0's host is gone, stopped or cut off: {error}", aloud=True)
@@ -292,6 +311,14 @@ class Watch(NullWatch):
                         f"rank {rank} on {record['host']} has left the program (its with block ended or it called sys.exit) "
                         f"while rank {self._rank} has been waiting for it for {time.monotonic() - since:.0f} s in {what}; {ALL_THE_SAME}"
                     )
+        return ""
+
+    def _overdue(self) -> str:
+        """Describe a call of the engine that should have returned at once and has not within its bound, if there is one."""
+        for what, timeout_s, since in tuple(self._blind.values()):
+            if time.monotonic() - since > timeout_s:
+                silent = self.missing("", range(self._world_size))
+                return f"rank {self._rank} waited {timeout_s:g} s inside the engine, which did not let it begin {what}{silent}"
         return ""
 
     def _await_all(self, timeout_s: float) -> None:

@@ -122,6 +122,9 @@ def work(backend, _early=None):
             self.calls += 1
             if self.training and self.calls == 3:
                 go_wrong("step", backend.rank)
+                go_wrong("earlier", backend.rank)
+                if MOMENT == "earlier":
+                    time.sleep(2)  # the others begin their next operation well after it
             if not self.training:
                 go_wrong("evaluation", backend.rank)
             return self.linear(x)

@@ -40,6 +40,8 @@ SAMPLE = [  # one of each kind, each launcher, both ranks, all moments
 ]
 # Rank 0 writes, so that another rank's disk may be full.
 KINDS = [cell for cell in itertools.product(FAULTS, (0, 1), MOMENTS) if (cell[0], cell[1]) != ("full-disk", 1)]
+# A rank that stands still before the others begin an operation may hold them inside the engine, where it has no bound.
+KINDS += [("stop", culprit, "earlier") for culprit in (0, 1)]
 ALL = [(launcher, *cell) for launcher in ENGINES for cell in KINDS]
 CELLS = [*SAMPLE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ALL if cell not in SAMPLE)]
 # A launcher ends all ranks at the first that ends, a store that sees a rank end tells within seconds, and ranks that never

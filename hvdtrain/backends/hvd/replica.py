@@ -74,13 +74,15 @@ class HorovodReplica(HookedReplica):
         tensors = [
             torch.view_as_real(t) if t.is_complex() else t for t in pack.tensors
         ]  # Horovod knows no complex numbers
-        if len(tensors) == 1:
-            handle = hvd.allreduce_async_(tensors[0].view(-1), name=name, op=op, **scales)
-        else:
-            handle = hvd.grouped_allreduce_async_(tensors, name=name, op=op, **scales)
+
+        def start() -> Any:
+            if len(tensors) == 1:
+                return hvd.allreduce_async_(tensors[0].view(-1), name=name, op=op, **scales)
+            return hvd.grouped_allreduce_async_(tensors, name=name, op=op, **scales)
+
         names = [self._names[id(p)] for p in pack.parameters]
         return HorovodWork(
-            self._waiter, handle, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            self._waiter, start, f"the gradients of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
         )
 
     def _expect(self, tally: Tally) -> None:
@@ -89,7 +91,9 @@ class HorovodReplica(HookedReplica):
 
     def _send_tally(self, tensor: Tensor) -> Work:
         name = f"{self._label}.tally"  # one name for all steps: Horovod's cache knows it from the second on
-        return HorovodWork(self._waiter, hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step")
+        return HorovodWork(
+            self._waiter, lambda: hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step"
+        )
 
     def _scale(self, tally: Tally) -> None:
         if self._adasum and tally.ranks < self._backend.world_size:
@@ -117,8 +121,12 @@ class Bf16Sum:
         padded[: self._numel] = flat
         sent = padded.view(torch.uint8)
         splits = torch.full((n,), self._slice * 2, dtype=torch.int32)
-        handle = hvd.alltoall_async(sent, splits=splits, name=f"bf16.{name}")
-        self._first: HorovodWork | None = HorovodWork(waiter, handle, f"bf16 exchange of {name}", self._sum)
+        self._first: HorovodWork | None = HorovodWork(
+            waiter,
+            lambda: hvd.alltoall_async(sent, splits=splits, name=f"bf16.{name}"),
+            f"bf16 exchange of {name}",
+            self._sum,
+        )
         self._second: HorovodWork | None = None
 
     def advance(self) -> None:
@@ -141,8 +149,12 @@ class Bf16Sum:
         received = output[0] if isinstance(output, tuple) else output
         mine = received.view(torch.bfloat16).view(self._world_size, self._slice)
         total = mine.float().sum(0).bfloat16()
-        handle = hvd.allgather_async(total.view(torch.uint8), name=f"bf16.{self._name}.gather")
-        self._second = HorovodWork(self._waiter, handle, f"bf16 exchange of {self._name}", self._copy_out)
+        self._second = HorovodWork(
+            self._waiter,
+            lambda: hvd.allgather_async(total.view(torch.uint8), name=f"bf16.{self._name}.gather"),
+            f"bf16 exchange of {self._name}",
+            self._copy_out,
+        )
 
     def _copy_out(self, output: Tensor) -> None:
         whole = output.view(torch.bfloat16)[: self._numel]

@@ -27,6 +27,15 @@ class Waiter:
     def __init__(self, timeout_s: float, watch: NullWatch, who: str) -> None:
         self._timeout_s, self._watch, self._who = timeout_s, watch, who
 
+    def begin(self, start: Callable[[], int], what: str) -> int:
+        """Start an operation and return Horovod's handle.
+
+        That takes no time, unless Horovod's thread holds a lock while it waits for another rank. No bound can be put on
+        it from within: the watch ends a rank that stays inside for longer than the timeout.
+        """
+        with self._watch.blind(what, self._timeout_s):
+            return start()
+
     def until(self, done: Callable[[], bool], what: str) -> None:
         """Return once ``done`` says so.
 

@@ -21,13 +21,16 @@ class HorovodWork:
 
     Args:
         waiter: Bounds the wait.
-        handle: From one of Horovod's ``_async`` functions.
+        start: One of Horovod's ``_async`` functions; returns its handle.
         what: The tensor's name, for messages.
         finish: Takes Horovod's output.
     """
 
-    def __init__(self, waiter: Waiter, handle: int, what: str, finish: Callable[[Any], Any] | None = None) -> None:
-        self._waiter, self._handle, self._what, self._finish = waiter, handle, what, finish
+    def __init__(
+        self, waiter: Waiter, start: Callable[[], int], what: str, finish: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._waiter, self._what, self._finish = waiter, what, finish
+        self._handle = waiter.begin(start, what)
         self._done = False
 
     def wait(self) -> object:
@@ -150,6 +153,6 @@ class HorovodWire(Wire):
         earlier = self._in_flight.pop(name, None)
         if earlier is not None:
             earlier.wait()
-        work = HorovodWork(self._waiter, start(name), f"{kind} {name!r}", finish)
+        work = HorovodWork(self._waiter, lambda: start(name), f"{kind} {name!r}", finish)
         self._in_flight[name] = work
         return work
