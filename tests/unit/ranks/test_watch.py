@@ -89,6 +89,19 @@ def test_a_rank_that_left_is_named_to_those_that_wait_for_it(ranks, monkeypatch)
     leaving.join(20)
 
 
+def test_a_rank_that_its_engine_holds_for_too_long_ends_and_names_who_is_silent(ranks):
+    zero, one, two = ranks
+    two.close()  # it says no more, as one that was stopped
+    with zero.blind("the gradients of a.weight", 60.0):
+        pass
+    with one.blind("the gradients of b.weight", 60.0), zero.blind("the gradients of b.weight", 0.5):
+        until(lambda: 0 in ranks.ended)
+    said = one.failure.message if one.failure else ""
+    assert "rank 0 waited 0.5 s inside the engine, which did not let it begin the gradients of b.weight" in said
+    assert re.search(r"missing: rank 2 on \S+ \(computing; last heard of", said)
+    assert "rank 1" not in said
+
+
 def test_all_leave_together(ranks):
     threads = [threading.Thread(target=watch.leave, args=(20,)) for watch in ranks]
     for thread in threads:
