@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "train": "hvdtrain.cli.train",
     "export": "hvdtrain.cli.export",
     "import": "hvdtrain.cli.import_file",
+    "doctor": "hvdtrain.cli.doctor",
     "guard": "hvdtrain.cli.guard",
     "migrate": "hvdtrain.cli.migrate",
     "install-horovod": "hvdtrain.cli.install_horovod",

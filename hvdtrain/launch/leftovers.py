@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from hvdtrain.launch.ancestry import Ancestor
-from hvdtrain.launch.launchers import Environment, slurm_step_number, was_left_by_srun
+from hvdtrain.launch.launchers import LAUNCHERS, Environment, slurm_step_number, was_left_by_srun
 
 _PYTORCH = ("torchrun", "environment")
 _PMIX = ("mpirun", "srun")
@@ -62,6 +62,12 @@ def leftovers(env: Environment, ancestors: Sequence[Ancestor], complete: Collect
 def speaks_of_several(env: Environment) -> bool:
     """Whether `leftovers` could find any: a look at the environment alone."""
     return bool(leftovers(env, (), ()))
+
+
+def without_launchers(env: Environment) -> dict[str, str]:
+    """The environment without what launchers say of one process: what a launcher that is started in it should inherit."""
+    names = {*_RANKS, *_SIZES, *(name for launcher in LAUNCHERS for name in (*launcher.needs, *launcher.marks))}
+    return {name: value for name, value in env.items() if name not in names and not name.startswith("PMIX_")}
 
 
 def _more_than(env: Environment, name: str, value: int) -> bool:

@@ -113,7 +113,9 @@ STAIRS = [
     ["migrate.migrating"],
     ["cli.voice"],
     ["cli.places"],
-    ["cli.commands", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file", "cli.migrate"],
+    ["doctor.rows", "doctor.asking"],
+    ["doctor.rank", "doctor.software", "doctor.message_passing", "doctor.machine", "doctor.launchers", "doctor.hosts"],
+    ["cli.commands", "cli.doctor", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file", "cli.migrate"],
     ["cli"],
     ["horovod.__main__"],
     ["__main__"],
@@ -130,6 +132,7 @@ PUBLIC_DOORS = {
     "",
     "data",
     "launch",
+    "doctor",
     "migrate",
     "ranks",
     "backends.hvd",
@@ -291,7 +294,9 @@ def test_a_round_of_three_folders_is_found(tmp_path):
 
 
 def test_launchers_variables_are_read_in_one_place(tmp_path):
-    elsewhere = {name for name in readers_of_the_environment(PACKAGE) if not name.startswith(("cli", "horovod_build"))}
+    elsewhere = {
+        name for name in readers_of_the_environment(PACKAGE) if not name.startswith(("cli", "doctor", "horovod_build"))
+    }
     assert elsewhere <= ENVIRONMENT
     copied = planted(tmp_path, "backends/local.py", 'import os\nrank = os.environ["RANK"]')
     assert "backends.local" in readers_of_the_environment(copied)
