@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "import": "hvdtrain.cli.import_file",
     "doctor": "hvdtrain.cli.doctor",
     "guard": "hvdtrain.cli.guard",
+    "verify": "hvdtrain.cli.verify",
     "migrate": "hvdtrain.cli.migrate",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from hvdtrain.backends.hvd import stamp
-from hvdtrain.doctor.asking import ask, beside
+from hvdtrain.doctor.asking import ask
 from hvdtrain.doctor.rows import Row, Section
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import detect
-from hvdtrain.launch.leftovers import without_launchers
+from hvdtrain.launch.starting import Starter, starters, surroundings
 
 _SECTION = Section("launchers")
 _RANK = ("-m", "hvdtrain.doctor.rank")
 _LIMIT_S = 120.0
-_OWN = {  # more ranks than cores, and root in a container: right for a trial of two ranks
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_ALLOW_RUN_AS_ROOT": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1",
-}  # fmt: skip
 
 
 def here() -> Iterator[Row]:
@@ -36,55 +30,40 @@ def here() -> Iterator[Row]:
 
 
 def trials() -> Iterator[Row]:
-    """Every launcher with every engine that it is for."""
-    yield _tried("python", [sys.executable, *_RANK], ranks=1)
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "--nproc-per-node",
-        "2",
-    ]
-    yield _tried("torchrun", [sys.executable, *torchrun, *_RANK])
-    mpirun = shutil.which("mpirun")
-    if mpirun is not None:
-        yield _tried("mpirun", [mpirun, "-np", "2", "--bind-to", "none", sys.executable, *_RANK])
-    found = stamp.installed()
-    horovodrun = beside("horovodrun") or shutil.which("horovodrun")
-    if found is not None and horovodrun is not None and find_spec("horovod") is not None:
-        built = found.stamp
-        for carrier, has in (("--gloo", built is None or built.gloo), ("--mpi", built is None or bool(built.mpi))):
-            if has:
-                yield _tried(f"horovodrun {carrier}", [str(horovodrun), carrier, "-np", "2", sys.executable, *_RANK])
+    """Every launcher with the engine that it is for."""
+    for starter in here_with_horovod():
+        yield _tried(starter)
     if shutil.which("srun") is not None:
         inside = "SLURM_JOB_ID" in os.environ
-        found_srun = (
-            "inside an allocation: srun -n2 python -m hvdtrain.doctor.rank tries it"
+        said = (
+            f"inside an allocation: srun -n2 python {shlex.join(_RANK)} tries it"
             if inside
             else "outside of an allocation"
         )
-        yield _SECTION.note("srun", found_srun)
+        yield _SECTION.note("srun", said)
 
 
-def _tried(launcher: str, command: list[str], ranks: int = 2) -> Row:
+def here_with_horovod() -> list[Starter]:
+    """The launchers that are here, those of an installed Horovod among them."""
+    found = stamp.installed()
+    built = found.stamp if found else None
+    gloo, mpi = (built.gloo, built.mpi is not None) if built else (found is not None, found is not None)
+    return starters(gloo=gloo, mpi=mpi)
+
+
+def _tried(starter: Starter) -> Row:
     began = time.monotonic()
-    environment = {**_OWN, **without_launchers(os.environ)}
-    own = os.path.dirname(sys.executable)
-    environment["PATH"] = f"{environment.get('PATH', '')}{os.pathsep}{own}"  # horovodrun looks for python and mpirun
-    answer = ask(command, limit_s=_LIMIT_S, environment=environment)
+    ranks = 1 if starter.backend == "local" else 2
+    command = starter.command(ranks, _RANK)
+    answer = ask(command, limit_s=_LIMIT_S, environment=surroundings(os.environ))
     seconds = time.monotonic() - began
     facts = answer.facts
     if answer.code == 0 and len(facts) == ranks and all(each["right"] and each["size"] == ranks for each in facts):
+        together = "1 rank" if ranks == 1 else f"{ranks} ranks agree"
         first = facts[0]
-        return _SECTION.ok(
-            launcher, f"backend {first['backend']} ({first['engine']}), {ranks} ranks agree, {seconds:.1f} s"
-        )
+        return _SECTION.ok(starter.name, f"backend {first['backend']} ({first['engine']}), {together}, {seconds:.1f} s")
+    remedy = f"look at all that it says: {shlex.join(command)}"
     if answer.code == 0 and facts:
         sizes = ", ".join(f"rank {each['rank']} of {each['size']}" for each in facts)
-        return _SECTION.wrong(
-            launcher, f"the ranks did not come together: {sizes}", f"look at what they say: {' '.join(command)}"
-        )
-    return _SECTION.wrong(launcher, answer.how, f"look at all that it says: {' '.join(command)}")
+        return _SECTION.wrong(starter.name, f"the ranks did not come together: {sizes}", remedy)
+    return _SECTION.wrong(starter.name, answer.how, remedy)

@@ -1,0 +1,153 @@
+"""``hvdtrain verify``: is a task trained alike in one process and on several ranks of each engine?"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hvdtrain.cli.voice import say
+from hvdtrain.doctor.asking import ask
+from hvdtrain.doctor.launchers import here_with_horovod
+from hvdtrain.errors import HvdtrainError
+from hvdtrain.launch.starting import Starter, surroundings
+from hvdtrain.settings.config import TrainConfig
+from hvdtrain.settings.flags import UsageError, build, config_text, read_flags
+
+_HELP = """\
+usage: hvdtrain verify --task MODULE.TASK [--ranks N] [--steps N] [--engines A,B] [FLAG VALUE ...]
+
+Train a few steps of a task in one process (twice) and on several ranks of each
+engine that is here, on CPUs, with the same seed and the same global batches.
+Compare the data, losses, gradients, buffers and parameters; name the first
+difference and its likely cause. Flags of training count here too.
+
+  --ranks N       ranks of each engine (2)
+  --steps N       optimizer steps (3)
+  --engines A,B   of torch, mpi, horovod (all that are here)
+
+Numbers are compared in float64 unless --precision says otherwise. Dropout is
+switched off: its numbers are meant to be each rank's own.
+
+exit codes: 0 all are alike, 1 something differs or a run failed, 2 wrong flag"""
+_OWN = {"--ranks": "2", "--steps": "3", "--engines": ""}
+_LIMIT_S = 600.0
+_GLOBAL_BATCH = 16
+
+
+def run(argv: Sequence[str]) -> int:
+    """Reads the flags, runs the task and says what differs.
+
+    Returns:
+        0 if nothing does, else 1.
+
+    Raises:
+        HvdtrainError: A flag is wrong, or the task does not run in one process.
+    """
+    if {"--help", "-h"} & set(argv):
+        say(_HELP)
+        return 0
+    own, rest = _own_flags(argv)
+    ranks, steps = (_count(name, own[name]) for name in ("--ranks", "--steps"))
+    config = _config(rest, ranks, steps)
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    from hvdtrain.verify.comparing import Finding, between, tolerance, twice  # noqa: PLC0415  (torch: seconds)
+    from hvdtrain.verify.notes import read  # noqa: PLC0415
+
+    close = tolerance(config.precision)
+    with tempfile.TemporaryDirectory(prefix="hvdtrain-verify-") as place:
+        alone, *others = _starters(own["--engines"])
+        for name in ("one", "again"):
+            failed = _trained(alone, 1, config, Path(place) / name)
+            if failed:
+                raise HvdtrainError(f"the task fails in one process already: {failed}")
+        one, again = read(Path(place) / "one"), read(Path(place) / "again")
+
+        def tell(label: str, found: Sequence[Finding]) -> None:
+            for each in found:
+                say(f"{label}: {each.where}: {each.what}\n    {each.cause}")
+
+        unsteady = list(twice(one, again, close=close))
+        tell("one process, twice", unsteady)
+        wrong = bool(unsteady)
+        for starter in others:
+            label = f"{starter.backend} ({starter.name}, {ranks} ranks)"
+            folder = Path(place) / starter.name.replace(" ", "")
+            failed = _trained(starter, ranks, config, folder)
+            found = [] if failed else list(between(one, read(folder), close=close))
+            wrong |= bool(failed or found)
+            if failed:
+                say(f"{label}: failed: {failed}")
+            elif not found:
+                say(f"{label}: as in one process, {steps} steps, within {close:g}")
+            tell(label, found)
+        if one[0].dropouts:
+            say(f"dropout was switched off in {len(one[0].dropouts)} layers")
+    return int(wrong)
+
+
+def _own_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    own, rest, words = dict(_OWN), [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in own:
+            rest.append(word)
+        elif equals:
+            own[name] = value
+        else:
+            found = next(words, None)
+            if found is None:
+                raise UsageError(f"{name} needs a value; --help shows which")
+            own[name] = found
+    return own, rest
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:6]) <= 1024 or len(text) > 4:
+        raise UsageError(f"{name} {text}: give a number from 1 to 1024")
+    return int(text)
+
+
+def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
+    flags = read_flags(TrainConfig, rest)
+    config: TrainConfig = build(TrainConfig, flags)
+    if config.task is None:
+        raise UsageError("verify needs --task MODULE.TASK, the task to be tried (docs/training.md says what one is)")
+    precision = config.precision if "precision" in flags.values else "fp64"
+    batch = config.global_batch_size
+    if batch is None:
+        given = "batch_size" in flags.values and config.batch_size is not None
+        batch = config.batch_size * config.accumulate * ranks if given and config.batch_size else _GLOBAL_BATCH
+    return replace(
+        config, precision=precision, global_batch_size=batch, batch_size=None, epochs=10**6, max_steps=steps, device="cpu",
+        checkpoint_every=0, resume="never", backend="auto",
+    )  # fmt: skip
+
+
+def _starters(engines: str) -> list[Starter]:
+    """One process, and a launcher for each engine: Horovod's first."""
+    here: dict[str, Starter] = {}
+    for starter in here_with_horovod():
+        here.setdefault(starter.backend, starter)
+    wanted = [name.strip() for name in engines.split(",") if name.strip()] or [name for name in here if name != "local"]
+    unknown = [name for name in wanted if name not in here or name == "local"]
+    if unknown:
+        raise UsageError(
+            f"--engines {unknown[0]}: those that are here are {', '.join(n for n in here if n != 'local')}; hvdtrain doctor says why"
+        )
+    return [here["local"], *(here[name] for name in wanted)]
+
+
+def _trained(starter: Starter, ranks: int, config: TrainConfig, folder: Path) -> str:
+    """Train under a launcher; returns how it failed, or ""."""
+    folder.mkdir()
+    file = folder / "config.yaml"
+    file.write_text(config_text(replace(config, run_dir=str(folder / "run"), backend=starter.backend)))
+    command = starter.command(ranks, ["-m", "hvdtrain.verify.rank", str(file), str(folder)])
+    answer = ask(command, limit_s=_LIMIT_S, environment=surroundings(os.environ))
+    return answer.how if answer.code else ""
