@@ -188,6 +188,13 @@ class Weighting:
             raise TrainingError(
                 "some ranks gave total= to backward() in this step, and others did not; give it on every rank, or on none"
             )
+        factor = self.factor_ahead(summed)
+        if summed.ranks and summed.uncounted and summed.weight:
+            self._unit = _power_of_two(summed.weight)
+        return factor
+
+    def factor_ahead(self, summed: Tally) -> float | None:
+        """What `factor` will return where the ranks did the same, before the gradients are exchanged."""
         if summed.ranks == 0:
             return None
         if self.tally.ranks == 0:  # the losses of these gradients were scaled when the other ranks began
@@ -196,9 +203,7 @@ class Weighting:
             return 1.0
         if not summed.weight:
             return math.nan if summed.samples else 1.0
-        factor = (self._unit or 1.0) / summed.weight
-        self._unit = _power_of_two(summed.weight)
-        return factor
+        return (self._unit or 1.0) / summed.weight
 
 
 def _power_of_two(value: float) -> float:
