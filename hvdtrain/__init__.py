@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from hvdtrain.backends.base import Backend as Backend
     from hvdtrain.backends.communicator import Communicator as Communicator
     from hvdtrain.backends.replica import Replica as Replica
+    from hvdtrain.compression.base import Compression as Compression
+    from hvdtrain.compression.base import Gather as Gather
+    from hvdtrain.compression.base import Sent as Sent
+    from hvdtrain.compression.base import Sum as Sum
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
@@ -57,17 +61,21 @@ _PUBLIC = {
     "Callback": "hvdtrain.training.events:Callback",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "Compression": "hvdtrain.compression.base:Compression",
     "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
     "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
     "FitResult": "hvdtrain.training.trainer:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
+    "Gather": "hvdtrain.compression.base:Gather",
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
     "MasterWeights": "hvdtrain.optim.master_weights:MasterWeights",
+    "Sent": "hvdtrain.compression.base:Sent",
     "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
+    "Sum": "hvdtrain.compression.base:Sum",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",

@@ -23,12 +23,16 @@ from torch import nn
 from hvdtrain.backends.ahead import Ahead
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.compressed import CompressedReplica
+from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.units import check_options, refuse_engine, units_of
+from hvdtrain.compression.base import Compression
+from hvdtrain.compression.choosing import chosen
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
@@ -270,6 +274,7 @@ class Backend(Communicator):
         static_graph: bool = False,
         bucket_bytes: int | None = None,
         reduce_dtype: str | None = None,
+        compression: str | Compression | None = None,
         shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
@@ -284,6 +289,9 @@ class Backend(Communicator):
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
+            compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
+                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
+                for all of them.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -293,11 +301,16 @@ class Backend(Communicator):
             ConfigError: The model is on another device, the optimizer holds foreign parameters, or gradients do not fit into
                 ``reduce_dtype``.
         """
+        how, reduced = chosen(compression)
+        if how is not None or reduced is not None:
+            check_combination({"compression": True, "reduce_dtype": reduce_dtype not in (None, "auto")})
+            self._check_compression()
         options = ReplicaOptions(
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
             bucket_bytes=bucket_bytes,
-            reduce_dtype=reduce_dtype_of(reduce_dtype),
+            reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
+            compression=how,
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
@@ -307,6 +320,8 @@ class Backend(Communicator):
             units_of(model, shard_modules)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
+        if how is not None:
+            return CompressedReplica(self, model, optimizer, options)
         return self._replicate(model, optimizer, options)
 
     def loader(
@@ -523,6 +538,9 @@ class Backend(Communicator):
     def _replicate_alone(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         """Make the replica of a world of one: there is nothing to exchange."""
         return LocalReplica(self, model, optimizer, options)
+
+    def _check_compression(self) -> None:
+        """Refuse a compression beside settings of this engine that it would leave without effect."""
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -120,5 +120,7 @@ class _Stage:
                 begin += length
                 if received.dim() == 2:  # a copy begins where its type may
                     part = part.contiguous().clone().view(tensor.dtype).view(len(received), *tensor.shape)
-                results[at] = part.to(tensor.device).view(-1, *tensor.shape)[0] if received.dim() == 1 else part.to(tensor.device)
+                else:
+                    part = part.view(tensor.shape)
+                results[at] = part.to(tensor.device)
         return [result for result in results if result is not None]

@@ -16,6 +16,8 @@ ASKED_BY = {
     "shard_optimizer": "a ShardedOptimizer (--shard-optimizer)",
     "clip_norm": "clip_norm= (--clip-norm)",
     "on_nan": 'on_nan="skip" (--on-nan skip)',
+    "compression": "compression= (--compression)",
+    "reduce_dtype": "reduce_dtype= (--reduce-dtype)",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -54,6 +56,12 @@ EXCLUSIONS = (
         "accumulate",
         "the engine counts in its first step how often each gradient comes, and takes earlier micro-batches for another graph",
         "leave one of them out",
+    ),
+    Exclusion(
+        "compression",
+        "reduce_dtype",
+        "both say as what gradients travel",
+        "give one of them; compression fp16 and bf16 are reduce_dtype's types",
     ),
 )
 

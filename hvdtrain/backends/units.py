@@ -91,6 +91,8 @@ def check_options(options: ReplicaOptions, optimizer: Optimizer | None) -> None:
         _refuse("bucket_bytes=", "each module that is named is exchanged as one piece", "leave it out")
     if options.reduce_dtype is not None:
         _refuse("reduce_dtype=", "its gradients are exchanged by torch, as they are", "leave it out")
+    if options.compression is not None:
+        _refuse("compression=", "its gradients are exchanged by torch, as they are", "leave it out")
     if optimizer is None:
         return
     if getattr(optimizer, "keeps_masters", False):

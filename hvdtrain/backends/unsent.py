@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.compression.base import Compression, Memory
+from hvdtrain.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -125,3 +126,22 @@ class Unsent:
                 self._kept[parameter] = Remembered(
                     None if rest is None else rest.to(parameter.device, copy=True), memories.get(name, {})
                 )
+
+
+def takes(compression: Compression, parameter: nn.Parameter) -> bool:
+    """Whether a parameter's gradient is compressed."""
+    return parameter.numel() > 0 and not parameter.is_complex() and compression.takes(tuple(parameter.shape))
+
+
+def check_compression(compression: Compression, module: nn.Module) -> None:
+    """Refuse a compression that would leave every gradient as it is.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if not any(takes(compression, p) for p in module.parameters() if p.requires_grad):
+        shapes = sorted({tuple(p.shape) for p in module.parameters() if p.requires_grad}, key=str)[:6]
+        raise ConfigError(
+            f"compression {compression.name} would compress nothing of this model: it leaves parameters of one dimension as they are, "
+            f"and matrices that would not become smaller (shapes {', '.join(map(str, shapes))}); leave compression out"
+        )

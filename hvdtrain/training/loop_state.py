@@ -46,6 +46,7 @@ _MISFITS = (
 )  # of foreign states
 _PACED = ("lr", "momentum", "betas")  # what schedules change
 _OWN = ("optimizer", "schedule", "precision", "kinds", "callbacks")  # names in a checkpoint that are not the user's
+_UNSENT = "compression:"  # and a replica's name, in a rank's own state
 
 
 @runtime_checkable
@@ -100,6 +101,8 @@ class LoopState:
                     "LoopState does not save a model that is cut over the ranks (shard_modules=); save what replica.whole_state() returns "
                     "on rank 0, and go on by replica.load_whole_state()"
                 )
+        if scaler is not None:
+            replica.expect_scaler(scaler)
         self._replica = replica
         self._schedule = schedule
         self._scaler = scaler
@@ -135,7 +138,11 @@ class LoopState:
             step=step,
             model=model_state(self._replica.module),
             training={name: self._plain(name, part) for name, part in self._parts().items()} | {"kinds": self._kinds()},
-            rank_state={"random": random_state(), **to_plain(dict(of_this_rank or {}), "of_this_rank")},
+            rank_state={
+                "random": random_state(),
+                **self._unsent(),
+                **to_plain(dict(of_this_rank or {}), "of_this_rank"),
+            },
             last=self._last if last == "" else last,
         )
         if last == "":
@@ -181,6 +188,8 @@ class LoopState:
         for name, part in self._parts().items():
             self._continue(loaded, name, part)
         replica.copy_from_rank_zero()
+        for name, one in self._replicas().items():
+            one.load_compression_state([state.pop(_UNSENT + name, {}) for state in loaded.rank_states])
         self._last = loaded.path
         if len(loaded.rank_states) == backend.world_size:
             try:
@@ -209,6 +218,14 @@ class LoopState:
             **({} if self._callbacks is None else {"callbacks": self._callbacks}),
             **self._others,
         }
+
+    def _replicas(self) -> dict[str, Replica]:
+        return {"": self._replica, **{name: part for name, part in self._others.items() if isinstance(part, Replica)}}
+
+    def _unsent(self) -> dict[str, Any]:
+        """What compressions have not sent yet, this rank's of each replica that has one."""
+        states = {name: one.compression_state() for name, one in self._replicas().items()}
+        return {_UNSENT + name: state for name, state in states.items() if state}
 
     def _kinds(self) -> dict[str, str]:
         optimizer = _optimizer(self._replica)

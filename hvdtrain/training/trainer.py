@@ -179,7 +179,7 @@ class Trainer:
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         check_combination(
             {
-                **replica_options,
+                **{name: value not in (None, False, "none", "auto") for name, value in replica_options.items()},
                 "accumulate": accumulate > 1,
                 "checkpoint_modules": checkpoint_modules is not None,
                 "compile": compile is not False,
