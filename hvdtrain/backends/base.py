@@ -30,6 +30,7 @@ from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import check_options, refuse_engine, units_of
 from hvdtrain.compression.base import Compression
 from hvdtrain.compression.choosing import chosen
@@ -117,6 +118,8 @@ class Backend(Communicator):
         self.topology = detection.topology
         self.timeout_s = float(timeout_s)
         self.device = self._choose_device(device)
+        self.traffic = Traffic()
+        """What this rank has sent."""
         self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
         self._running = False
         self._process = 0  # in which it was started
@@ -200,6 +203,7 @@ class Backend(Communicator):
         except BaseException as error:
             self._end_start(error)
             raise
+        self._count(self)
         self._running, self._process = True, os.getpid()
         prepare()
         atexit.register(self._leave_at_exit)
@@ -418,6 +422,7 @@ class Backend(Communicator):
             group = self._group(ranks)
         if group is not None:
             group._forbidden, group._key = self._forbidden, self._key
+            self._count(group)
         return group
 
     @contextmanager
@@ -543,6 +548,11 @@ class Backend(Communicator):
         """Refuse a compression beside settings of this engine that it would leave without effect."""
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _count(self, communicator: Communicator) -> None:
+        """Let this backend's traffic hear of what a communicator sends."""
+        if communicator._wire is not None:
+            communicator._wire.traffic = self.traffic
 
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""

@@ -75,7 +75,9 @@ class CompressedReplica(HookedReplica):
             self._encoded[pack] = tensors
             flag = torch.stack([tensor.sum() for tensor in tensors]).sum().mul(0)  # NaN where a number is infinite
             exchanges = [
-                self._compression.exchange(tensor, self._memory(parameter), zlib.crc32(self._names[id(parameter)].encode()))
+                self._compression.exchange(
+                    tensor, self._memory(parameter), zlib.crc32(self._names[id(parameter)].encode())
+                )
                 for parameter, tensor in zip(pack.parameters, tensors, strict=True)
             ]
             return Coded(self._backend.wire, exchanges, flag)
@@ -112,9 +114,7 @@ class CompressedReplica(HookedReplica):
             return
         assert isinstance(pack.work, Coded)
         with torch.no_grad():
-            for parameter, tensor, sent in zip(
-                pack.parameters, self._encoded.pop(pack), pack.work.sent, strict=True
-            ):
+            for parameter, tensor, sent in zip(pack.parameters, self._encoded.pop(pack), pack.work.sent, strict=True):
                 assert sent is not None
                 assert parameter.grad is not None
                 total = sent.total + pack.work.flag.to(sent.total.dtype)
@@ -124,4 +124,3 @@ class CompressedReplica(HookedReplica):
                     self._unsent.note(parameter, Remembered(rest, sent.memory))
         if self._unsent is not None:
             self._unsent.only_if_finite(pack.work.flag)
-

@@ -432,7 +432,10 @@ class Replica(ABC):
         if not states:
             return
         if self._unsent is None:
-            _log.warning("the state has gradients that compression %s had not sent yet; without a compression they are lost", states[0]["name"])
+            _log.warning(
+                "the state has gradients that compression %s had not sent yet; without a compression they are lost",
+                states[0]["name"],
+            )
             return
         self._unsent.load(states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size)
 

@@ -99,7 +99,9 @@ class Unsent:
             "memories": {name: dict(one.memory) for name, one in known if one.memory},
         }
 
-    def load(self, states: Sequence[Mapping[str, Any]], rank: int, named: Mapping[str, nn.Parameter], size: int) -> None:
+    def load(
+        self, states: Sequence[Mapping[str, Any]], rank: int, named: Mapping[str, nn.Parameter], size: int
+    ) -> None:
         """Go on from a state.
 
         On as many ranks each takes its own; on another number all rests are added up, and each rank takes an equal part.
@@ -119,7 +121,11 @@ class Unsent:
                 rest = states[rank]["rests"].get(name)
             else:
                 rests = [state["rests"][name] for state in states if name in state["rests"]]
-                rest = torch.stack([each.double() for each in rests]).sum(0).div_(size).to(rests[0].dtype) if rests else None
+                rest = (
+                    torch.stack([each.double() for each in rests]).sum(0).div_(size).to(rests[0].dtype)
+                    if rests
+                    else None
+                )
             if rest is not None and rest.shape != parameter.shape:
                 rest = None
             if rest is not None or name in memories:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hvdtrain.compression.names import FORMS, TYPES, parsed
 from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
@@ -279,6 +280,12 @@ class TrainConfig:
         group=_DISTRIBUTED,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compression: str = option(
+        "none",
+        f"for slow networks, send less of the gradients: {', '.join(FORMS)} (docs/slow_networks.md)",
+        group=_DISTRIBUTED,
+        metavar="NAME[:NUMBER]",
+    )
     all_reduce: str = option(
         "auto",
         "algorithm of all-reduces: ring, tree, rabenseifner, hierarchical (within each node first), where the engine has "
@@ -391,6 +398,7 @@ class TrainConfig:
                 )
         self._check_warmup()
         self._check_reduce_dtype()
+        self._check_compression()
         if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
             raise ConfigError(
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
@@ -428,6 +436,21 @@ class TrainConfig:
                 "leave one out"
             )
         self.horovod.check_reduce_dtype(f"--reduce-dtype {self.reduce_dtype}", bf16=self.reduce_dtype == "bf16")
+
+    def _check_compression(self) -> None:
+        if self.compression == "none":
+            return
+        asked = f"--compression {self.compression}"
+        name, _ = parsed(self.compression, "--compression")
+        if self.reduce_dtype != "auto":
+            raise ConfigError(
+                f"{asked} and --reduce-dtype {self.reduce_dtype} both say as what gradients travel; give one of them"
+            )
+        if name in TYPES and self.precision == "fp64":
+            raise ConfigError(
+                f"{asked} and --precision fp64 exclude each other: gradients would lose what fp64 is for; leave one out"
+            )
+        self.horovod.check_compression(asked)
 
     def _check_warmup(self) -> None:
         if self.warmup_epochs and self.warmup_steps is not None:

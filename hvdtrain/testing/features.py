@@ -41,6 +41,7 @@ FEATURES = {
     "sharded optimizer": "The optimizer's state cut over the ranks, ZeRO-1 (`--shard-optimizer`)",
     "precision": "Precisions, float32 masters, the type in which gradients travel, channels last, fused optimizers, clipping",
     "compression": "Compressed gradients: int8, fp8, 1-bit, top-k, random-k, PowerSGD (`--compression`)",
+    "traffic": "Bytes that each rank sends, counted",
     "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`replicate(shard_modules=)`)",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",

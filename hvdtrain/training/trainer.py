@@ -72,6 +72,8 @@ class FitResult:
         eval_metrics: Of the last evaluation; empty without one.
         samples: Samples trained on in this call.
         train_seconds: Time spent in training steps, without evaluation and checkpoints.
+        sent_bytes_per_step: By this rank in this call's training steps (see `hvdtrain.backends.traffic`); NaN if it made none.
+            Not the same on every rank where their parts of the exchange differ.
         stopped: Why a callback ended the run before its epochs or steps; "" if none did.
         resumed_from: The checkpoint that this call continued from, or None.
     """
@@ -83,6 +85,7 @@ class FitResult:
     eval_metrics: dict[str, float] = field(default_factory=dict)
     samples: int
     train_seconds: float
+    sent_bytes_per_step: float
     resumed_from: str | None
     stopped: str = ""
 
@@ -241,6 +244,7 @@ class Trainer:
         self._gradient_norm: Tensor | None = None
         self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
         self._train_seconds, self._samples = 0.0, 0
+        self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
         self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
@@ -362,6 +366,7 @@ class Trainer:
             eval_metrics=dict(position.eval_metrics),
             samples=self._samples,
             train_seconds=self._train_seconds,
+            sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else math.nan,
             resumed_from=resumed_from,
             stopped=self._stop_reason(),
         )
@@ -370,8 +375,10 @@ class Trainer:
         position, whole_epoch = self.position, True
         self.replica.module.train()
         for step in batches.steps(position.epoch, position.samples):
-            began = time.perf_counter()
+            began, sent = time.perf_counter(), self.backend.traffic.sent_bytes
             self._train_step(step)
+            self._sent_bytes += self.backend.traffic.sent_bytes - sent
+            self._steps += 1
             position.advance(step.samples)
             self._train_seconds += time.perf_counter() - began
             self._samples += step.samples
@@ -571,6 +578,7 @@ class Trainer:
                     lr=float(self._lr),
                     samples_per_second=rate,
                     gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
+                    sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else 0.0,
                 )
             )
         if verdict.stop:
