@@ -20,7 +20,9 @@ ASKED = {
     "shard_optimizer": {},
     "clip_norm": {"clip_norm": 0.05},
     "on_nan": {"on_nan": "skip"},
+    "compression": {"compression": "topk:1"},
 }
+NEVER_EXACT = {"reduce_dtype"}  # in float64 it is refused
 CHANGES_THE_RESULT = ("clip_norm",)
 PAIRS = [
     pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())
@@ -56,7 +58,7 @@ def expected(backend):
 
 
 def test_every_feature_that_may_meet_another_is_tried():
-    assert set(ASKED) == set(ASKED_BY)
+    assert set(ASKED) | NEVER_EXACT == set(ASKED_BY)
 
 
 @pytest.mark.feature("combinations")
