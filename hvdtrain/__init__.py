@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.optim.master_weights import MasterWeights as MasterWeights
     from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
+    from hvdtrain.settings.sync import Sync as Sync
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
     from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
@@ -76,6 +77,7 @@ _PUBLIC = {
     "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
     "Sum": "hvdtrain.compression.base:Sum",
+    "Sync": "hvdtrain.settings.sync:Sync",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",

@@ -127,6 +127,7 @@ def run_training(config: TrainConfig) -> Summary:
             static_graph=config.static_graph,
             reduce_dtype=config.reduce_dtype,
             compression=config.compression,
+            sync=config.sync,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:

@@ -30,6 +30,7 @@ from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.seldom import SeldomReplica
 from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import check_options, refuse_engine, units_of
 from hvdtrain.compression.base import Compression
@@ -60,6 +61,7 @@ from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcemen
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 from hvdtrain.settings.options import MOST_SECONDS
+from hvdtrain.settings.sync import Sync, sync_of
 from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
@@ -279,6 +281,7 @@ class Backend(Communicator):
         bucket_bytes: int | None = None,
         reduce_dtype: str | None = None,
         compression: str | Compression | None = None,
+        sync: str | Sync | None = None,
         shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
@@ -296,6 +299,8 @@ class Backend(Communicator):
             compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
                 "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
                 for all of them.
+            sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
+                "diloco:100", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -306,15 +311,24 @@ class Backend(Communicator):
                 ``reduce_dtype``.
         """
         how, reduced = chosen(compression)
-        if how is not None or reduced is not None:
-            check_combination({"compression": True, "reduce_dtype": reduce_dtype not in (None, "auto")})
-            self._check_compression()
+        seldom = sync_of(sync)
+        compressed = how is not None or reduced is not None
+        check_combination(
+            {
+                "compression": compressed,
+                "reduce_dtype": reduce_dtype not in (None, "auto"),
+                "sync": seldom is not None,
+            }
+        )
+        if compressed:
+            self._check_exchange("compression= (--compression)")
         options = ReplicaOptions(
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
             bucket_bytes=bucket_bytes,
             reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
             compression=how,
+            sync=seldom,
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
@@ -322,6 +336,9 @@ class Backend(Communicator):
                 refuse_engine(self.name)
             check_options(options, optimizer)
             units_of(model, shard_modules)
+        if seldom is not None:
+            self._check_exchange("sync= (--sync)")
+            return SeldomReplica(self, model, optimizer, options)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
         if how is not None:
@@ -544,8 +561,8 @@ class Backend(Communicator):
         """Make the replica of a world of one: there is nothing to exchange."""
         return LocalReplica(self, model, optimizer, options)
 
-    def _check_compression(self) -> None:
-        """Refuse a compression beside settings of this engine that it would leave without effect."""
+    def _check_exchange(self, asked: str) -> None:
+        """Refuse settings of this engine that would be without effect, beside an exchange that is not the engine's own."""
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

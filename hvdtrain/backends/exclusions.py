@@ -18,6 +18,7 @@ ASKED_BY = {
     "on_nan": 'on_nan="skip" (--on-nan skip)',
     "compression": "compression= (--compression)",
     "reduce_dtype": "reduce_dtype= (--reduce-dtype)",
+    "sync": "sync= (--sync)",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -62,6 +63,30 @@ EXCLUSIONS = (
         "reduce_dtype",
         "both say as what gradients travel",
         "give one of them; compression fp16 and bf16 are reduce_dtype's types",
+    ),
+    Exclusion(
+        "sync",
+        "compression",
+        "weights are exchanged as they are, and gradients not at all",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "sync",
+        "reduce_dtype",
+        "weights are exchanged as they are, and gradients not at all",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "sync",
+        "shard_optimizer",
+        "each rank needs a whole optimizer to train by itself",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "sync",
+        "on_nan",
+        "a rank would skip a step by itself, and schedules would differ between the ranks",
+        "leave one of them out",
     ),
 )
 

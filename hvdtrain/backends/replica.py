@@ -41,6 +41,7 @@ from hvdtrain.backends.unsent import Unsent, check_compression
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
+from hvdtrain.settings.sync import Sync
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from hvdtrain.backends.ahead import Ahead
     from hvdtrain.backends.base import Backend
+    from hvdtrain.backends.communicator import Communicator
     from hvdtrain.compression.base import Compression
 
 
@@ -65,6 +67,7 @@ class ReplicaOptions:
         bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
         reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
         compression: How gradients are compressed (see docs/slow_networks.md); None for not at all.
+        sync: How often ranks exchange weights instead of gradients; None to exchange gradients in every step.
         shard_modules: Cut the model over the ranks; a regular expression for the names of the modules that are gathered one
             at a time. None to keep all of it on every rank.
     """
@@ -74,6 +77,7 @@ class ReplicaOptions:
     bucket_bytes: int | None = None
     reduce_dtype: torch.dtype | None = None
     compression: Compression | None = None
+    sync: Sync | None = None
     shard_modules: str | None = None
 
     @property
@@ -141,9 +145,9 @@ class Replica(ABC):
         self._unsent = None if options.compression is None else Unsent(options.compression)
         self._loss_scaler: GradScaler | None = None
         self._loss_scale = 1.0  # as it was thought to be when gradients were compressed
-        self._weighting = Weighting(
-            backend, backend.world_size if self._engine_averages else 1, number=next(backend.replica_numbers)
-        )
+        self._number = next(backend.replica_numbers)
+        divisor = backend.world_size if self._engine_averages else 1
+        self._weighting = Weighting(self._weighed_over(), divisor, number=self._number)
         self._last = True
         self._overlap = True
         self._begin_step()
@@ -418,26 +422,36 @@ class Replica(ABC):
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
         self._loss_scaler = scaler
 
-    def compression_state(self) -> dict[str, Any]:
-        """This rank's part of what a compression remembers between steps, as tensors and text; {} without one."""
+    def settle(self) -> None:  # noqa: B027 - most ranks are equal after each step
+        """Make the ranks equal where they train apart for some steps; every rank must call it after the same step."""
+
+    def shared_weights(self) -> AbstractContextManager[None]:
+        """Surround what looks at the weights of all ranks, an evaluation or a checkpoint; every rank must enter it.
+
+        Where ranks train apart for some steps, the model holds in it what they would agree on now.
+        """
+        return nullcontext()
+
+    def rank_state(self) -> dict[str, Any]:
+        """What only this rank knows between steps, as a loop must save it: tensors, numbers and text; {} for nothing."""
         return {} if self._unsent is None else self._unsent.state(self.module.named_parameters())
 
-    def load_compression_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Take what a compression has remembered, at any number of ranks.
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take what the ranks knew, at any number of ranks; every rank must call it.
 
         Args:
-            states: From `compression_state`, of all ranks that saved one; {} where there was none.
+            states: From `rank_state`, of all ranks that saved one; {} where there was none.
         """
-        states = [state for state in states if state]
-        if not states:
-            return
-        if self._unsent is None:
+        states = [state for state in states if "rests" in state]
+        if self._unsent is not None and states:
+            self._unsent.load(
+                states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size
+            )
+        elif states:
             _log.warning(
-                "the state has gradients that compression %s had not sent yet; without a compression they are lost",
+                "the checkpoint has gradients that compression %s had not sent yet; without a compression they are lost",
                 states[0]["name"],
             )
-            return
-        self._unsent.load(states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size)
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -525,6 +539,14 @@ class Replica(ABC):
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "?")
+
+    def _weighed_over(self) -> Communicator:
+        """Whose losses' weights make up the mean."""
+        return self._backend
+
+    @property
+    def _is_exchanged(self) -> bool:
+        return self._phase is _Phase.EXCHANGED
 
     def _exchanging(self) -> AbstractContextManager[None]:
         return self._backend.region("gradients", f"gradient exchange of step {self._steps}")
@@ -673,6 +695,7 @@ class Replica(ABC):
         settings = {
             "reduce_dtype": self.options.reduce_dtype,
             "compression": None if compression is None else compression.name,
+            "sync": self.options.sync,
         }
         check_same_structure(self._gather, self.module, self._optimizer, settings=settings)
         copy_state_from_rank_zero(self._backend, self.module, self._optimizer)

@@ -93,6 +93,8 @@ def check_options(options: ReplicaOptions, optimizer: Optimizer | None) -> None:
         _refuse("reduce_dtype=", "its gradients are exchanged by torch, as they are", "leave it out")
     if options.compression is not None:
         _refuse("compression=", "its gradients are exchanged by torch, as they are", "leave it out")
+    if options.sync is not None:
+        _refuse("sync=", "no rank holds weights to train by itself", "leave it out")
     if optimizer is None:
         return
     if getattr(optimizer, "keeps_masters", False):

@@ -129,8 +129,8 @@ class HorovodConfig:
                 "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
             )
 
-    def check_compression(self, asked: str) -> None:
-        """Refuse a compression of the exchange beside settings that say how gradients are combined.
+    def check_exchange(self, asked: str) -> None:
+        """Refuse settings that say how Horovod combines gradients, beside an exchange that is not Horovod's own.
 
         Args:
             asked: How it was asked for, for the message.

@@ -42,6 +42,7 @@ FEATURES = {
     "precision": "Precisions, float32 masters, the type in which gradients travel, channels last, fused optimizers, clipping",
     "compression": "Compressed gradients: int8, fp8, 1-bit, top-k, random-k, PowerSGD (`--compression`)",
     "traffic": "Bytes that each rank sends, counted",
+    "sync": "Weights exchanged every so many steps: local SGD, DiLoCo (`--sync`)",
     "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`replicate(shard_modules=)`)",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",

@@ -182,7 +182,10 @@ class Trainer:
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         check_combination(
             {
-                **{name: value not in (None, False, "none", "auto") for name, value in replica_options.items()},
+                **{
+                    name: value not in (None, False, "none", "auto", "every-step")
+                    for name, value in replica_options.items()
+                },
                 "accumulate": accumulate > 1,
                 "checkpoint_modules": checkpoint_modules is not None,
                 "compile": compile is not False,
@@ -357,6 +360,7 @@ class Trainer:
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
                 self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=False)
+            self.replica.settle()
             self._settle()
         return FitResult(
             epochs=position.epoch,
@@ -492,11 +496,11 @@ class Trainer:
         check_same_data(source, self.backend, seed=self._seed, name="the data")
         source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
         batches = RankBatches(source, self.backend, seed=self._seed)
-        with self.precision.arithmetic(), self._events.inference(self):
+        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        with self.precision.arithmetic(), self._events.inference(self):
+        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             count = self._counting.trusts_indices
             batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
             metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)

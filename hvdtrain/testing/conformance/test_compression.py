@@ -80,7 +80,7 @@ def exchange(backend, replica, step, dtype=torch.float64, total=False, scaler=No
 
 def rests(backend, replica):
     """What all ranks have not sent, by name."""
-    states = [state["rests"] for state in backend.all_gather_object(replica.compression_state())]
+    states = [state["rests"] for state in backend.all_gather_object(replica.rank_state())]
     return {name: sum(state[name] for state in states) for name in states[0]}
 
 
@@ -168,7 +168,7 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothi
     replica = replicated(backend, compression, torch.float32)
     exchange(backend, replica, 0, torch.float32)
     replica.step()
-    before = replica.compression_state()
+    before = replica.rank_state()
     for bad in (float("inf"), float("nan")):
         x, y = batch(backend.rank, 2, 4, torch.float32)
         loss = loss_of(replica.model, x, y)
@@ -178,7 +178,7 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothi
         replica.backward(loss, samples=4)
         hook.remove()
         assert replica.step(skip_nonfinite=True).skipped
-        after = replica.compression_state()
+        after = replica.rank_state()
         for name, rest in before["rests"].items():
             assert torch.equal(rest, after["rests"][name])
     replica.clear()
@@ -199,8 +199,8 @@ def test_rests_do_not_depend_on_the_loss_scale(backend, known):
         scaled.step(scaler=scaler, clip_norm=clip)
         plain.step(clip_norm=clip)
     assert scaler.get_scale() == 256.0 * 2**4
-    for name, rest in plain.compression_state()["rests"].items():
-        torch.testing.assert_close(scaled.compression_state()["rests"][name], rest, rtol=1e-5, atol=1e-8)
+    for name, rest in plain.rank_state()["rests"].items():
+        torch.testing.assert_close(scaled.rank_state()["rests"][name], rest, rtol=1e-5, atol=1e-8)
 
 
 def test_a_scaler_that_comes_after_rests_is_refused(backend):
@@ -221,10 +221,10 @@ def test_gradients_that_were_given_up_leave_no_trace(backend):
     replica = replicated(backend, "powersgd:1")
     exchange(backend, replica, 0)
     replica.step()
-    before = replica.compression_state()
+    before = replica.rank_state()
     exchange(backend, replica, 2)
     replica.clear()
-    after = replica.compression_state()
+    after = replica.rank_state()
     for kind in ("rests", "memories"):
         assert str(before[kind]) == str(after[kind])
 
@@ -251,7 +251,7 @@ def test_parameters_that_no_rank_used_keep_what_they_had_and_have_no_gradient(ba
         other = model.b if which == "a" else model.a
         assert other.weight.grad is None
         replica.step()
-        state = replica.compression_state()["rests"]
+        state = replica.rank_state()["rests"]
         if which == "b" and kept:
             assert torch.equal(state["a.weight"], kept["a.weight"])
         kept = {name: rest.clone() for name, rest in state.items()}
@@ -292,7 +292,7 @@ def test_rests_are_shared_out_on_another_number_of_ranks(backend, saved_by):
         {"name": "topk:0.1", "memories": {}, "rests": {n: torch.full_like(shapes[n], rank + 1.0) for n in names}}
         for rank in range(saved_by)
     ]
-    replica.load_compression_state(states)
+    replica.load_rank_states(states)
     total = saved_by * (saved_by + 1) / 2
     for name, rest in rests(backend, replica).items():
         torch.testing.assert_close(rest, torch.full_like(shapes[name], total))
@@ -317,7 +317,7 @@ def test_gradients_of_bfloat16_are_compressed_in_float32(backend):
     for gradient in exchange(backend, replica, 0, torch.bfloat16):
         assert gradient.dtype == torch.bfloat16
     replica.step()
-    assert all(rest.dtype == torch.float32 for rest in replica.compression_state()["rests"].values())
+    assert all(rest.dtype == torch.float32 for rest in replica.rank_state()["rests"].values())
 
 
 @pytest.mark.parametrize(

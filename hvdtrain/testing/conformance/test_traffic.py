@@ -81,4 +81,4 @@ def test_the_trainer_says_what_a_step_sends_without_evaluations_and_checkpoints(
     result = trainer.fit(data, data, epochs=2, global_batch_size=6)
     n = backend.world_size
     assert result.sent_bytes_per_step == pytest.approx(2 * 240_000 * (n - 1) / n, rel=0.01)
-    assert records[-1].sent_bytes_per_step == pytest.approx(result.sent_bytes_per_step)
+    assert records[-1].sent_bytes_per_step == pytest.approx(result.sent_bytes_per_step, rel=0.01)
