@@ -98,9 +98,10 @@ class OneBit(_Quantized):
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Plus or minus the scale."""
-        weights = torch.tensor(_BITS, dtype=torch.uint8, device=codes.device)
-        positive = (codes.unsqueeze(2) & weights).ne(0).view(len(codes), -1)
-        return torch.where(positive, scales, -scales)
+        signs = torch.tensor(
+            [[1.0 if code & bit else -1.0 for bit in _BITS] for code in range(256)], device=codes.device
+        )
+        return signs[codes.int()].view(len(codes), -1).mul_(scales)
 
 
 def _divided(blocks: Tensor, scales: Tensor) -> Tensor:
