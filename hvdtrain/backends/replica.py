@@ -443,7 +443,7 @@ class Replica(ABC):
             states: From `rank_state`, of all ranks that saved one; {} where there was none.
         """
         states = [state for state in states if "rests" in state]
-        if self._unsent is not None and states:
+        if self._unsent is not None:
             self._unsent.load(
                 states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size
             )

@@ -59,6 +59,7 @@ class SeldomReplica(Replica):
         self._since, self._weight, self._total = 0, 0.0, 0.0  # since that
         self._always = True  # this rank had samples in each of these steps
         self._looks = _LOOKS
+        self._is_shared = False  # the model holds common weights for a while
         super().__init__(backend, module, optimizer, options)
 
     # -- Replica ------------------------------------------------------------------------------------------------------
@@ -72,7 +73,15 @@ class SeldomReplica(Replica):
                 self._common[parameter] = _summable(parameter).clone()
 
     def backward(self, loss: Tensor, **how: Any) -> None:
-        """As of every replica, for the mean over this rank's own samples."""
+        """As of every replica, for the mean over this rank's own samples.
+
+        Raises:
+            TrainingError: Also if ranks meet in the backward pass, or inside `shared_weights`.
+        """
+        if self._is_shared:
+            raise TrainingError(
+                "a backward pass inside replica.shared_weights() would train weights that are put back at its end; end the block first"
+            )
         if self._looks and isinstance(loss, Tensor) and loss.requires_grad:
             self._looks -= 1
             if self._backend.world_size > 1 and ranks_meet(loss):
@@ -165,15 +174,17 @@ class SeldomReplica(Replica):
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
         """Let the model hold what an exchange would give now; its own weights come back afterwards, bit for bit."""
-        if not self._since:
+        if not self._since or self._is_shared:
             yield
             return
         own = {parameter: parameter.detach().clone() for parameter in self._common}
         try:
             for parameter, (new, _) in self._agreed().items():
                 self._write(parameter, new)
+            self._is_shared = True
             yield
         finally:
+            self._is_shared = False
             with torch.no_grad():
                 for parameter, value in own.items():
                     parameter.copy_(value)

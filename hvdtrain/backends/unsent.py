@@ -113,9 +113,11 @@ class Unsent:
             size: How many ranks there are now.
         """
         self.forget()
+        self._kept = {}
+        if not states:
+            return
         first = states[0]
         memories = first["memories"] if first["name"] == self._compression.name else {}
-        self._kept = {}
         for name, parameter in named.items():
             if len(states) == size:
                 rest = states[rank]["rests"].get(name)

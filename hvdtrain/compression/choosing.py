@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from hvdtrain.compression.base import Compression
 from hvdtrain.compression.low_rank import PowerSGD
-from hvdtrain.compression.names import TYPES, parsed
 from hvdtrain.compression.quantized import Float8, Int8, OneBit
 from hvdtrain.compression.sparse import RandomK, TopK
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.compression import TYPES, parsed
 
 
 def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | None]:
     """The compression that was asked for, or the type in which gradients are to travel.
 
     Args:
-        asked: As `hvdtrain.compression.names.parsed` takes it, a compression of your own, or None or "none" for none.
+        asked: As `hvdtrain.settings.compression.parsed` takes it, a compression of your own, or None or "none" for none.
 
     Returns:
         A compression and None, or None and "fp16" or "bf16", or None twice.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hvdtrain.compression.names import FORMS, TYPES, parsed
 from hvdtrain.errors import BackendUnavailable, ConfigError
+from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
 from hvdtrain.settings.sync import FORMS as SYNC_FORMS

@@ -18,7 +18,7 @@ STAIRS = [
     ["version", "errors", "horovod_modules"],
     ["topology", "memory", "file_lock", "folder_lock", "settings.wording", "settings.yaml_bounds"],
     ["settings.yaml_text"],
-    ["settings.options", "settings.sync", "compression.names", "compression.base"],
+    ["settings.options", "settings.sync", "settings.compression", "compression.base"],
     ["compression.quantized", "compression.sparse", "compression.low_rank"],
     ["compression.choosing"],
     ["settings.layers", "settings.horovod_config", "settings.components"],

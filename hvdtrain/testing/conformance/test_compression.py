@@ -355,3 +355,36 @@ def test_ranks_that_ask_for_different_ones_are_told(backend):
         return
     with pytest.raises(ModelMismatch, match=r"setting compression topk:0\.1, ranks? 1.*topk:0\.2"):
         replicated(backend, "topk:0.1" if backend.rank == 0 else "topk:0.2")
+
+
+def test_sparse_gradients_travel_as_they_are(backend):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(16, 5))
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), compression="topk:0.1")
+    words = torch.tensor([[backend.rank, 7]])
+    replica.backward(model(words).square().mean(), samples=1)
+    replica.reduce_gradients()
+    own = torch.autograd.grad(model(words).square().mean(), model[0].weight)[0].to_dense()
+    torch.testing.assert_close(model[0].weight.grad.to_dense(), backend.all_reduce(own, "mean"))
+    assert set(replica.rank_state()["rests"]) == set()
+    replica.step()
+    assert set(replica.rank_state()["rests"]) == ({"2.weight"} if backend.world_size > 1 else set())
+
+
+def test_two_replicas_keep_their_rests_apart(backend):
+    several = [replicated(backend, "topk:0.1"), replicated(backend, "1bit")]
+    alone = [replicated(backend, "topk:0.1"), replicated(backend, "1bit")]
+    for step in (0, 2):
+        for replica in several:
+            loss = loss_of(replica.model, *batch(backend.rank, step))
+            replica.backward(loss, samples=4)
+        for replica in several:
+            replica.step()
+    for replica in alone:
+        for step in (0, 2):
+            replica.backward(loss_of(replica.model, *batch(backend.rank, step)), samples=4)
+            replica.step()
+    for one, other in zip(several, alone, strict=True):
+        rests = other.rank_state()["rests"]
+        for name, rest in one.rank_state()["rests"].items():
+            assert torch.equal(rest, rests[name])

@@ -175,6 +175,19 @@ def test_shared_weights_are_what_an_exchange_gives_and_go_again(backend, sync):
         assert torch.equal(flat(replica.module), shared)
 
 
+def test_blocks_of_shared_weights_may_be_nested_and_train_nothing(backend):
+    replica = trained(backend, "diloco:3", "AdamW", 2)
+    own = flat(replica.module)
+    with replica.shared_weights():
+        shared = flat(replica.module)
+        with replica.shared_weights():
+            assert torch.equal(flat(replica.module), shared)
+        assert torch.equal(flat(replica.module), shared)
+        with pytest.raises(TrainingError, match="would train weights that are put back"):
+            replica.backward(loss_of(replica.model, *batch(0, 0, 2)), samples=2)
+    assert torch.equal(flat(replica.module), own)
+
+
 def fitted(backend, folder, epochs, sync, *, resume=False, max_steps=None, evaluated=None):
     torch.manual_seed(1)
     model = made(torch.float32)

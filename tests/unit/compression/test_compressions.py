@@ -9,8 +9,8 @@ import torch
 from hvdtrain.compression.base import Gather, Sum
 from hvdtrain.compression.choosing import chosen
 from hvdtrain.compression.low_rank import PowerSGD, orthonormal, start
-from hvdtrain.compression.names import FORMS
 from hvdtrain.compression.sparse import places
+from hvdtrain.settings.compression import FORMS
 
 RANKS = 3
 SEED = 7
