@@ -163,8 +163,9 @@ def test_micro_batches_are_one_gradient_and_clipping_sees_what_arrived(backend, 
         parts.step()
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["", "mended-by-hand"])
 @pytest.mark.parametrize("compression", ALL)
-def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothing(backend, compression):
+def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothing(backend, compression, by_hand):
     replica = replicated(backend, compression, torch.float32)
     exchange(backend, replica, 0, torch.float32)
     replica.step()
@@ -177,7 +178,14 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothi
         hook = weight.register_hook(lambda g, b=bad, last=last: g.index_fill(0, torch.tensor([4]), b) if last else g)
         replica.backward(loss, samples=4)
         hook.remove()
-        assert replica.step(skip_nonfinite=True).skipped
+        if by_hand:
+            replica.reduce_gradients()
+            for parameter in replica.module.parameters():
+                assert parameter is not weight or not bool(parameter.grad.isfinite().all())
+                parameter.grad.zero_()
+            replica.step()
+        else:
+            assert replica.step(skip_nonfinite=True).skipped
         after = replica.rank_state()
         for name, rest in before["rests"].items():
             assert torch.equal(rest, after["rests"][name])
