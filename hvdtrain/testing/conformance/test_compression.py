@@ -175,7 +175,10 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothi
         loss = loss_of(replica.model, x, y)
         weight = replica.module[3].weight
         last = backend.rank == backend.world_size - 1
-        hook = weight.register_hook(lambda g, b=bad, last=last: g.index_fill(0, torch.tensor([4]), b) if last else g)
+        place = torch.zeros(weight.shape, dtype=torch.bool).index_put_(
+            (torch.tensor(4), torch.tensor(5)), torch.tensor(last)
+        )
+        hook = weight.register_hook(lambda g, b=bad, place=place: g.masked_fill(place, b))
         replica.backward(loss, samples=4)
         hook.remove()
         if by_hand:
@@ -192,6 +195,8 @@ def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothi
     replica.clear()
     assert all(bool(g.isfinite().all()) for g in exchange(backend, replica, 3, torch.float32))
     replica.step()
+    for name, rest in before["rests"].items():  # and what follows is remembered again
+        assert not torch.equal(rest, replica.rank_state()["rests"][name])
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["", "scaler-unknown-at-first"])
