@@ -428,7 +428,7 @@ class Replica(ABC):
     def shared_weights(self) -> AbstractContextManager[None]:
         """Surround what looks at the weights of all ranks, an evaluation or a checkpoint; every rank must enter it.
 
-        Where ranks train apart for some steps, the model holds in it what they would agree on now.
+        Where ranks train apart for some steps, the model holds their average in it.
         """
         return nullcontext()
 

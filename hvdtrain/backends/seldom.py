@@ -2,7 +2,8 @@
 
 In between each rank follows the mean over its own samples. An exchange weighs each rank with what its losses were means
 over since the last one, so that with one step between exchanges plain SGD comes out, whatever shares the ranks had.
-What all ranks agree on is, at any moment, what an exchange would give then: evaluations and checkpoints mean these weights.
+Between exchanges evaluations and checkpoints mean the average of the ranks' weights. An outer optimizer takes its step only when
+an exchange is due: its momentum is that of whole rounds, and would carry the weights too far after a part of one.
 """
 
 from __future__ import annotations
@@ -156,15 +157,17 @@ class SeldomReplica(Replica):
             self._weight += self._own
             self._since += 1
             if self._since >= self._sync.steps:
-                self.settle()
+                self._exchange_weights(outer=True)
 
     # -- common weights -----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Exchange now, whenever the next exchange is due; every rank must call it after the same step."""
-        if not self._since:
-            return
-        for parameter, (new, momentum) in self._agreed().items():
+        """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
+        if self._since:
+            self._exchange_weights(outer=False)
+
+    def _exchange_weights(self, *, outer: bool) -> None:
+        for parameter, (new, momentum) in self._agreed(outer=outer).items():
             self._write(parameter, new)
             self._common[parameter] = new
             if momentum is not None:
@@ -173,13 +176,13 @@ class SeldomReplica(Replica):
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
-        """Let the model hold what an exchange would give now; its own weights come back afterwards, bit for bit."""
+        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit."""
         if not self._since or self._is_shared:
             yield
             return
         own = {parameter: parameter.detach().clone() for parameter in self._common}
         try:
-            for parameter, (new, _) in self._agreed().items():
+            for parameter, (new, _) in self._agreed(outer=False).items():
                 self._write(parameter, new)
             self._is_shared = True
             yield
@@ -195,7 +198,7 @@ class SeldomReplica(Replica):
         self._begin_anew()
 
     def whole_state(self) -> dict[str, Any]:
-        """As of every replica, with the weights that an exchange would give now."""
+        """As of every replica, with the ranks' average."""
         with self.shared_weights():
             return super().whole_state()
 
@@ -245,8 +248,8 @@ class SeldomReplica(Replica):
         self._common = {parameter: _summable(parameter).clone() for parameter in {**self._common}}
 
     @torch.no_grad()
-    def _agreed(self) -> dict[nn.Parameter, tuple[Tensor, Tensor | None]]:
-        """The weights of all ranks, and the outer optimizer's momentum after them; every rank must call it."""
+    def _agreed(self, *, outer: bool) -> dict[nn.Parameter, tuple[Tensor, Tensor | None]]:
+        """The ranks' average, or what the outer optimizer makes of it and its new momentum; every rank must call it."""
         whole = self._sum_of_weights()
         share = self._weight / whole if whole else 0.0
         parts = {p: (_summable(p) - common).mul_(share) for p, common in self._common.items()}
@@ -258,7 +261,8 @@ class SeldomReplica(Replica):
             flat = torch.cat([parts[p].reshape(-1) for p in parameters])
             self._backend.all_reduce_(flat)
             for parameter, row in zip(parameters, flat.split([parts[p].numel() for p in parameters]), strict=True):
-                agreed[parameter] = self._outer_step(parameter, row.view(parts[parameter].shape))
+                way = row.view(parts[parameter].shape)
+                agreed[parameter] = self._outer_step(parameter, way) if outer else (self._common[parameter] + way, None)
         return agreed
 
     def _outer_step(self, parameter: nn.Parameter, way: Tensor) -> tuple[Tensor, Tensor | None]:

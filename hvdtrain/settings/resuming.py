@@ -79,9 +79,7 @@ RULES: dict[str, Rule] = {
     "compression": Rule(
         TAKEN, "what was not sent yet goes on, also with another one and on other ranks; without one it is lost"
     ),
-    "sync": Rule(
-        TAKEN, "with another one, or on other ranks, all go on from the weights that an exchange would have given"
-    ),
+    "sync": Rule(TAKEN, "with another one, or on other ranks, all go on from the ranks' average"),
     "all_reduce": Rule(TAKEN),
     "sync_batch_norm": Rule(TAKEN),
     "horovod": Rule(TAKEN),
