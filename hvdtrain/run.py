@@ -26,7 +26,7 @@ from hvdtrain.data.source import source_of
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
-from hvdtrain.observe import run_folder
+from hvdtrain.observe import run_folder, trackers
 from hvdtrain.observe.console import LastingConsole
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
@@ -38,6 +38,7 @@ from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
+from hvdtrain.settings.layers import plain
 from hvdtrain.settings.options import Component
 from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.settings.resuming import compare, recorded
@@ -412,7 +413,9 @@ def _loggers(
         return NullLogger(), None
     resumed_step = resume_from.step if resume_from else 0
     progress = ProgressLogger(console, config.epochs)
-    return FanOut([progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]), FanOut([progress]).log_step
+    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]
+    tracked = [] if config.epochs == 0 else trackers.chosen(config.logger, run_dir, plain(config), resumed_step)
+    return FanOut([*own, *tracked]), FanOut([progress]).log_step
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:

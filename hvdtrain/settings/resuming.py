@@ -88,6 +88,7 @@ RULES: dict[str, Rule] = {
     "checkpoint_url": Rule(FREE),
     "keep": Rule(FREE),
     "eval_every": Rule(TAKEN),
+    "logger": Rule(FREE),
     "log_every": Rule(FREE),
     "seed": Rule(TAKEN, "for the order of the samples; random numbers go on as they were"),
     "deterministic": Rule(TAKEN),

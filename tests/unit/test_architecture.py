@@ -89,7 +89,7 @@ STAIRS = [
     ["training.checkpoint_files", "training.host_copy", "training.dry_run", "optim.master_weights"],
     ["training.descent", "training.mirror", "optim.pieces"],
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "optim.sharded", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
-    ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
+    ["observe.jsonl", "observe.trackers", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference", "training.outputs", "training.events"],
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
     ["training.position", "training.loop_state", "training.evaluation", "training.predicting"],
