@@ -44,17 +44,12 @@ def chosen(text: str, folder: Path, settings: Mapping[str, Any], resumed_step: i
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir runs``."""
+    """Event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir runs``. Nothing is written before a record."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
         _imported("tensorboard")
-        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - seconds, seldom wanted
-
-        # What an earlier run wrote here beyond the checkpoint that this one goes on from is hidden by the events that follow.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0)
-        self._writer.add_text(
-            "settings", "\n".join(f"    {name}: {value}" for name, value in _flat(settings)), resumed_step
-        )
+        self._folder, self._settings, self._resumed_step = folder, settings, resumed_step
+        self._opened: Any = None
 
     def log_step(self, record: StepRecord) -> None:
         """Add a point to each curve."""
@@ -66,11 +61,24 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what waits."""
-        self._writer.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _add(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    @property
+    def _writer(self) -> Any:
+        if self._opened is None:
+            from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - seldom wanted
+
+            # What an earlier run wrote beyond the checkpoint that this one goes on from is hidden by the events that follow.
+            beyond = self._resumed_step + 1 if self._resumed_step else 0
+            self._opened = SummaryWriter(str(self._folder / "tensorboard"), purge_step=beyond)
+            said = "\n".join(f"    {name}: {value}" for name, value in _flat(self._settings))
+            self._opened.add_text("settings", said, self._resumed_step)
+        return self._opened
 
 
 class WeightsAndBiases:
