@@ -7,13 +7,15 @@ that goes on goes on there too. They are imported only where they are wanted.
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.environment import given
@@ -44,12 +46,17 @@ def chosen(text: str, folder: Path, settings: Mapping[str, Any], resumed_step: i
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir runs``. Nothing is written before a record."""
+    """Event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir runs``. Nothing is written before a record.
+
+    They are written here and not by torch's SummaryWriter, whose thread fails loudly when a file of its is deleted.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resumed_step: int) -> None:
-        _imported("tensorboard")
-        self._folder, self._settings, self._resumed_step = folder, settings, resumed_step
-        self._opened: Any = None
+        self._protocol = _imported("tensorboard.compat.proto.event_pb2")
+        self._writing = _imported("tensorboard.summary.writer.record_writer")
+        self._folder, self._settings, self._resumed_step = folder / "tensorboard", settings, resumed_step
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
 
     def log_step(self, record: StepRecord) -> None:
         """Add a point to each curve."""
@@ -60,25 +67,41 @@ class TensorBoard:
         self._add(_of_eval(record), record.step)
 
     def close(self) -> None:
-        """Write what waits."""
-        if self._opened is not None:
-            self._opened.close()
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
     def _add(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        if self._path is None or not self._path.exists():
+            self._open()
+        points = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._write(step=step, summary={"value": points})
 
-    @property
-    def _writer(self) -> Any:
-        if self._opened is None:
-            from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - seldom wanted
+    def _open(self) -> None:
+        """Begin a file: the first, or one in the place of one that was deleted."""
+        from torch.utils.tensorboard.summary import text  # noqa: PLC0415 - seldom wanted
 
-            # What an earlier run wrote beyond the checkpoint that this one goes on from is hidden by the events that follow.
+        self.close()
+        first = self._path is None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()  # files are read in the order of their names
+        self._path = (
+            self._folder / f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
+        )
+        self._file = self._path.open("xb")
+        self._write(file_version="brain.Event:2")
+        if first:
+            # What an earlier run wrote beyond the checkpoint that this one goes on from is hidden by a start at a step.
             beyond = self._resumed_step + 1 if self._resumed_step else 0
-            self._opened = SummaryWriter(str(self._folder / "tensorboard"), purge_step=beyond)
-            said = "\n".join(f"    {name}: {value}" for name, value in _flat(self._settings))
-            self._opened.add_text("settings", said, self._resumed_step)
-        return self._opened
+            self._write(step=beyond, session_log={"status": self._protocol.SessionLog.START})
+        said = "\n".join(f"    {name}: {value}" for name, value in _flat(self._settings))
+        self._write(step=self._resumed_step, summary=text("settings", said))
+
+    def _write(self, **content: Any) -> None:
+        assert self._file is not None
+        event = self._protocol.Event(wall_time=time.time(), **content)
+        self._writing.RecordWriter(self._file).write(event.SerializeToString())
+        self._file.flush()
 
 
 class WeightsAndBiases:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from hvdtrain.errors import ConfigError
@@ -52,6 +54,17 @@ def test_a_run_that_goes_on_takes_back_what_lay_beyond_its_checkpoint(tmp_path):
     assert list(curves(tmp_path)[0]["train/loss"]) == [1, 2, 3, 5]
     report(chosen("auto", tmp_path, SETTINGS, 0), 1, 3)
     assert list(curves(tmp_path)[0]["train/loss"]) == [1, 3]
+
+
+def test_a_folder_that_is_deleted_meanwhile_costs_what_was_in_it(tmp_path, caplog):
+    logger = FanOut(chosen("tensorboard", tmp_path / "run", SETTINGS, 0))
+    logger.log_step(step(1, 1.0))
+    for number in (2, 3):
+        shutil.rmtree(tmp_path / "run")
+        logger.log_step(step(number, 1.0))
+    logger.close()
+    assert list(curves(tmp_path / "run")[0]["train/loss"]) == [3]
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
