@@ -66,6 +66,15 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return part
 
 
+def cut_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on every rank, cut as another one of its shape is, if that is cut; nothing is exchanged."""
+    if not is_cut(like) or is_cut(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - loads much of torch
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 def whole(value: Any, *, root: bool) -> Any:
     """A state in which tensors that are cut over the ranks are whole, on rank 0's CPU; every rank must call it.
 

@@ -261,6 +261,33 @@ def test_a_loop_of_ones_own_is_saved_and_goes_on(backend, tmp_path, before, afte
         close(backend, one.whole_state(), other.whole_state())
 
 
+@pytest.mark.parametrize(("before", "after"), WAYS[:3])
+def test_weights_are_averaged_and_the_average_goes_on_whether_it_is_cut_or_not(
+    backend, reference, tmp_path, before, after
+):
+    if not offered(backend):
+        return
+    folder = folder_of(backend, tmp_path)
+    plain_average = hvdtrain.ExponentialMovingAverage(0.7)
+    plain = trainer(reference, None, callbacks=[plain_average])
+    expected = plain.fit(data(24), data(9), epochs=2, global_batch_size=6)
+    first = trainer(
+        backend, before, callbacks=[hvdtrain.ExponentialMovingAverage(0.7)], checkpoints=hvdtrain.Checkpoints(folder)
+    )
+    first.fit(data(24), data(9), epochs=1, global_batch_size=6)
+    average = hvdtrain.ExponentialMovingAverage(0.7)
+    second = trainer(backend, after, callbacks=[average])
+    found = second.fit(
+        data(24), data(9), epochs=2, global_batch_size=6, resume_from=hvdtrain.Checkpoints(folder).find(backend)
+    )
+    assert found.eval_metrics == pytest.approx(expected.eval_metrics, rel=0, abs=1e-12)
+    close(backend, second.replica.whole_state(), plain.replica.whole_state())
+    with average.applied(second), plain_average.applied(plain):
+        held, theirs = second.replica.whole_state(), plain.replica.whole_state()
+    close(backend, held, theirs)
+    second.fit(data(24), epochs=3, global_batch_size=6)  # begins with the average that is there
+
+
 class Wrong(Task):
     """On one rank, metrics that are none, in the first of several batches."""
 
