@@ -22,7 +22,8 @@ ASKED_BY = {
     "channels_last": "channels_last=True (--channels-last)",
     "master_weights": "MasterWeights (--precision bf16-pure)",
     "scaler": "a GradScaler (--precision fp16)",
-    "stepped": "an optimizer that has stepped",
+    "uncut_optimizer": "an optimizer of torch's that is none of SGD (without fused), Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
+    "RMSprop and ASGD",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -114,9 +115,9 @@ EXCLUSIONS = (
     ),
     Exclusion(
         "shard_modules",
-        "stepped",
-        "its state is of whole parameters",
-        "hand in a new one, and load the state into the replica by load_whole_state()",
+        "uncut_optimizer",
+        "torch has its step for whole parameters alone, or rounds otherwise where they are cut",
+        "use one of these",
     ),
     Exclusion(
         "shard_modules",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
 from hvdtrain.backends.replica import Replica, ReplicaOptions, copied
-from hvdtrain.backends.units import own_part, owner, units_of, whole
+from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError
 
@@ -232,8 +232,14 @@ class FullyShardedReplica(Replica):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         cut = dict(self.module.named_parameters())
-        for group in [] if self._optimizer is None else self._optimizer.param_groups:
-            group["params"][:] = [cut[names[parameter]] for parameter in group["params"]]
+        optimizer = self._optimizer
+        for group in [] if optimizer is None else optimizer.param_groups:
+            assert optimizer is not None
+            for at, parameter in enumerate(group["params"]):
+                group["params"][at] = part = cut[names[parameter]]
+                if parameter in optimizer.state:  # the same on every rank by now
+                    state = optimizer.state.pop(parameter)
+                    optimizer.state[part] = {name: _cut_with(part, value) for name, value in state.items()}
         for number, (name, unit) in enumerate((("", self.module), *self._units.items()), 1):
             unit.register_forward_pre_hook(self._note_gathered(name, number))
         self.module.register_forward_pre_hook(self._enter, prepend=True)
@@ -305,6 +311,10 @@ class FullyShardedReplica(Replica):
                 'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
                 "of at least one sample a rank) and equally many micro-batches"
             )
+
+
+def _cut_with(part: Tensor, value: Any) -> Any:
+    return cut_like(value, part) if isinstance(value, Tensor) and value.shape == part.shape else value
 
 
 def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:

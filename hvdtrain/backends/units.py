@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+# Tried in all their forms (loops, foreach, fused) against whole parameters.
+_CUT = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
+
+
 def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """Return the modules that are gathered one at a time, by name, inner ones first; the rest of the model is one more.
 
@@ -97,10 +101,13 @@ def owner(name: str, units: dict[str, nn.Module]) -> str:
 
 def cannot_be_cut(optimizer: Optimizer | None) -> dict[str, bool]:
     """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that excludes a model cut over the ranks."""
+    kind = type(optimizer).__name__
     return {
         "master_weights": bool(getattr(optimizer, "keeps_masters", False)),
         "shard_optimizer": bool(getattr(optimizer, "spreads_state", False)),
-        "stepped": optimizer is not None and bool(len(optimizer.state)),
+        "uncut_optimizer": optimizer is not None
+        and type(optimizer).__module__.startswith("torch.optim")
+        and (kind not in _CUT or (kind == "SGD" and any(group.get("fused") for group in optimizer.param_groups))),
     }
 
 

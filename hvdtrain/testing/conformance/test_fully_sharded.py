@@ -234,15 +234,64 @@ def test_an_optimizer_that_holds_whole_or_cut_parameters_itself_is_refused(backe
         backend.replicate(model, wrapped, shard_modules=UNITS)
 
 
-def test_an_optimizer_that_cannot_be_cut_is_refused(backend):
+def test_an_optimizer_that_has_stepped_goes_on(backend, reference):
+    if not offered(backend):
+        return
+    ends = []
+    for on, shard in ((reference, None), (backend, UNITS)):
+        model = made(1)
+        stepped = torch.optim.Adam(model.parameters(), lr=0.1)
+        model(torch.ones(2, 5).double()).square().sum().backward()
+        stepped.step()
+        stepped.zero_grad()
+        replica = on.replicate(model, stepped, shard_modules=shard)
+        train(on, replica, world=backend.world_size, rank=None if on is reference else backend.rank, steps=2)
+        ends.append(replica.whole_state())
+    close(backend, ends[1], ends[0])
+
+
+CUT = {
+    "SGD": [{}, {"momentum": 0.9, "weight_decay": 0.1, "foreach": True}],
+    "Adam": [{}, {"foreach": True}, {"fused": True, "amsgrad": True}],
+    "AdamW": [{}, {"foreach": True}, {"fused": True}],
+    "NAdam": [{}],
+    "RAdam": [{"foreach": True}],
+    "Adamax": [{}],
+    "Adagrad": [{}, {"foreach": True}],
+    "Adadelta": [{"foreach": True}],
+    "RMSprop": [{"momentum": 0.9, "centered": True}],
+    "ASGD": [{}],
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_torchs_optimizers_step_as_with_the_whole_model(backend, reference, name):
+    if not offered(backend):
+        return
+    for how in CUT[name]:
+        ends = []
+        for on, shard in ((reference, None), (backend, UNITS)):
+            model = made(1)
+            optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.03, **how)
+            replica = on.replicate(model, optimizer, shard_modules=shard)
+            rank = None if on is reference else backend.rank
+            train(on, replica, world=backend.world_size, rank=rank, steps=3, micro=1)
+            ends.append(replica.whole_state())
+        close(backend, ends[1], ends[0])
+
+
+@pytest.mark.parametrize("name", ["Rprop", "Adafactor", "Muon", "fused SGD"])
+def test_torchs_other_optimizers_are_refused(backend, name):
     if not offered(backend):
         return
     model = made(1)
-    stepped = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.ones(2, 5).double()).sum().backward()
-    stepped.step()
-    with pytest.raises(ConfigError, match=r"has stepped exclude each other: .*load_whole_state"):
-        backend.replicate(model, stepped, shard_modules=UNITS)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    how = {"fused": True} if "fused" in name else {}
+    optimizer = getattr(torch.optim, name.removeprefix("fused "))(matrices, lr=0.1, **how)
+    with pytest.raises(
+        ConfigError, match=r"an optimizer of torch's that is none of SGD .* exclude each other: .*use one"
+    ):
+        backend.replicate(model, optimizer, shard_modules=UNITS)
 
 
 def test_a_scaler_is_refused(backend):
