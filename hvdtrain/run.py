@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
+from hvdtrain.backends.exclusions import ASKED_BY, check_combination
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import whole
 from hvdtrain.data.named import NamedData, load_data
@@ -76,6 +77,7 @@ def run_training(config: TrainConfig) -> Summary:
     if config.deterministic:
         _be_deterministic()
     with StopRequest() as stop, _backend(config) as backend:
+        _check_combination(config, backend)
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
         run_dir = Path(backend.broadcast_object(str(run_folder.choose(config.run_dir)) if backend.rank == 0 else ""))
@@ -153,6 +155,20 @@ def run_training(config: TrainConfig) -> Summary:
             _conclude(config, summary, result, console, run_dir)
             checkpoints.release()
     return summary
+
+
+def _check_combination(config: TrainConfig, backend: Backend) -> None:
+    """Refuse what does not go together, before there is a folder."""
+    asked: dict[str, object] = {name: getattr(config, name) for name in ASKED_BY if hasattr(config, name)}
+    asked |= {
+        "accumulate": config.accumulate > 1,
+        "on_nan": config.on_nan == "skip",
+        "bucket_bytes": config.bucket_mb is not None,
+        "reduce_dtype": config.reduce_dtype != "auto",
+        "master_weights": config.precision == "bf16-pure",
+        "scaler": config.precision == "fp16",
+    }
+    check_combination(asked, backend.name)
 
 
 def _console(backend: Backend) -> Console:
