@@ -22,6 +22,11 @@ def lying_like(row: Tensor, parameter: Tensor) -> Tensor:
     return row.as_strided(parameter.shape, strides, row.storage_offset())
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, flat, as uint8; of one number too, whose strides may be any, which `reshape` keeps."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor, or a copy of it that lies as a parameter of its shape does."""
     if tensor.shape != parameter.shape or tensor.layout != torch.strided or tensor.stride() == parameter.stride():
