@@ -35,6 +35,7 @@ from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, 
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
+from hvdtrain.backends.units import state_for_rank_zero
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
@@ -383,11 +384,10 @@ class Replica(ABC):
 
         It loads at any number of ranks, whether the model is cut over them (``shard_modules=``) or not.
         """
+        whole = {} if self._optimizer is None else {"optimizer": state_for_rank_zero(self._optimizer)}
         if self._backend.rank != 0:
             return {}
-        whole = {"model": self.module.state_dict()}
-        if self._optimizer is not None:
-            whole["optimizer"] = self._optimizer.state_dict()
+        whole = {"model": self.module.state_dict(), **whole}
         return {name: copied(state) for name, state in whole.items()}
 
     def load_whole_state(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,12 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     part: torch.Tensor = tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
     return part
+
+
+def state_for_rank_zero(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state_dict; where its state is spread over the ranks, the whole on rank 0 alone. Every rank must call it."""
+    gather: Callable[[], dict[str, Any]] = getattr(optimizer, "state_on_rank_zero", optimizer.state_dict)
+    return gather()
 
 
 def cut_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.replica import Replica
-from hvdtrain.backends.units import whole
+from hvdtrain.backends.units import state_for_rank_zero, whole
 from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.checkpoint import Checkpoints, Loaded, agree, fill, load, model_state
@@ -338,7 +338,9 @@ def _state(part: Any) -> Any:
     if isinstance(part, Replica):
         optimizer = _optimizer(part)
         model = model_state(part.module, cut=True)
-        return {"model": model, "optimizer": None if optimizer is None else optimizer.state_dict()}
+        return {"model": model, "optimizer": None if optimizer is None else state_for_rank_zero(optimizer)}
+    if isinstance(part, Optimizer):
+        return state_for_rank_zero(part)
     return model_state(part) if isinstance(part, nn.Module) else part.state_dict()
 
 
