@@ -130,7 +130,7 @@ class Trainer:
         checkpoint_policy: "full" or "selective".
         compile: Compile the model's forward and backward pass, or with which arguments of `torch.compile`; the model stays
             the same object.
-        replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
+        replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True`` or ``shard_modules=``.
 
     Raises:
         ConfigError: An argument cannot work.
