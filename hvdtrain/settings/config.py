@@ -217,6 +217,14 @@ class TrainConfig:
     shard_optimizer: bool = option(
         False, "cut the optimizer's state over the ranks (ZeRO, stage 1), to need less memory", group=_OPTIM
     )
+    shard_modules: str | None = option(
+        None,
+        "cut parameters, gradients and the optimizer's state over the ranks (FSDP2, backends torch and mpi), to need less memory, and "
+        "gather modules one at a time: a regular expression for their whole names, such as 'layer[34]'",
+        group=_OPTIM,
+        metavar="REGEX",
+        default_text="none",
+    )
     compile: bool = option(
         False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
     )

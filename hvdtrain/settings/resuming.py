@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
     "precision": Rule(TAKEN, "fp64, bf16-pure and the others do not read each other's; a gradient scaler goes on"),
     "channels_last": Rule(TAKEN),
     "shard_optimizer": Rule(FREE),
+    "shard_modules": Rule(FREE),
     "compile": Rule(TAKEN),
     "checkpoint_modules": Rule(FREE),
     "checkpoint_policy": Rule(FREE),

@@ -40,7 +40,7 @@ FEATURES = {
     "activation checkpointing": "Activation checkpointing (`--checkpoint-modules`)",
     "sharded optimizer": "The optimizer's state cut over the ranks, ZeRO-1 (`--shard-optimizer`)",
     "precision": "Precisions, float32 masters, the type in which gradients travel, channels last, fused optimizers, clipping",
-    "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`replicate(shard_modules=)`)",
+    "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`--shard-modules`)",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",
 }
