@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         pattern: A regular expression; the whole name must match, as in `torch.nn.Module.named_modules`.
 
     Raises:
-        ConfigError: Nothing matches, a match has no forward pass, or a parameter belongs to two units.
+        ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units, or torch is too old.
     """
+    _check_torch()
     try:
         wanted = re.compile(pattern)
     except re.error as error:
@@ -127,3 +129,13 @@ def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
                 f"{before!r} and {name!r} are one parameter, and shard_modules= puts them into different units; let the pattern match neither "
                 "module, or one that holds both"
             )
+
+
+def _check_torch() -> None:
+    """Refuse a torch that cannot do it: on every engine, also where there is one rank and nothing to cut."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+        raise ConfigError(
+            f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
+            "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
+        )
