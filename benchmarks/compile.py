@@ -150,10 +150,10 @@ def figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]
             shown[way]["compile_s"] = round(firsts[0], 1)
             if firsts[1:]:
                 shown[way]["cached_compile_s"] = round(statistics.median(firsts[1:]), 1)
-    for way in shown:
+    for way, values in shown.items():
         for other in ("ddp-compiled", way.removesuffix("-compiled")):
             if other in shown and other != way:
-                shown[way][f"to_{other}"] = round(shown[way]["median_ms"] / shown[other]["median_ms"], 3)
+                values[f"to_{other}"] = round(values["median_ms"] / shown[other]["median_ms"], 3)
     return shown
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ENVIRONMENT, HOROVOD_MPIRUN, LOCAL, MPI, ROOT, TORCH, Launch, run
+from launching import HOROVOD_MPIRUN, LOCAL, MPI, ROOT, TORCH, Launch, run
 
 from hvdtrain.testing import features
 
@@ -78,9 +78,7 @@ def setting(request: pytest.FixtureRequest) -> Setting:
     return made
 
 
-@pytest.mark.parametrize(
-    ("launch", "ranks"), [(LOCAL, 1), (TORCH, 2), (MPI, 2), (HOROVOD_MPIRUN, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("launch", "ranks"), [(LOCAL, 1), (TORCH, 2), (MPI, 2), (HOROVOD_MPIRUN, 2)], ids=str)
 def test_the_backend_keeps_every_promise(setting, tmp_path, launch, ranks):
     if launch.backend == "horovod":
         setting.install_horovod()
