@@ -49,7 +49,7 @@ class Setting:
         constraints = self.folder / "constraints.txt"
         constraints.write_text(wanted)
         install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(constraints)]
-        code, said = self.command(*install, "-e", ".[mpi]", "pytest", "setuptools")
+        code, said = self.command(*install, "-e", ".[mpi]", "pytest", "pytest-timeout", "setuptools")
         if "No matching distribution found for torch" in said:
             pytest.skip(f"pip finds no torch {self.torch} for Python {sys.version.split()[0]}")
         assert code == 0, said
