@@ -30,7 +30,6 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     Raises:
         ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units, or torch is too old.
     """
-    _check_torch()
     try:
         wanted = re.compile(pattern)
     except re.error as error:
@@ -59,6 +58,11 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
                 "and shard_modules= gathers parameters around the plain one; leave one of them out"
             )
     _refuse_ties(model, units)
+    if not torch_can_cut():  # on every engine, also where there is one rank and nothing to cut
+        raise ConfigError(
+            f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
+            "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
+        )
     return dict(sorted(units.items(), key=lambda unit: -unit[0].count(".")))
 
 
@@ -131,11 +135,7 @@ def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
             )
 
 
-def _check_torch() -> None:
-    """Refuse a torch that cannot do it: on every engine, also where there is one rank and nothing to cut."""
+def torch_can_cut() -> bool:
+    """Whether this torch's fully_shard can add up gradients, which it could not always."""
     fsdp = importlib.import_module("torch.distributed.fsdp")
-    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
-        raise ConfigError(
-            f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
-            "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
-        )
+    return hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms")
