@@ -11,6 +11,7 @@ before each by one small exchange; a rank without samples cannot sit a step out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,8 @@ from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError
 
-try:
+with suppress(ImportError):  # an old torch, which units_of() has refused
     from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    _CAN = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
-except ImportError:
-    _CAN = False
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -60,11 +57,6 @@ class FullyShardedReplica(Replica):
     def __init__(
         self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
     ) -> None:
-        if not _CAN:
-            raise ConfigError(
-                f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
-                "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
-            )
         assert options.shard_modules is not None
         self._units = units_of(module, options.shard_modules)
         self._calls = [0] * len(_KINDS)

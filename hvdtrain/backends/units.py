@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         pattern: A regular expression; the whole name must match, as in `torch.nn.Module.named_modules`.
 
     Raises:
-        ConfigError: Nothing matches, a match has no forward pass, or a parameter belongs to two units.
+        ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units, or torch is too old.
     """
     try:
         wanted = re.compile(pattern)
@@ -57,6 +58,11 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
                 "and shard_modules= gathers parameters around the plain one; leave one of them out"
             )
     _refuse_ties(model, units)
+    if not torch_can_cut():  # on every engine, also where there is one rank and nothing to cut
+        raise ConfigError(
+            f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
+            "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
+        )
     return dict(sorted(units.items(), key=lambda unit: -unit[0].count(".")))
 
 
@@ -127,3 +133,9 @@ def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
                 f"{before!r} and {name!r} are one parameter, and shard_modules= puts them into different units; let the pattern match neither "
                 "module, or one that holds both"
             )
+
+
+def torch_can_cut() -> bool:
+    """Whether this torch's fully_shard can add up gradients, which it could not always."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    return hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms")

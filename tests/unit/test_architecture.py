@@ -45,7 +45,7 @@ STAIRS = [
     ["backends.rooted"],
     ["backends.messages"],
     ["backends.communicator"],
-    ["backends.group"],
+    ["backends.group", "backends.lingering"],
     ["backends.agreement", "backends.ahead", "backends.weighting", "backends.sparse", "backends.reduce_dtype"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],

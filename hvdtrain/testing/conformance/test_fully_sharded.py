@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 import hvdtrain
+from hvdtrain.backends.units import torch_can_cut
 from hvdtrain.errors import CheckpointError, ConfigError, TrainingError
 from hvdtrain.training.checkpoint import model_state
 
-pytestmark = pytest.mark.feature(
-    "sharded model",
-    refused_by={
-        "horovod": "torch's FSDP2 needs a process group of torch.distributed; cut the optimizer's state alone, or take `torch` or `mpi`"
-    },
+REFUSED_BY = {} if torch_can_cut() else dict.fromkeys(("local", "torch", "mpi"), "this torch is too old for it")
+REFUSED_BY["horovod"] = (
+    "torch's FSDP2 needs a process group of torch.distributed; cut the optimizer's state alone, or take `torch` or `mpi`"
 )
+pytestmark = pytest.mark.feature("sharded model", refused_by=REFUSED_BY)
 UNITS = "layers[.][^.]+"
 
 
@@ -48,9 +48,14 @@ def made(seed):
 
 def offered(backend):
     """Skip nothing: an engine that cannot must say so, in a sentence with the way out."""
-    if backend.shards_models:
+    if backend.shards_models and torch_can_cut():
         return True
-    with pytest.raises(ConfigError, match=r"does not go with the backend .*--backend torch .* or --backend mpi"):
+    wrong = (
+        "needs a newer torch than"
+        if backend.shards_models
+        else "does not go with the backend .*--backend torch .* or --backend mpi"
+    )
+    with pytest.raises(ConfigError, match=wrong):
         backend.replicate(made(1), shard_modules=UNITS)
     return False
 
