@@ -20,13 +20,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
+from hvdtrain.backends.exclusions import ASKED_BY, check_combination
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.units import whole
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.source import source_of
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.launch.launchers import may_join_by_mpi
-from hvdtrain.observe import run_folder
+from hvdtrain.observe import run_folder, trackers
 from hvdtrain.observe.console import LastingConsole
 from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
@@ -38,13 +41,14 @@ from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
+from hvdtrain.settings.layers import plain
 from hvdtrain.settings.options import Component
 from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.async_checkpoints import AsyncCheckpoints
-from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
+from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened, without_compile
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt
@@ -73,6 +77,7 @@ def run_training(config: TrainConfig) -> Summary:
     if config.deterministic:
         _be_deterministic()
     with StopRequest() as stop, _backend(config) as backend:
+        _check_combination(config, backend)
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
         run_dir = Path(backend.broadcast_object(str(run_folder.choose(config.run_dir)) if backend.rank == 0 else ""))
@@ -123,6 +128,7 @@ def run_training(config: TrainConfig) -> Summary:
             compile=config.compile,
             checkpoint_modules=config.checkpoint_modules,
             checkpoint_policy=config.checkpoint_policy,
+            shard_modules=config.shard_modules,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             reduce_dtype=config.reduce_dtype,
@@ -146,11 +152,25 @@ def run_training(config: TrainConfig) -> Summary:
                 )
         finally:
             logger.close()
-        summary = _summary(config, backend, model, result, batch, time.monotonic() - began)
+        summary = _summary(config, backend, trainer.replica, result, batch, time.monotonic() - began)
         if backend.rank == 0:
             _conclude(config, summary, result, console, run_dir)
             checkpoints.release()
     return summary
+
+
+def _check_combination(config: TrainConfig, backend: Backend) -> None:
+    """Refuse what does not go together, before there is a folder."""
+    asked: dict[str, object] = {name: getattr(config, name) for name in ASKED_BY if hasattr(config, name)}
+    asked |= {
+        "accumulate": config.accumulate > 1,
+        "on_nan": config.on_nan == "skip",
+        "bucket_bytes": config.bucket_mb is not None,
+        "reduce_dtype": config.reduce_dtype != "auto",
+        "master_weights": config.precision == "bf16-pure",
+        "scaler": config.precision == "fp16",
+    }
+    check_combination(asked, backend.name)
 
 
 def _console(backend: Backend) -> Console:
@@ -414,7 +434,9 @@ def _loggers(
         return NullLogger(), None
     resumed_step = resume_from.step if resume_from else 0
     progress = ProgressLogger(console, config.epochs)
-    return FanOut([progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]), FanOut([progress]).log_step
+    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]
+    tracked = [] if config.epochs == 0 else trackers.chosen(config.logger, run_dir, plain(config), resumed_step)
+    return FanOut([*own, *tracked]), FanOut([progress]).log_step
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:
@@ -438,10 +460,9 @@ def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console:
 
 
 def _summary(
-    config: TrainConfig, backend: Backend, model: nn.Module, result: FitResult, batch: int, wall_seconds: float
+    config: TrainConfig, backend: Backend, replica: Replica, result: FitResult, batch: int, wall_seconds: float
 ) -> Summary:
-    state = model_state(model)
-    parameters = dict(model.named_parameters())
+    norm, sha256 = _fingerprint(backend, replica)
     return Summary(
         backend=backend.name,
         engine=backend.engine,
@@ -462,10 +483,20 @@ def _summary(
         wall_seconds=wall_seconds,
         seed=config.seed,
         precision=config.precision,
-        parameters=sum(p.numel() for p in parameters.values()),
-        parameters_norm=parameters_norm(parameters),
-        parameters_sha256=parameters_sha256(state),
+        parameters=sum(p.numel() for p in replica.module.parameters()),
+        parameters_norm=norm,
+        parameters_sha256=sha256,
         resumed_from=result.resumed_from,
         hvdtrain_version=__version__,
         torch_version=str(torch.__version__),
     )
+
+
+def _fingerprint(backend: Backend, replica: Replica) -> tuple[float, str]:
+    """The norm and the SHA-256 of the whole model; every rank must call it."""
+    state = whole(model_state(replica.module, cut=True), root=backend.rank == 0)
+    found: tuple[float, str] | None = None
+    if backend.rank == 0 or not replica.is_cut:
+        names = [without_compile(name) for name, _ in replica.module.named_parameters()]
+        found = parameters_norm({name: state[name] for name in names}), parameters_sha256(state)
+    return cast(tuple[float, str], backend.broadcast_object(found) if replica.is_cut else found)

@@ -86,7 +86,7 @@ class SyncBatchNorm(_BatchNorm):
                 "a model with ordinary batch normalisation and load its state_dict"
             )
         output: Tensor
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, communicator)  # type: ignore[no-untyped-call]
+        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, communicator)
         if self.training and self.running_mean is not None:
             self._track(mean, variance, count)
         return output

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hvdtrain.backends.layout import lay_out_states
+from hvdtrain.backends.layout import bytes_of, lay_out_states
 from hvdtrain.errors import ModelMismatch
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _describe(module: nn.Module, optimizer: Optimizer | None, contents: set[int]
 
 
 def _content(parameter: nn.Parameter) -> str:
-    data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = bytes_of(parameter.detach().cpu().contiguous())
     return f" with content {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:8]}"
 
 

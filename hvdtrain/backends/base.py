@@ -24,7 +24,7 @@ from hvdtrain.backends.ahead import Ahead
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.compressed import CompressedReplica
-from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.exclusions import check_combination, not_by
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
@@ -32,7 +32,7 @@ from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.seldom import SeldomReplica
 from hvdtrain.backends.traffic import Traffic
-from hvdtrain.backends.units import check_options, refuse_engine, units_of
+from hvdtrain.backends.units import cannot_be_cut, units_of
 from hvdtrain.compression.base import Compression
 from hvdtrain.compression.choosing import chosen
 from hvdtrain.data.rank_batches import RankBatches
@@ -332,9 +332,18 @@ class Backend(Communicator):
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
+            asked = {
+                "shard_modules": True,
+                "find_unused_parameters": find_unused_parameters,
+                "static_graph": static_graph,
+                "bucket_bytes": bucket_bytes is not None,
+                "reduce_dtype": options.reduce_dtype is not None,
+                "compression": how is not None,
+                "sync": seldom is not None,
+            }
+            check_combination(asked | cannot_be_cut(optimizer), self.name)
             if not self.shards_models:
-                refuse_engine(self.name)
-            check_options(options, optimizer)
+                raise ConfigError(not_by("shard_modules", self.name))
             units_of(model, shard_modules)
         if seldom is not None:
             self._check_exchange("sync= (--sync)")

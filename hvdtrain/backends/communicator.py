@@ -77,7 +77,7 @@ class Communicator(Rooted, Messages):
                     f"all_reduce(op={op!r}, async_op={async_op}) of a tensor that requires grad cannot be differentiated; "
                     "pass tensor.detach(), or use op 'sum' or 'mean' with async_op=False"
                 )
-            return cast(Tensor, _AllReduce.apply(tensor, self, op))  # type: ignore[no-untyped-call]
+            return cast(Tensor, _AllReduce.apply(tensor, self, op))
         pending = self._start_all_reduce(tensor, op, "all_reduce")
         return pending if async_op else pending.wait()
 
@@ -141,7 +141,7 @@ class Communicator(Rooted, Messages):
             CollectiveError: The dtypes differ, or the engine failed or timed out.
         """
         if differentiated(tensor):
-            return list(cast("tuple[Tensor, ...]", _AllGather.apply(tensor, self)))  # type: ignore[no-untyped-call]
+            return list(cast("tuple[Tensor, ...]", _AllGather.apply(tensor, self)))
         wire = self.wire
         headers = self._exchange_headers("all_gather", tensor)
         sizes = [numel(shape) for _, shape in headers]

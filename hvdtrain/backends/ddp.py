@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.group import Group
+from hvdtrain.backends.lingering import keep, let_go
 from hvdtrain.backends.reducer import ReducerReplica
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
@@ -127,6 +128,7 @@ class TorchBackend(Backend):
         return self.device if self.process_group == "nccl" else torch.device("cpu")
 
     def _disconnect(self) -> None:
+        let_go()
         dist.destroy_process_group()
         self._kept = None
 
@@ -167,29 +169,30 @@ class C10dWire(Wire):
     def all_reduce_(self, tensor: Tensor, op: WireOp) -> Work:
         """Start dist.all_reduce."""
         self.traffic.all_reduce(tensor.nbytes, self.size)
-        return self._started(dist.all_reduce(tensor, self._OPS[op], group=self._group, async_op=True))
+        return self._started(dist.all_reduce(tensor, self._OPS[op], group=self._group, async_op=True), tensor)
 
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
         """Start dist.all_gather."""
         self.traffic.all_gather(tensor.nbytes, self.size)
-        return self._started(dist.all_gather(list(out.unbind()), tensor, group=self._group, async_op=True))
+        parts = list(out.unbind())
+        return self._started(dist.all_gather(parts, tensor, group=self._group, async_op=True), tensor, *parts)
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> Work:
         """Start dist.all_to_all_single."""
         self.traffic.all_to_all([count * tensor.itemsize for count in send], self.rank)
-        return self._started(
-            dist.all_to_all_single(out, tensor, list(receive), list(send), group=self._group, async_op=True)
-        )
+        work = dist.all_to_all_single(out, tensor, list(receive), list(send), group=self._group, async_op=True)
+        return self._started(work, out, tensor)
 
     def broadcast_(self, tensor: Tensor, src: int) -> Work:
         """Start dist.broadcast."""
         self.traffic.rooted(tensor.nbytes, self.size)
-        return self._started(dist.broadcast(tensor, self.ranks[src], group=self._group, async_op=True))
+        return self._started(dist.broadcast(tensor, self.ranks[src], group=self._group, async_op=True), tensor)
 
     def reduce_(self, tensor: Tensor, op: WireOp, dst: int) -> Work:
         """Start dist.reduce."""
         self.traffic.rooted(tensor.nbytes, self.size)
-        return self._started(dist.reduce(tensor, self.ranks[dst], self._OPS[op], group=self._group, async_op=True))
+        work = dist.reduce(tensor, self.ranks[dst], self._OPS[op], group=self._group, async_op=True)
+        return self._started(work, tensor)
 
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Start dist.isend and dist.irecv, both at once: NCCL would do them one after the other."""
@@ -200,6 +203,7 @@ class C10dWire(Wire):
             for start, tensor, peer in both
             if tensor is not None and peer is not None
         ]
+        keep(*(tensor for tensor in (sent, out) if tensor is not None))
         return Together([self._started(work) for work in dist.batch_isend_irecv(messages)])
 
     def barrier(self) -> Work:
@@ -209,13 +213,15 @@ class C10dWire(Wire):
     def close(self) -> None:
         """Destroy the process group."""
         group, self._group = self._group, None
+        let_go()
         try:
             dist.destroy_process_group(group)
         except ValueError:  # the backend has stopped, and all its groups with it
             return
 
     @staticmethod
-    def _started(work: Work | None) -> Work:
+    def _started(work: Work | None, *tensors: Tensor) -> Work:
+        keep(*tensors)
         if work is None:
             raise HvdtrainError("torch.distributed returned no work: this rank is not in the group")
         return work

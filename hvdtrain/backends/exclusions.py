@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvdtrain.errors import ConfigError
 
@@ -17,8 +17,15 @@ ASKED_BY = {
     "clip_norm": "clip_norm= (--clip-norm)",
     "on_nan": 'on_nan="skip" (--on-nan skip)',
     "compression": "compression= (--compression)",
-    "reduce_dtype": "reduce_dtype= (--reduce-dtype)",
     "sync": "sync= (--sync)",
+    "shard_modules": "shard_modules= (--shard-modules)",
+    "bucket_bytes": "bucket_bytes= (--bucket-mb)",
+    "reduce_dtype": "reduce_dtype= (--reduce-dtype)",
+    "channels_last": "channels_last=True (--channels-last)",
+    "master_weights": "MasterWeights (--precision bf16-pure)",
+    "scaler": "a GradScaler (--precision fp16)",
+    "uncut_optimizer": "an optimizer of torch's that is none of SGD (without fused), Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
+    "RMSprop and ASGD",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -88,12 +95,83 @@ EXCLUSIONS = (
         "a rank would skip a step by itself, and schedules would differ between the ranks",
         "leave one of them out",
     ),
+    Exclusion(
+        "shard_modules",
+        "find_unused_parameters",
+        "ranks that use other parameters would gather others",
+        "freeze what is not used, or use it",
+    ),
+    Exclusion("shard_modules", "static_graph", "it is DistributedDataParallel's", "leave static_graph out"),
+    Exclusion(
+        "shard_modules",
+        "bucket_bytes",
+        "each module that is named is exchanged as one piece",
+        "leave bucket_bytes out, and name larger or smaller modules",
+    ),
+    Exclusion("shard_modules", "compression", "torch exchanges its gradients as they are", "leave compression out"),
+    Exclusion("shard_modules", "sync", "no rank holds weights to train by itself", "leave sync out"),
+    Exclusion("shard_modules", "reduce_dtype", "torch exchanges its gradients as they are", "leave reduce_dtype out"),
+    Exclusion(
+        "shard_modules",
+        "checkpoint_modules",
+        "parameters are gathered around the plain forward pass, which checkpoint_modules replaces",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "shard_modules",
+        "compile",
+        "parameters are gathered around the plain forward pass, which compile replaces",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "shard_modules",
+        "channels_last",
+        "torch cuts contiguous parameters alone",
+        "leave one of them out",
+    ),
+    Exclusion(
+        "shard_modules",
+        "shard_optimizer",
+        "the optimizer's state is cut with the parameters already",
+        "hand in the plain optimizer",
+    ),
+    Exclusion(
+        "shard_modules",
+        "master_weights",
+        "its copies are of whole parameters",
+        "use float32 parameters and autocast, precision bf16",
+    ),
+    Exclusion(
+        "shard_modules",
+        "scaler",
+        "each rank would look for infinities in its own part alone",
+        "use bfloat16, which needs none: precision bf16",
+    ),
+    Exclusion(
+        "shard_modules",
+        "uncut_optimizer",
+        "torch has its step for whole parameters alone, or rounds otherwise where they are cut",
+        "use one of these",
+    ),
+    Exclusion(
+        "shard_modules",
+        "horovod",
+        "torch's fully_shard needs a process group of torch.distributed",
+        "use --backend torch (under torchrun) or --backend mpi (under mpirun), or cut the optimizer's state alone: "
+        "hvdtrain.ShardedOptimizer (--shard-optimizer)",
+    ),
 )
 
 
 def exclusion(feature: str, other: str) -> Exclusion | None:
     """The row of two features, or of a feature and an engine; None if they go together."""
     return next((row for row in EXCLUSIONS if {row.feature, row.other} == {feature, other}), None)
+
+
+def not_by(feature: str, engine: str) -> str:
+    """What the user of an engine reads that lacks, as one in the table does, what a feature needs: another package's, for one."""
+    row = next(row for row in EXCLUSIONS if row.feature == feature and row.other not in ASKED_BY)
+    return replace(row, other=engine).sentence
 
 
 def check_combination(asked: Mapping[str, object], engine: str = "") -> None:

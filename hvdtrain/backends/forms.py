@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hvdtrain.backends.layout import bytes_of
 from hvdtrain.errors import CollectiveError
 from hvdtrain.ranks.frames import proof, same
 
@@ -89,7 +90,7 @@ def numel(shape: tuple[int, ...]) -> int:
 def as_bytes(tensor: Tensor, device: torch.device) -> Tensor:
     """The values of ``tensor``, flat, as uint8 on ``device``: its own memory where it lies so already."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.to(device).contiguous().reshape(-1).view(torch.uint8)
+    return bytes_of(plain.to(device).contiguous())
 
 
 def by_rank(ranks: Sequence[int], values: Sequence[object]) -> str:

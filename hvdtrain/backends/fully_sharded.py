@@ -11,6 +11,7 @@ before each by one small exchange; a rank without samples cannot sit a step out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,26 +22,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
-from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.units import own_part, owner, units_of
+from hvdtrain.backends.replica import Replica, ReplicaOptions, copied
+from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError
 
-try:
+with suppress(ImportError):  # an old torch, which units_of() has refused
     from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    _CAN = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
-except ImportError:
-    _CAN = False
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from hvdtrain.backends.base import Backend
 
-_KINDS = ("runs the model", "runs the model without gradients", "goes backward", "ends its step")
-_FORWARD, _INFERENCE, _BACKWARD, _END = range(4)
-_MANY = 2**20
+_KINDS = (
+    "runs the model",
+    "runs the model without gradients",
+    "goes backward",
+    "ends its step",
+    "ends its evaluation",
+)
+_FORWARD, _INFERENCE, _BACKWARD, _END, _EVALUATED = range(5)
+_MANY = 2**31 - 1
 
 
 class FullyShardedReplica(Replica):
@@ -49,18 +52,15 @@ class FullyShardedReplica(Replica):
     _reuses_gradients = False
     _engine_averages = False
     _ranks_always_meet = True
+    is_cut = True
 
     def __init__(
         self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
     ) -> None:
-        if not _CAN:
-            raise ConfigError(
-                f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
-                "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
-            )
         assert options.shard_modules is not None
         self._units = units_of(module, options.shard_modules)
         self._calls = [0] * len(_KINDS)
+        self._order = 0  # of the units that were gathered since the ranks have met
         self._inside = self._going_back = False
         self._gathered: dict[Tensor, str] = {}  # parameters as the forward pass saw them last
         super().__init__(backend, module, optimizer, options)
@@ -97,6 +97,14 @@ class FullyShardedReplica(Replica):
         """Give every rank rank 0's buffers; parameters and optimizer state exist once, over all ranks."""
         self.sync_buffers()
 
+    def end_inference(self) -> None:
+        """As `Replica.end_inference`.
+
+        Raises:
+            TrainingError: On every rank: the ranks did not run the model equally often.
+        """
+        self._meet(_EVALUATED)
+
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients of all ranks."""
         parts = [own_part(gradient) for gradient in self._gradients()]
@@ -110,64 +118,57 @@ class FullyShardedReplica(Replica):
 
     def whole_state(self) -> dict[str, Any]:
         """As `Replica.whole_state`: put together one tensor at a time, on rank 0 alone."""
-        model = {name: self._whole(value) for name, value in self.module.state_dict().items()}
-        plain = {} if self._optimizer is None else self._optimizer.state_dict()
-        state = {
-            index: {name: self._whole(value) for name, value in of.items()}
-            for index, of in plain.get("state", {}).items()
-        }
-        if self._backend.rank != 0:
-            return {}
-        return {"model": model, **({"optimizer": {**plain, "state": state}} if plain else {})}
+        root = self._backend.rank == 0
+        state = {"model": whole(dict(self.module.state_dict()), root=root)}
+        if self._optimizer is not None:
+            state["optimizer"] = whole(self._optimizer.state_dict(), root=root)
+        return {name: copied(of) for name, of in state.items()} if root else {}
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """As `Replica.load_whole_state`: rank 0's is cut over the ranks, one tensor at a time."""
         outline: Any = self._backend.broadcast_object(_outline(state) if self._backend.rank == 0 else {})
+        if "model" in outline:
+            self._load_model(state.get("model", {}), outline["model"])
+        if self._optimizer is not None and "optimizer" in outline:
+            self._load_optimizer(self._optimizer, state.get("optimizer", {}).get("state", {}), outline["optimizer"])
+
+    def _load_model(self, state: dict[str, Tensor], outline: dict[str, Tensor]) -> None:
         own = self.module.state_dict()
-        if set(outline["model"]) != set(own):
+        if set(outline) != set(own):
             raise ConfigError(
-                f"the state is of another model: it has {sorted(set(outline['model']) ^ set(own))[:8]} or lacks them"
+                f"the state is of another model: it has {sorted(set(outline) ^ set(own))[:8]} or lacks them"
             )
         for name, tensor in own.items():
-            if tuple(outline["model"][name].shape) != tuple(tensor.shape):
+            if outline[name].shape != tensor.shape:
                 raise ConfigError(
-                    f"the state has {name!r} in shape {tuple(outline['model'][name].shape)}, the model in {tuple(tensor.shape)}"
+                    f"the state has {name!r} in shape {tuple(outline[name].shape)}, the model in {tuple(tensor.shape)}"
                 )
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(self._cut(state.get("model", {}).get(name), outline["model"][name], tensor))
-        if self._optimizer is None or "optimizer" not in outline:
-            return
-        held = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        theirs = outline["optimizer"]
-        mine = state.get("optimizer", {}).get("state", {})
+                tensor.copy_(self._cut(state.get(name), outline[name], tensor))
+
+    def _load_optimizer(self, optimizer: Optimizer, state: dict[int, Any], outline: dict[str, Any]) -> None:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         cut = {
             index: {
-                name: self._cut(mine.get(index, {}).get(name), value, held[index]) if _is_outline(value) else value
+                name: self._cut(state.get(index, {}).get(name), value, held[index]) if _is_outline(value) else value
                 for name, value in of.items()
             }
-            for index, of in theirs["state"].items()
+            for index, of in outline["state"].items()
         }
-        self._optimizer.load_state_dict({**theirs, "state": cut})
-
-    def _whole(self, value: Any) -> Any:
-        """A tensor of all ranks on rank 0's CPU; None elsewhere."""
-        if not isinstance(value, Tensor):
-            return value
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return whole.detach().cpu().clone() if self._backend.rank == 0 else None
+        optimizer.load_state_dict({**outline, "state": cut})
 
     def _cut(self, value: Tensor | None, outline: Tensor, like: Tensor) -> Tensor:
         device = self._backend.device
         if self._backend.rank == 0:
             assert value is not None
-            whole = value.to(device)
+            sent = value.to(device)
         else:
-            whole = torch.empty(outline.shape, dtype=outline.dtype, device=device)
-        whole = self._backend.broadcast(whole)
-        if isinstance(like, DTensor) and whole.shape == like.shape:
-            return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-        return whole
+            sent = torch.empty(outline.shape, dtype=outline.dtype, device=device)
+        sent = self._backend.broadcast(sent)
+        if isinstance(like, DTensor) and sent.shape == like.shape:
+            return distribute_tensor(sent, like.device_mesh, like.placements, src_data_rank=None)
+        return sent
 
     # -- Replica ------------------------------------------------------------------------------------------------------
 
@@ -223,10 +224,16 @@ class FullyShardedReplica(Replica):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
         cut = dict(self.module.named_parameters())
-        for group in [] if self._optimizer is None else self._optimizer.param_groups:
-            group["params"][:] = [cut[names[parameter]] for parameter in group["params"]]
-        for name, unit in (("", self.module), *self._units.items()):
-            unit.register_forward_pre_hook(self._note_gathered(name))
+        optimizer = self._optimizer
+        for group in [] if optimizer is None else optimizer.param_groups:
+            assert optimizer is not None
+            for at, parameter in enumerate(group["params"]):
+                group["params"][at] = part = cut[names[parameter]]
+                if parameter in optimizer.state:  # the same on every rank by now
+                    state = optimizer.state.pop(parameter)
+                    optimizer.state[part] = {name: _cut_with(part, value) for name, value in state.items()}
+        for number, (name, unit) in enumerate((("", self.module), *self._units.items()), 1):
+            unit.register_forward_pre_hook(self._note_gathered(name, number))
         self.module.register_forward_pre_hook(self._enter, prepend=True)
         self.module.register_forward_hook(self._leave, always_call=True)
         for unit in self._units.values():
@@ -246,7 +253,7 @@ class FullyShardedReplica(Replica):
                 "in whose forward pass all ranks gather its parameters"
             )
 
-    def _note_gathered(self, unit: str) -> Callable[[nn.Module, Any], None]:
+    def _note_gathered(self, unit: str, number: int) -> Callable[[nn.Module, Any], None]:
         places = [
             (part, key, f"{prefix}.{key}" if prefix else key)
             for prefix, part in self.module.named_modules()
@@ -255,6 +262,7 @@ class FullyShardedReplica(Replica):
         ]
 
         def note(module: nn.Module, inputs: Any) -> None:
+            self._order = (self._order * 1_000_003 + number) % _MANY
             for part, key, name in places:
                 parameter = part._parameters[key]
                 if parameter is not None and parameter not in self._gathered:
@@ -278,9 +286,16 @@ class FullyShardedReplica(Replica):
             TrainingError: On every rank; says which rank does what.
         """
         self._calls[kind] += 1
-        mine = torch.tensor([kind * _MANY + self._calls[kind] % _MANY], device=self._backend.wire.device)
-        everyone = [divmod(int(code), _MANY) for code in torch.cat(list(self._backend.all_gather(mine))).tolist()]
+        mine = torch.tensor([kind, self._calls[kind], self._order], device=self._backend.wire.device)
+        everyone = [of.tolist() for of in self._backend.all_gather(mine)]
+        self._order = 0
         other = next((rank for rank, what in enumerate(everyone) if what != everyone[0]), None)
+        if other is not None and everyone[other][:2] == everyone[0][:2]:
+            raise TrainingError(
+                f"rank 0 and rank {other} ran other modules of the model, or in another order, and parameters are cut over the ranks "
+                "(shard_modules=), so that they gathered each other's numbers for different modules. Let every rank run the same modules, or "
+                "name larger ones, in which the choice is made"
+            )
         if other is not None:
             does = [f"{_KINDS[everyone[rank][0]]} (its time {everyone[rank][1]})" for rank in (0, other)]
             raise TrainingError(
@@ -288,6 +303,10 @@ class FullyShardedReplica(Replica):
                 'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
                 "of at least one sample a rank) and equally many micro-batches"
             )
+
+
+def _cut_with(part: Tensor, value: Any) -> Any:
+    return cut_like(value, part) if isinstance(value, Tensor) and value.shape == part.shape else value
 
 
 def _own_memory(module: nn.Module, inputs: Any, output: Any) -> Any:

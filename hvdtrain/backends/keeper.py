@@ -220,7 +220,7 @@ def _references(tensors: list[Tensor]) -> list[int]:
 
 def _expected(tensors: list[Tensor]) -> list[int]:
     """What `_references` says where nobody else does: newer versions of torch count C++'s own reference."""
-    return [_HELD if tensor._use_count() > 1 else _ALONE for tensor in tensors]  # type: ignore[attr-defined]
+    return [_HELD if tensor._use_count() > 1 else _ALONE for tensor in tensors]
 
 
 _held = nn.Parameter(torch.empty(0))

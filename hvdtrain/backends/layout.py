@@ -7,6 +7,8 @@ does, would go to other numbers, without a word.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +22,11 @@ def lying_like(row: Tensor, parameter: Tensor) -> Tensor:
     return row.as_strided(parameter.shape, strides, row.storage_offset())
 
 
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, flat, as uint8; of one number too, whose strides may be any, which `reshape` keeps."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A tensor, or a copy of it that lies as a parameter of its shape does."""
     if tensor.shape != parameter.shape or tensor.layout != torch.strided or tensor.stride() == parameter.stride():
@@ -27,6 +34,16 @@ def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.is_contiguous() and parameter.is_contiguous():  # strides of dimensions of size 1 say nothing
         return tensor
     return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
+
+
+_following: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def lay_out_what_is_loaded(optimizer: Optimizer) -> None:
+    """Let states that anybody loads into an optimizer from now on lie as their parameters do."""
+    if optimizer not in _following and hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+        optimizer.register_load_state_dict_post_hook(lay_out_states)
+        _following.add(optimizer)
 
 
 def lay_out_states(optimizer: Optimizer) -> None:

@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,12 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
-from hvdtrain.backends.layout import lay_out_states
+from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
-from hvdtrain.backends.units import refuse_scaler
+from hvdtrain.backends.units import state_for_rank_zero
 from hvdtrain.backends.unsent import Unsent, check_compression
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
@@ -126,6 +126,8 @@ class Replica(ABC):
     _reuses_gradients = True  # the engine writes a step's gradients where the last step's were
     _own_hooks = 0  # post-accumulate hooks that the engine has put on each parameter
     _ranks_always_meet = False  # every backward pass adds up gradients over the ranks
+    is_cut: ClassVar[bool] = False
+    """Each rank holds a part of the model, so that all must run it equally often, in evaluation too."""
     _engine_averages = True  # the engine divides the ranks' sum by the world size while it exchanges
 
     def __init__(
@@ -154,6 +156,7 @@ class Replica(ABC):
         self._set_up()
         if optimizer is not None:
             guard_steps(optimizer, self)
+            lay_out_what_is_loaded(optimizer)
         _living.add(self)
 
     # -- the verbs ----------------------------------------------------------------------------------------------------
@@ -298,8 +301,7 @@ class Replica(ABC):
             TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
-        if scaler is not None and self.options.shard_modules is not None:
-            refuse_scaler()
+        check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": scaler is not None})
         self._exchange()
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
@@ -369,6 +371,9 @@ class Replica(ABC):
         """What to call in evaluation, where ranks may make different numbers of calls."""
         return self.module
 
+    def end_inference(self) -> None:  # noqa: B027 - most engines have nothing to end
+        """After the last call of `inference_model` of an evaluation; every rank must call it."""
+
     def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:  # noqa: B027 - most engines have nothing to settle
         """Settle whatever the engine decides in its first step, without a step, so that a resumed run continues exactly.
 
@@ -396,12 +401,11 @@ class Replica(ABC):
 
         It loads at any number of ranks, whether the model is cut over them (``shard_modules=``) or not.
         """
+        whole = {} if self._optimizer is None else {"optimizer": state_for_rank_zero(self._optimizer)}
         if self._backend.rank != 0:
             return {}
-        whole = {"model": self.module.state_dict()}
-        if self._optimizer is not None:
-            whole["optimizer"] = self._optimizer.state_dict()
-        return {name: _copied(state) for name, state in whole.items()}
+        whole = {"model": self.module.state_dict(), **whole}
+        return {name: copied(state) for name, state in whole.items()}
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """Take what rank 0 gives, from `whole_state`; every rank must call it, others with {}.
@@ -769,10 +773,11 @@ _WEIGHTLESS = (
 )
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A state whose tensors are copies on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
-    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _explained(error: RuntimeError) -> TrainingError | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,9 +15,9 @@ from hvdtrain.errors import ConfigError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from hvdtrain.backends.replica import ReplicaOptions
 
-_WITH = "shard_modules= does not go with {what}: {why}; {instead}"
+# Tried in all their forms (loops, foreach, fused) against whole parameters.
+_CUT = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
 
 
 def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
@@ -26,7 +28,7 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         pattern: A regular expression; the whole name must match, as in `torch.nn.Module.named_modules`.
 
     Raises:
-        ConfigError: Nothing matches, a match has no forward pass, or a parameter belongs to two units.
+        ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units, or torch is too old.
     """
     try:
         wanted = re.compile(pattern)
@@ -56,6 +58,11 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
                 "and shard_modules= gathers parameters around the plain one; leave one of them out"
             )
     _refuse_ties(model, units)
+    if not torch_can_cut():  # on every engine, also where there is one rank and nothing to cut
+        raise ConfigError(
+            f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
+            "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
+        )
     return dict(sorted(units.items(), key=lambda unit: -unit[0].count(".")))
 
 
@@ -70,73 +77,51 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     return part
 
 
+def state_for_rank_zero(optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state_dict; where its state is spread over the ranks, the whole on rank 0 alone. Every rank must call it."""
+    gather: Callable[[], dict[str, Any]] = getattr(optimizer, "state_on_rank_zero", optimizer.state_dict)
+    return gather()
+
+
+def cut_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on every rank, cut as another one of its shape is, if that is cut; nothing is exchanged."""
+    if not is_cut(like) or is_cut(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - loads much of torch
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def whole(value: Any, *, root: bool) -> Any:
+    """A state in which tensors that are cut over the ranks are whole, on rank 0's CPU; every rank must call it.
+
+    Args:
+        value: Tensors, lists and dictionaries, in the same order on every rank; other values are kept.
+        root: Whether this is rank 0; the others have None for a tensor that is cut. One is put together at a time.
+    """
+    if isinstance(value, torch.Tensor):
+        full = value.full_tensor().detach().cpu() if is_cut(value) else value  # type: ignore[attr-defined]
+        return full if root or full is value else None
+    if type(value) is dict:
+        return {key: whole(item, root=root) for key, item in value.items()}
+    return [whole(item, root=root) for item in value] if type(value) is list else value
+
+
 def owner(name: str, units: dict[str, nn.Module]) -> str:
     """The innermost unit that a parameter's name lies in; "" for the rest of the model."""
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default="")
 
 
-def check_options(options: ReplicaOptions, optimizer: Optimizer | None) -> None:
-    """Refuse what a model that is cut over the ranks cannot have.
-
-    Raises:
-        ConfigError: Says what, why, and what to do.
-    """
-    if options.find_unused_parameters:
-        _refuse(
-            "find_unused_parameters=True", "ranks that use other parameters would gather others", "freeze or use them"
-        )
-    if options.static_graph:
-        _refuse("static_graph=True", "it is DistributedDataParallel's", "leave it out")
-    if options.bucket_bytes is not None:
-        _refuse("bucket_bytes=", "each module that is named is exchanged as one piece", "leave it out")
-    if options.reduce_dtype is not None:
-        _refuse("reduce_dtype=", "its gradients are exchanged by torch, as they are", "leave it out")
-    if options.compression is not None:
-        _refuse("compression=", "its gradients are exchanged by torch, as they are", "leave it out")
-    if options.sync is not None:
-        _refuse("sync=", "no rank holds weights to train by itself", "leave it out")
-    if optimizer is None:
-        return
-    if getattr(optimizer, "keeps_masters", False):
-        _refuse(
-            "MasterWeights", "its copies are of whole parameters", "use float32 parameters and autocast, precision bf16"
-        )
-    if getattr(optimizer, "spreads_state", False):
-        _refuse("a ShardedOptimizer", "the optimizer's state is cut with the parameters", "hand in the plain optimizer")
-    if len(optimizer.state):
-        _refuse(
-            "an optimizer that has stepped",
-            "its state is of whole parameters",
-            "hand in a new one, and load the state into the replica by load_whole_state()",
-        )
-
-
-def refuse_scaler() -> None:
-    """Refuse a GradScaler.
-
-    Raises:
-        ConfigError: Always.
-    """
-    _refuse(
-        "a GradScaler", "each rank would look for infinities in its own part alone", "use bfloat16, which needs none"
-    )
-
-
-def refuse_engine(name: str) -> None:
-    """Refuse an engine that has no reduce-scatter of its own that torch's FSDP2 could call.
-
-    Raises:
-        ConfigError: Always.
-    """
-    _refuse(
-        f"the backend {name}",
-        "torch's fully_shard needs a process group of torch.distributed",
-        "use --backend torch (under torchrun) or --backend mpi (under mpirun), or leave parameters whole: hvdtrain.ShardedOptimizer",
-    )
-
-
-def _refuse(what: str, why: str, instead: str) -> None:
-    raise ConfigError(_WITH.format(what=what, why=why, instead=instead))
+def cannot_be_cut(optimizer: Optimizer | None) -> dict[str, bool]:
+    """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that excludes a model cut over the ranks."""
+    kind = type(optimizer).__name__
+    return {
+        "master_weights": bool(getattr(optimizer, "keeps_masters", False)),
+        "shard_optimizer": bool(getattr(optimizer, "spreads_state", False)),
+        "uncut_optimizer": optimizer is not None
+        and type(optimizer).__module__.startswith("torch.optim")
+        and (kind not in _CUT or (kind == "SGD" and any(group.get("fused") for group in optimizer.param_groups))),
+    }
 
 
 def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
@@ -148,3 +133,9 @@ def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
                 f"{before!r} and {name!r} are one parameter, and shard_modules= puts them into different units; let the pattern match neither "
                 "module, or one that holds both"
             )
+
+
+def torch_can_cut() -> bool:
+    """Whether this torch's fully_shard can add up gradients, which it could not always."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    return hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms")

@@ -65,10 +65,10 @@ def run(argv: Sequence[str]) -> int:
         sys.path.append(here)
     from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
 
-    try:
-        run_training(config)
-    finally:
-        gc.freeze()  # the last collection of a process would walk all of torch, for a second or more
+    # The last collection of a process would walk all of torch, for a second or more. Not what is loaded from here on: Triton
+    # 3.9 complains of all that is not collected.
+    gc.freeze()
+    run_training(config)
     return 0
 
 

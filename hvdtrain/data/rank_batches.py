@@ -8,7 +8,7 @@ step. How shares are cut is `hvdtrain.data.partition`'s, in which order `hvdtrai
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
@@ -320,6 +320,25 @@ def evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: i
         with length_explained(source.dataset):
             batch = next(loaded)
         yield to_device(batch, ranks.device, non_blocking=True), len(indices)
+
+
+def equal_evaluation_batches(source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0) -> RankBatches:
+    """Return the same for ranks that must make equally many batches: one step, in whose micro-batches the samples are.
+
+    A rank has batches without samples only where it has fewer samples than another has batches.
+    """
+    shard = shard_for(source, ranks)
+    length = whole_length(source, shard)
+    sizes = None if shard is None else shard.sizes
+    most = -(-length // ranks.topology.world_size) if sizes is None else max(sizes)
+    return RankBatches(
+        replace(source, shuffle=False, last_batch="keep"),
+        ranks,
+        global_batch_size=length,
+        accumulate=max(1, -(-most // batch_size)),
+        seed=seed,
+        equal_passes=True,
+    )
 
 
 def sample_count(source: Source, ranks: Ranks, *, seed: int) -> SampleCount | None:

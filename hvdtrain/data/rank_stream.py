@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hvdtrain.data.nested import empty_from, to_device
 from hvdtrain.data.portions import Cut, Opening, Portion, Start
-from hvdtrain.data.rank_batches import RankBatches, evaluation_batches, one_or_more
+from hvdtrain.data.rank_batches import RankBatches, equal_evaluation_batches, evaluation_batches, one_or_more
 from hvdtrain.data.reach import Ranks
 from hvdtrain.data.source import Source
 from hvdtrain.data.stream_place import Place
@@ -370,9 +370,34 @@ def batches_of(
 
 
 def evaluation_of(
-    source: Source, ranks: Ranks, *, batch_size: int, seed: int = 0, count: bool = False
+    source: Source,
+    ranks: StreamRanks,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    count: bool = False,
+    equal_passes: bool = False,
 ) -> Iterator[tuple[Any, int]]:
-    """Yield this rank's share of a data set or a stream, as `evaluation_batches` does; every rank must begin it."""
+    """Yield this rank's share of a data set or a stream, as `evaluation_batches` does; every rank must begin it.
+
+    Args:
+        source, batch_size, seed: As there.
+        ranks: All of them.
+        count: See `RankStream`.
+        equal_passes: Every rank gets as many batches as the others, if need be empty ones.
+    """
+    if equal_passes:
+        each = replace(source, batch_size=batch_size)
+        together: Batches
+        if source.is_stream:
+            together = RankStream(each, ranks, seed=seed, equal_passes=True, keep_states=False, count=count)
+        else:
+            together = equal_evaluation_batches(source, ranks, batch_size=batch_size, seed=seed)
+            if together.partition.needs_empty_batches:
+                together.prepare_empty()
+        for step in together.steps(0):
+            yield from step
+        return
     if not source.is_stream:
         yield from evaluation_batches(source, ranks, batch_size=batch_size, seed=seed)
         return

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import WIRE_DTYPE, numel
+from hvdtrain.backends.layout import bytes_of
 from hvdtrain.horovod.ledger import Key
 from hvdtrain.horovod.performing import outcome_of, ready_to_reduce
 from hvdtrain.horovod.reductions import Adasum, Max, Min, Product
@@ -56,7 +57,7 @@ class Places:
 
 def put(area: Tensor, at: int, communicator: Communicator, request: Request) -> None:
     """Write a request's numbers."""
-    numbers = ready_to_reduce(communicator, request).reshape(-1).view(torch.uint8)
+    numbers = bytes_of(ready_to_reduce(communicator, request))
     area[at : at + numbers.numel()] = numbers
 
 

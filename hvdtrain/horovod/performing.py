@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import WIRE_DTYPE
+from hvdtrain.backends.layout import bytes_of
 from hvdtrain.backends.wire import WireOp, Work
 from hvdtrain.horovod.adasum import adasum
 from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product
@@ -228,7 +229,7 @@ def _broadcast(communicator: Communicator, request: Request) -> Tensor:
         direct = out.is_contiguous() and out.device == communicator.wire.device and not out.is_complex()
         carried = out if direct else out.to(communicator.wire.device, copy=True, memory_format=torch.contiguous_format)
         carried = carried.resolve_conj().contiguous()
-        communicator.wire.broadcast_(carried.reshape(-1).view(torch.uint8), src).wait()
+        communicator.wire.broadcast_(bytes_of(carried), src).wait()
         if not direct:
             out.copy_(carried)
     return request.outputs[0] if request.outputs else out

@@ -90,5 +90,5 @@ def memory(tensor: Tensor, start: int = 0, count: int | None = None) -> list[Any
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as bytes, for operations that only move it. The tensor must be contiguous."""
-    flat = tensor.reshape(-1)
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # of one element, reshape may leave another stride
     return torch.view_as_real(flat).reshape(-1).view(torch.uint8) if flat.is_complex() else flat.view(torch.uint8)

@@ -20,22 +20,22 @@ from hvdtrain.backends.communicator import Communicator
 
 def summed(own: Tensor, communicator: Communicator) -> Tensor:
     """Own to alike: the sum over the ranks. The shapes must be the same; every rank must call it, as all four."""
-    return cast(Tensor, _Sum.apply(own, communicator))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Sum.apply(own, communicator))
 
 
 def copied(alike: Tensor, communicator: Communicator) -> Tensor:
     """Alike to own: the tensor itself. The gradient is the sum of the ranks' gradients."""
-    return cast(Tensor, _Copy.apply(alike, communicator))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Copy.apply(alike, communicator))
 
 
 def taken(alike: Tensor, columns: range, communicator: Communicator) -> Tensor:
     """Alike to own: some entries of the last dimension, which on all ranks together are all entries, in rank order."""
-    return cast(Tensor, _Take.apply(alike, columns, communicator))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Take.apply(alike, columns, communicator))
 
 
 def joined(own: Tensor, columns: range, communicator: Communicator) -> Tensor:
     """Own to alike: what `taken` takes apart."""
-    return cast(Tensor, _Join.apply(own, columns, communicator))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Join.apply(own, columns, communicator))
 
 
 class _Sum(torch.autograd.Function):

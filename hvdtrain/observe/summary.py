@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
+from hvdtrain.backends.layout import bytes_of
 from hvdtrain.observe.quantities import in_bytes
 from hvdtrain.observe.whole_file import write_whole
 
@@ -84,7 +84,7 @@ def parameters_sha256(state: Mapping[str, Tensor]) -> str:
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         if value.numel():
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(bytes_of(value).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -7,7 +7,7 @@ parameters' shapes; an optimizer that treats each number by itself computes the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -148,11 +148,25 @@ class ShardedOptimizer(Optimizer):
         Raises:
             ConfigError: Parameters are no more what was cut.
         """
+        return self._whole(self._communicator.all_gather_object)
+
+    def state_on_rank_zero(self) -> dict[str, Any]:
+        """As `state_dict`, whole on rank 0 alone; the others have its settings without a state. Every rank must call it.
+
+        Raises:
+            ConfigError: Parameters are no more what was cut.
+        """
+        return self._whole(self._communicator.gather_object)
+
+    def _whole(self, gather: Callable[[Any], list[Any] | None]) -> dict[str, Any]:
         assert self._inner is not None
         self._check_parameters()
         held = self._inner.state
         mine = [held.get(piece.inner, {}) for piece in self._pieces]
-        everyone: list[list[dict[str, Any]]] = self._communicator.all_gather_object([on_cpu(state) for state in mine])
+        everyone: list[list[dict[str, Any]]] | None = gather([on_cpu(state) for state in mine])
+        whole = super().state_dict()
+        if everyone is None:
+            return {**whole, "state": {}}
         parts: dict[int, dict[str, list[tuple[slice, Any]]]] = {}
         for states, places in zip(everyone, self._places(), strict=True):
             for of_piece, (index, numbers) in zip(states, places, strict=True):
@@ -163,7 +177,6 @@ class ShardedOptimizer(Optimizer):
             index: {name: joined(parameters[index], pieces) for name, pieces in parts[index].items()}
             for index in sorted(parts)
         }
-        whole = super().state_dict()
         whole["state"] = state
         return whole
 

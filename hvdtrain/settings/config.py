@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "local", "torch", "mpi", "horovod")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 BACKEND_GROUP = "hvdtrain.backends"
 """Entry-point group under which other packages register backends."""
 DATA_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "synthetic")
@@ -219,6 +220,14 @@ class TrainConfig:
     shard_optimizer: bool = option(
         False, "cut the optimizer's state over the ranks (ZeRO, stage 1), to need less memory", group=_OPTIM
     )
+    shard_modules: str | None = option(
+        None,
+        "cut parameters, gradients and the optimizer's state over the ranks (FSDP2, backends torch and mpi), to need less memory, and "
+        "gather modules one at a time: a regular expression for their whole names, such as 'layer[34]'",
+        group=_OPTIM,
+        metavar="REGEX",
+        default_text="none",
+    )
     compile: bool = option(
         False, "compile the model by torch.compile before the first step (needs a C++ compiler)", group=_OPTIM
     )
@@ -361,6 +370,13 @@ class TrainConfig:
     eval_every: int = option(
         1, "epochs between evaluations; the last epoch always ends with one", group=_RUN, metavar="EPOCHS", at_least=1
     )
+    logger: str = option(
+        "auto",
+        "experiment trackers besides the run's own files: none, or some of tensorboard, wandb, mlflow with commas between; auto is "
+        "tensorboard where it is installed",
+        group=_RUN,
+        metavar="NAMES",
+    )
     log_every: int = option(10, "steps between lines of metrics.jsonl", group=_RUN, metavar="STEPS", at_least=1)
     seed: int = option(
         0, "seed of weights, data order and augmentation", group=_RUN, metavar="N", at_least=0, at_most=2**32 - 1
@@ -384,6 +400,8 @@ class TrainConfig:
         if self.batch_size is None and self.global_batch_size is None:
             object.__setattr__(self, "batch_size", DEFAULT_BATCH_SIZE)
         _check_backend(self.backend)
+        if self.logger not in ("auto", "none"):
+            trackers_of(self.logger)
         if not _DEVICE.fullmatch(self.device):
             guess = did_you_mean(self.device, ("auto", "cpu", "cuda", "cuda:0"))
             raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {shown(self.device)}{guess}")
@@ -497,6 +515,23 @@ class TrainConfig:
                 f"--warmup-steps {self.warmup_steps} is more than --max-steps {self.max_steps}; the learning rate "
                 "would never be reached"
             )
+
+
+def trackers_of(text: str) -> list[str]:
+    """The experiment trackers that ``--logger`` names.
+
+    Raises:
+        ConfigError: There is no such tracker, or one is named twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(
+                f"--logger {shown(text)}: {shown(name)} is none of auto, none, {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"--logger {shown(text)} names {name} twice")
+    return names
 
 
 def _check_backend(name: str) -> None:

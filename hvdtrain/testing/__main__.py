@@ -28,6 +28,7 @@ def main() -> int:
     suite = Path(__file__).with_name("conformance")
     # -x: a rank whose test failed ends, and its end ends the others, who may be waiting for it.
     options = ["-x", "-p", "hvdtrain.testing.plugin", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(suite)]
+    options += ["-W", "ignore:`torch.cpu.amp.autocast:FutureWarning"]  # torch 2.4's checkpointing calls it itself
     options += ["-p", "no:hypothesispytest"]  # its summary would load all of hypothesis on every rank
     chosen = [f"--hvdtrain-backend={known.backend}", f"--hvdtrain-device={known.device}"]
     if known.record is not None:

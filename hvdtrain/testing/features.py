@@ -43,7 +43,7 @@ FEATURES = {
     "compression": "Compressed gradients: int8, fp8, 1-bit, top-k, random-k, PowerSGD (`--compression`)",
     "traffic": "Bytes that each rank sends, counted",
     "sync": "Weights exchanged every so many steps: local SGD, DiLoCo (`--sync`)",
-    "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`replicate(shard_modules=)`)",
+    "sharded model": "Parameters, gradients and state cut over the ranks, FSDP2 (`--shard-modules`)",
     "wide layers": "Layers cut by feature over the ranks (`hvdtrain.nn`)",
     "combinations": "Every two of the above options together",
 }

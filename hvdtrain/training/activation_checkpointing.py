@@ -9,17 +9,22 @@ buffers that change are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError, TrainingError
 
 POLICIES = ("full", "selective")
+# torch 2.4 has none.
+SELECTIVE_CONTEXTS: Callable[[Any], Any] | None = getattr(
+    torch_checkpoint, "create_selective_checkpoint_contexts", None
+)
 # What is costly to compute again: products of matrices, convolutions, attention.
 _COSTLY = [
     getattr(torch.ops.aten, name).default
@@ -52,11 +57,16 @@ def checkpoint_activations(model: nn.Module, modules: str, *, policy: str = "ful
         The names of the modules that were taken.
 
     Raises:
-        ConfigError: No module has such a name, or another call has taken it already.
+        ConfigError: No module has such a name, another call has taken it already, or torch is too old.
     """
     if policy not in POLICIES:
         raise ConfigError(
             f"checkpoint_policy must be one of {', '.join(POLICIES)}, got {policy!r} (--checkpoint-policy)"
+        )
+    if policy == "selective" and SELECTIVE_CONTEXTS is None:
+        raise ConfigError(
+            f"checkpoint_policy 'selective' needs torch 2.5 or newer, and this is {torch.__version__}: update torch, or use 'full' "
+            "(--checkpoint-policy)"
         )
     try:
         pattern = re.compile(modules)
@@ -157,7 +167,8 @@ class _Run:
 
 
 def _selective() -> tuple[Any, Any]:
-    first, again = create_selective_checkpoint_contexts(_COSTLY)
+    assert SELECTIVE_CONTEXTS is not None
+    first, again = SELECTIVE_CONTEXTS(_COSTLY)
     return first, again
 
 

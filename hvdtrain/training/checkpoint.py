@@ -339,16 +339,21 @@ def opened(which: Saved | Path | str) -> Saved:
     return check(path.resolve() if path.is_symlink() else path)
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module, *, cut: bool = False) -> dict[str, Tensor]:
     """Return a model's state_dict by the names that it has without `torch.compile`, of itself or of modules in it.
+
+    Args:
+        model: The model.
+        cut: Allow tensors that are cut over the ranks.
 
     Raises:
         CheckpointError: Two tensors have the same name without it, or one is cut over the ranks.
     """
     state = model.state_dict()
-    if cut := next((name for name, value in state.items() if is_cut(value)), None):
+    part = next((name for name, value in state.items() if is_cut(value)), None)
+    if part is not None and not cut:
         raise CheckpointError(
-            f"{cut!r} is cut over the ranks, and a checkpoint holds whole tensors: replica.whole_state()"
+            f"{part!r} is cut over the ranks, and a checkpoint holds whole tensors: replica.whole_state()"
         )
     plain = {without_compile(name): value for name, value in state.items()}
     if len(plain) != len(state):
@@ -359,7 +364,9 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return plain
 
 
-def load(ranks: Ranks, which: Saved | Path | str | None, model: nn.Module) -> Loaded | None:
+def load(
+    ranks: Ranks, which: Saved | Path | str | None, model: nn.Module, apart: dict[str, Any] | None = None
+) -> Loaded | None:
     """Read a checkpoint on rank 0, fill rank 0's model, and tell every rank the rest; every rank must call it.
 
     The other ranks' models are filled when the model is replicated, or by `Backend.broadcast_`.
@@ -368,6 +375,8 @@ def load(ranks: Ranks, which: Saved | Path | str | None, model: nn.Module) -> Lo
         ranks: The backend.
         which: A checkpoint that was found, or the folder of one; rank 0's counts. None for no checkpoint.
         model: Of the same structure as the saved one; either of them may be compiled.
+        apart: Gets, on rank 0 alone, what is to be cut over the ranks and goes to none of them whole: the tensors as "model",
+            with which the model is not filled, and the optimizer's state as "optimizer", if there is one.
 
     Returns:
         The checkpoint, without the model; None if rank 0 gave none.
@@ -375,7 +384,7 @@ def load(ranks: Ranks, which: Saved | Path | str | None, model: nn.Module) -> Lo
     Raises:
         CheckpointError: On every rank: damaged, of another model, or not readable without unpickling.
     """
-    return agree(ranks, lambda: None if which is None else _read(opened(which), model))
+    return agree(ranks, lambda: None if which is None else _read(opened(which), model, apart))
 
 
 def agree(ranks: Ranks, look: Callable[[], T]) -> T:
@@ -397,12 +406,16 @@ def agree(ranks: Ranks, look: Callable[[], T]) -> T:
     return cast(T, found)
 
 
-def _read(saved: Saved, model: nn.Module) -> Loaded:
+def _read(saved: Saved, model: nn.Module, apart: dict[str, Any] | None) -> Loaded:
     path = Path(saved.path)
-    fill(model, read_model(saved), str(path))
-    return Loaded(
-        path=str(path), step=saved.step, training=read_state(path, "training"), rank_states=read_state(path, "ranks")
-    )
+    tensors, training = read_model(saved), read_state(path, "training")
+    if apart is None:
+        fill(model, tensors, str(path))
+    else:
+        apart["model"] = fitting(model, tensors, str(path))
+        if training.get("optimizer"):
+            apart["optimizer"], training["optimizer"] = training["optimizer"], {"param_groups": []}
+    return Loaded(path=str(path), step=saved.step, training=training, rank_states=read_state(path, "ranks"))
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -416,8 +429,13 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         CheckpointError: The model is another; names the first differences.
     """
+    model.load_state_dict(fitting(model, tensors, where))
+
+
+def fitting(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return a `model_state` by the names that a model's tensors have in it; see `fill`."""
     tensors = {without_compile(name): value for name, value in tensors.items()}
-    own = model_state(model)
+    own = model_state(model, cut=True)
     differences = [f"missing {name}" for name in own if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in own]
     differences += [
@@ -431,7 +449,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
             f"{where} is of another model: {'; '.join(differences[:5])}{more}. Use the --model and --precision it was written "
             "with, another --run-dir, or --resume never"
         )
-    model.load_state_dict({name: tensors[without_compile(name)] for name in model.state_dict()})
+    return {name: tensors[without_compile(name)] for name in model.state_dict()}
 
 
 def without_compile(name: str) -> str:

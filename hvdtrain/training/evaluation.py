@@ -20,6 +20,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import EpochMetrics
 from hvdtrain.training.inference import inference
+from hvdtrain.training.lone_sample import batches_without_samples_explained
 from hvdtrain.training.metric_value import scalar
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.task import Learning
@@ -130,7 +131,8 @@ def evaluate(
         replica: Its inference model is evaluated, in evaluation mode, with rank 0's buffers.
         task: Its `metrics` and, if it has them, its ``epoch_metrics`` are computed.
         precision: Of the forward pass.
-        batches: This rank's share of the data: each batch, on the device, with the number of indices that it was made of.
+        batches: This rank's share of the data: each batch, on the device, with the number of indices that it was made of; none
+            only so that ranks keep in step.
         counting: Says what the metrics of a batch are means over.
         seen: Counts the samples that a batch has.
 
@@ -140,15 +142,17 @@ def evaluate(
     sums, whole = MetricSums(backend.device), EpochMetrics(task, backend.device)
     with inference(replica) as model:
         for loaded, indices in batches:
-            batch = precision.cast(loaded)
+            batch, weight = precision.cast(loaded), 0.0
             try:
                 weight = counting.weight(batch, counting.samples(batch, indices, seen))
             except ConfigError as error:
-                sums.problem = str(error)
-                break
-            with precision.autocast():
-                sums.add(task.metrics(model, batch), weight)
-            if sums.problem:
+                sums.problem = sums.problem or str(error)
+            if not sums.problem or replica.is_cut:
+                with precision.autocast(), batches_without_samples_explained(indices):
+                    metrics = task.metrics(model, batch)
+                if indices:
+                    sums.add(metrics, weight)
+            if sums.problem and not replica.is_cut:  # else the others need this rank in each forward pass
                 break
     means = sums.means(backend)
     return means | whole.compute(backend, means)

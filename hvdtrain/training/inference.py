@@ -23,6 +23,7 @@ def inference(replica: Replica) -> Iterator[nn.Module]:
     with modes_kept(model), torch.no_grad():
         model.eval()
         yield model
+        replica.end_inference()
 
 
 @contextmanager

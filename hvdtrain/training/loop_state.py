@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.units import state_for_rank_zero, whole
 from hvdtrain.data.random_numbers import untouched_random_numbers
 from hvdtrain.errors import CheckpointError, ConfigError
-from hvdtrain.training.checkpoint import Checkpoints, Loaded, fill, load, model_state
+from hvdtrain.training.checkpoint import Checkpoints, Loaded, agree, fill, load, model_state
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.events import Events
 from hvdtrain.training.inference import modes_kept
@@ -95,12 +96,6 @@ class LoopState:
             if not isinstance(value, Replica) and not is_stateful(value):
                 raise ConfigError(f"{name}={type(value).__name__} has no state_dict and load_state_dict to be saved by")
         self._backend = backend
-        for part in (replica, *others.values()):
-            if isinstance(part, Replica) and part.options.shard_modules is not None:
-                raise ConfigError(
-                    "LoopState does not save a model that is cut over the ranks (shard_modules=); save what replica.whole_state() returns "
-                    "on rank 0, and go on by replica.load_whole_state()"
-                )
         if scaler is not None:
             replica.expect_scaler(scaler)
         self._replica = replica
@@ -140,7 +135,7 @@ class LoopState:
             path = checkpoints.save(
                 self._backend,
                 step=step,
-                model=model_state(self._replica.module),
+                model=whole(model_state(self._replica.module, cut=True), root=self._backend.rank == 0),
                 training={name: self._plain(name, part) for name, part in self._parts().items()}
                 | {"kinds": self._kinds()},
                 rank_state={
@@ -186,12 +181,15 @@ class LoopState:
         backend, replica = self._backend, self._replica
         if isinstance(which, Checkpoints):
             which = which.find(backend)
-        loaded = load(backend, which, replica.module)
+        apart: dict[str, Any] | None = {} if replica.is_cut else None
+        loaded = load(backend, which, replica.module, apart)
         if loaded is None:
             return None
         self._check_kinds(loaded)
+        if apart is not None:
+            replica.load_whole_state({"model": apart["model"]} if apart else {})
         for name, part in self._parts().items():
-            self._continue(loaded, name, part)
+            self._continue(loaded, name, part, apart)
         replica.copy_from_rank_zero()
         for name, one in self._replicas().items():
             of_ranks = [
@@ -250,7 +248,8 @@ class LoopState:
     def _plain(self, name: str, part: Any) -> Any:
         if part is None:
             return None
-        return to_plain(_state(part), f"the {name}'s state", kept=(_optimizer(self._replica), self._schedule))
+        plain = to_plain(_state(part), f"the {name}'s state", kept=(_optimizer(self._replica), self._schedule))
+        return whole(plain, root=self._backend.rank == 0)
 
     def _check_kinds(self, loaded: Loaded) -> None:
         saved, own = loaded.training.get("kinds", {}), self._kinds()
@@ -271,7 +270,7 @@ class LoopState:
                 f"{loaded.path} was written with {name} {saved[name]}, and this run has {kind}: use the same, or --resume never"
             )
 
-    def _continue(self, loaded: Loaded, name: str, part: Any) -> None:
+    def _continue(self, loaded: Loaded, name: str, part: Any, apart: dict[str, Any] | None) -> None:
         state = loaded.training.get(name)
         if part is None:
             return
@@ -288,13 +287,31 @@ class LoopState:
             own_options = _options(part) if name == "optimizer" else []
             if isinstance(part, Events):
                 state = part.known(state or {})
-            _load(part, from_plain(state, _state(part), f"the {name}'s state"))
+            if name == "optimizer" and apart is not None:
+                self._load_cut(loaded.path, apart)
+            else:
+                _load(part, from_plain(state, _state(part), f"the {name}'s state"))
             if name == "optimizer":
                 self._check_options(loaded, part, own_options)
         except _MISFITS as error:
             raise CheckpointError(
                 f"{loaded.path} was written with another {name}: {type(error).__name__}: {error}; use the same, or --resume never"
             ) from error
+
+    def _load_cut(self, path: str, apart: dict[str, Any]) -> None:
+        """Give every rank its part of the optimizer's state, which rank 0 has."""
+
+        found: dict[str, Any] = {}
+
+        def read() -> None:
+            try:
+                own = _state(self._replica.optimizer)
+                found["optimizer"] = from_plain(apart["optimizer"], own, "the optimizer's state")
+            except _MISFITS as error:
+                raise CheckpointError(f"{path} was written with another optimizer: {error!r}") from error
+
+        agree(self._backend, read)
+        self._replica.load_whole_state(found)
 
     def _check_options(self, loaded: Loaded, optimizer: Optimizer, own: list[dict[str, Any]]) -> None:
         """What each group of parameters was given: the checkpoint's go on, as torch has it, and a difference is said."""
@@ -350,12 +367,17 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _state(part: Any) -> Any:
     if isinstance(part, Replica):
         optimizer = _optimizer(part)
-        return {"model": model_state(part.module), "optimizer": None if optimizer is None else optimizer.state_dict()}
+        model = model_state(part.module, cut=True)
+        return {"model": model, "optimizer": None if optimizer is None else state_for_rank_zero(optimizer)}
+    if isinstance(part, Optimizer):
+        return state_for_rank_zero(part)
     return model_state(part) if isinstance(part, nn.Module) else part.state_dict()
 
 
 def _load(part: Any, state: Any) -> None:
-    if isinstance(part, Replica):
+    if isinstance(part, Replica) and part.is_cut:
+        part.load_whole_state({name: of for name, of in state.items() if of is not None})
+    elif isinstance(part, Replica):
         fill(part.module, state["model"], "the checkpoint")
         optimizer = _optimizer(part)
         if optimizer is not None and state["optimizer"] is not None:

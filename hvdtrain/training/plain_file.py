@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.backends.layout import bytes_of
 from hvdtrain.errors import CheckpointError
 
 _TYPE = "__type__"  # the one key that `to_plain` leaves to others
@@ -130,7 +131,7 @@ class _Packing:
         if plain.dtype not in _STORED:
             reference["dtype"] = str(plain.dtype).removeprefix("torch.")
             reference["shape"] = list(plain.shape)
-            plain = plain.reshape(-1).view(torch.uint8)
+            plain = bytes_of(plain)
         self.packed.tensors[name] = plain
         self._written[key] = reference
         return reference

@@ -127,7 +127,7 @@ def lie_channels_last(model: nn.Module) -> None:
         raise ConfigError(
             "channels_last (--channels-last) is for the 4-D weights of convolutions, of which the model has none; leave it out"
         )
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
 
 
 @contextmanager

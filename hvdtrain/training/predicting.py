@@ -18,6 +18,7 @@ from hvdtrain.data.nested import memory_bytes
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.errors import ConfigError, OutputError
 from hvdtrain.training.inference import inference
+from hvdtrain.training.lone_sample import batches_without_samples_explained
 from hvdtrain.training.outputs import Outputs, difference, taken_apart
 from hvdtrain.training.precision import Precision
 from hvdtrain.training.prediction_store import InFolder, InMemory, Store
@@ -62,9 +63,10 @@ def predict(
             for number, step in enumerate(batches.steps(0), 1):
                 piece: Piece = None
                 for loaded, samples in step:
-                    with precision.autocast():
+                    with precision.autocast(), batches_without_samples_explained(samples):
                         output = call(model, precision.cast(loaded))
-                    piece = collecting.piece(output, samples)
+                    if samples:
+                        piece = collecting.piece(output, samples)
                 collecting.add(piece, last=number == rounds)
         return collecting.result()
     except BaseException:

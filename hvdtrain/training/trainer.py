@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
 from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
@@ -44,7 +45,7 @@ from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.evaluation import evaluate
 from hvdtrain.training.events import Events
-from hvdtrain.training.lone_sample import lone_samples_explained
+from hvdtrain.training.lone_sample import batches_without_samples_explained, lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
@@ -132,7 +133,7 @@ class Trainer:
         checkpoint_policy: "full" or "selective".
         compile: Compile the model's forward and backward pass, or with which arguments of `torch.compile`; the model stays
             the same object.
-        replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True``.
+        replica_options: For `Backend.replicate`, such as ``find_unused_parameters=True`` or ``shard_modules=``.
 
     Raises:
         ConfigError: An argument cannot work.
@@ -192,6 +193,9 @@ class Trainer:
                 "shard_optimizer": isinstance(optimizer, ShardedOptimizer),
                 "clip_norm": clip_norm is not None,
                 "on_nan": on_nan == "skip",
+                "reduce_dtype": reduce_dtype_of(replica_options.get("reduce_dtype")) is not None,
+                "channels_last": channels_last,
+                "scaler": precision == "fp16",
             },
             backend.name,
         )
@@ -210,7 +214,7 @@ class Trainer:
         self._compile = compile is not False
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
-        self.replica: Replica = backend.replicate(model, optimizer, **_whole(replica_options))
+        self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -245,7 +249,8 @@ class Trainer:
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
         self._gradient_norm: Tensor | None = None
-        self._in_step = any(isinstance(module, SyncBatchNorm) for module in model.modules())  # every rank's every pass
+        together = any(isinstance(module, SyncBatchNorm) for module in model.modules())
+        self._in_step = together or self.replica.is_cut  # every rank's every pass
         self._train_seconds, self._samples = 0.0, 0
         self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
         self._batches: Batches | None = None
@@ -412,7 +417,7 @@ class Trainer:
             batch = precision.cast(loaded)
             share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
-                with precision.autocast(), lone_samples_explained():
+                with precision.autocast(), batches_without_samples_explained(indices), lone_samples_explained():
                     loss = self.task.loss(replica.model, batch)
                 check_loss(loss)
                 if share.weight:
@@ -494,15 +499,25 @@ class Trainer:
                 f"{source.partition!r}; pass the data set itself"
             )
         check_same_data(source, self.backend, seed=self._seed, name="the data")
-        source = replace(source, batch_size=size, shuffle=False, last_batch="keep")
-        batches = RankBatches(source, self.backend, seed=self._seed)
+        last = source.length % (size * self.backend.world_size)
+        short = self.replica.is_cut and 0 < last < self.backend.world_size  # some rank would have no sample of it
+        source = replace(source, batch_size=size, shuffle=False, last_batch="merge" if short else "keep")
+        batches = batches_of(source, self.backend, seed=self._seed, equal_passes=self.replica.is_cut)
+        assert isinstance(batches, RankBatches)
         with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
         with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             count = self._counting.trusts_indices
-            batches = evaluation_of(source, self.backend, batch_size=batch_size, seed=self._seed, count=count)
+            batches = evaluation_of(
+                source,
+                self.backend,
+                batch_size=batch_size,
+                seed=self._seed,
+                count=count,
+                equal_passes=self.replica.is_cut,
+            )
             metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
         if not metrics:
             raise ConfigError("the evaluation data set is empty; give one with samples, or none")
@@ -690,12 +705,3 @@ def _check_numbers(*, accumulate: int, log_every: int, checkpoint_minutes: float
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if checkpoint_minutes is not None and not checkpoint_minutes > 0:
         raise ConfigError(f"checkpoint_minutes must be more than 0, got {checkpoint_minutes}")
-
-
-def _whole(replica_options: dict[str, Any]) -> dict[str, Any]:
-    if replica_options.get("shard_modules") is not None:
-        raise ConfigError(
-            "the Trainer takes no shard_modules=, because ranks may evaluate different numbers of batches and a sharded model needs all "
-            "ranks in each forward pass; use backend.replicate(model, optimizer, shard_modules=...) in a loop of your own"
-        )
-    return replica_options

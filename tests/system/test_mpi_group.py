@@ -16,12 +16,21 @@ RANKS = Path(__file__).resolve().parents[1] / "ranks"
 @pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
 def test_every_operation_on_every_rank(ranks):
     options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
-    ended = run(MPI.argv(ranks, "-m", "pytest", *options, str(RANKS)), timeout_s=240)
+    apart = ["--ignore", str(RANKS / "test_sharding.py")]
+    ended = run(MPI.argv(ranks, "-m", "pytest", *options, *apart, str(RANKS)), timeout_s=240)
     assert ended.code == 0, ended.output[-8000:]
     counts = re.findall(r"(\d+) passed", ended.output)
     assert len(counts) == ranks
     assert len(set(counts)) == 1
     assert int(counts[0]) > 300
+
+
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])
+def test_tensors_and_models_that_are_cut_over_the_ranks(ranks):
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
+    ended = run(MPI.argv(ranks, "-m", "pytest", *options, str(RANKS / "test_sharding.py")), timeout_s=240)
+    assert ended.code == 0, ended.output[-8000:]
+    assert len(re.findall(r"72 passed", ended.output)) == ranks
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

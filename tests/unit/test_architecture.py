@@ -48,7 +48,7 @@ STAIRS = [
     ["backends.rooted"],
     ["backends.messages"],
     ["backends.communicator"],
-    ["backends.group"],
+    ["backends.group", "backends.lingering"],
     ["backends.agreement", "backends.ahead", "backends.weighting", "backends.sparse", "backends.reduce_dtype", "backends.unsent", "backends.coded"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked"],
@@ -93,7 +93,7 @@ STAIRS = [
     ["training.checkpoint_files", "training.host_copy", "training.dry_run", "optim.master_weights"],
     ["training.descent", "training.mirror", "optim.pieces"],
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "optim.sharded", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
-    ["observe.jsonl", "observe.progress", "observe.summary", "training.checkup", "training.task",
+    ["observe.jsonl", "observe.trackers", "observe.progress", "observe.summary", "training.checkup", "training.task",
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference", "training.outputs", "training.events"],
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
     ["training.position", "training.loop_state", "training.evaluation", "training.predicting"],
@@ -133,7 +133,7 @@ STAIRS = [
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_ahead", "testing.conformance.test_streams", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_weights_apart", "testing.conformance.test_several",
-     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_reduce_dtype", "testing.conformance.test_compression", "testing.conformance.test_traffic", "testing.conformance.test_sync", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters"],
+     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_sharded_runs", "testing.conformance.test_reduce_dtype", "testing.conformance.test_compression", "testing.conformance.test_traffic", "testing.conformance.test_sync", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

@@ -121,6 +121,33 @@ def test_a_state_that_comes_from_rank_zero_lies_as_the_parameters_do(backend):
     assert_alike(model, expected, **CLOSE)
 
 
+def test_a_state_that_a_user_loads_lies_as_the_parameters_do(backend):
+    ends = []
+    for last in (False, True):
+        model = made().double()
+        if last:
+            model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        replica = backend.replicate(model, optimizer)
+        torch.manual_seed(5)
+        states = {
+            index: {
+                "step": torch.tensor(3.0),
+                **{name: torch.rand(p.shape, dtype=p.dtype) for name in ("exp_avg", "exp_avg_sq")},
+            }
+            for index, p in enumerate(model.parameters())
+        }
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})  # contiguous ones
+        torch.manual_seed(6)
+        x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        replica.backward(
+            model(x.contiguous(memory_format=torch.channels_last) if last else x).square().mean(), samples=2
+        )
+        replica.step()
+        ends.append(model)
+    assert_alike(*ends, **CLOSE)
+
+
 def test_gradients_lie_as_their_parameters_do_and_nobody_else_holds_them(backend, caplog):
     model = made().to(memory_format=torch.channels_last)
     replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))

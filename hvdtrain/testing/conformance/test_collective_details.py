@@ -289,3 +289,18 @@ def test_a_gradient_flows_through_a_collective_in_the_middle_of_a_model(backend)
     total = sum((sum(a.square() for a in alone) * a).sum() for a in alone) + n * torch.stack(alone).prod(0).sum()
     total.backward()
     torch.testing.assert_close(x.grad, alone[backend.rank].grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_single_number_travels_whatever_its_strides_are(backend):
+    odd = torch.arange(2.0).add(backend.rank).reshape(1, 2).t()[:1]
+    assert odd.is_contiguous()
+    assert odd.reshape(-1).stride() == (2,)  # so that torch would not view it as bytes
+    size = backend.world_size
+    everyone = [torch.full((1, 1), float(rank)) for rank in range(size)]
+    for found in (backend.all_gather(odd), backend.all_to_all([odd] * size)):
+        assert torch.equal(torch.cat(list(found)), torch.cat(everyone))
+    gathered = backend.gather(odd)
+    assert gathered is None or torch.equal(torch.cat(list(gathered)), torch.cat(everyone))
+    assert torch.equal(backend.scatter([odd] * size if backend.rank == 0 else None), everyone[0])
+    assert torch.equal(backend.broadcast(odd), everyone[0])
+    assert float(backend.all_reduce(odd, "sum")) == sum(range(size))

@@ -8,6 +8,7 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.backends.exclusions import ASKED_BY, exclusion
+from hvdtrain.backends.units import is_cut, torch_can_cut
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
 
@@ -21,8 +22,11 @@ ASKED = {
     "clip_norm": {"clip_norm": 0.05},
     "on_nan": {"on_nan": "skip"},
     "compression": {"compression": "topk:1"},
+    "shard_modules": {"shard_modules": "1"},
+    "bucket_bytes": {"bucket_bytes": 100},
 }
-APART = {"reduce_dtype", "sync"}  # refused in float64; and not what one process does
+ALONE = ("reduce_dtype", "channels_last", "master_weights", "scaler", "uncut_optimizer", "sync")
+"""What does not train in float64, or not this model, or not as one process: tests of their own try what excludes it."""
 CHANGES_THE_RESULT = ("clip_norm",)
 PAIRS = [
     pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())
@@ -41,7 +45,8 @@ def trained(backend, *features):
     options = {name: value for feature in features for name, value in ASKED[feature].items()}
     trainer = hvdtrain.Trainer(backend, model, optimizer, loss=nn.functional.cross_entropy, precision="fp64", **options)
     trainer.fit(ArrayDataset(x, torch.arange(12) % 3), epochs=1, global_batch_size=4)
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    whole = [p.full_tensor() if is_cut(p) else p for p in model.parameters()]
+    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def expected(backend):
 
 
 def test_every_feature_that_may_meet_another_is_tried():
-    assert set(ASKED) | APART == set(ASKED_BY)
+    assert {*ASKED, *ALONE} == set(ASKED_BY)
 
 
 @pytest.mark.feature("combinations")
@@ -71,6 +76,10 @@ def test_two_features_together_change_nothing_or_are_refused(backend, reference,
         with pytest.raises(ConfigError) as said:
             trained(backend, first, second)
         assert str(said.value) == refused.sentence
+        return
+    if "shard_modules" in (first, second) and not torch_can_cut():
+        with pytest.raises(ConfigError, match="needs a newer torch than"):
+            trained(backend, first, second)
         return
     plain = expected(reference, tuple(name for name in (first, second) if name in CHANGES_THE_RESULT))
     assert float((trained(backend, first, second) - plain).abs().max()) < 1e-12

@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 import hvdtrain
+from hvdtrain.backends.units import torch_can_cut
 from hvdtrain.errors import CheckpointError, ConfigError, TrainingError
 from hvdtrain.training.checkpoint import model_state
 
-pytestmark = pytest.mark.feature(
-    "sharded model",
-    refused_by={
-        "horovod": "torch's FSDP2 needs a process group of torch.distributed; cut the optimizer's state alone, or take `torch` or `mpi`"
-    },
+REFUSED_BY = {} if torch_can_cut() else dict.fromkeys(("local", "torch", "mpi"), "this torch is too old for it")
+REFUSED_BY["horovod"] = (
+    "torch's FSDP2 needs a process group of torch.distributed; cut the optimizer's state alone, or take `torch` or `mpi`"
 )
+pytestmark = pytest.mark.feature("sharded model", refused_by=REFUSED_BY)
 UNITS = "layers[.][^.]+"
 
 
@@ -48,9 +48,14 @@ def made(seed):
 
 def offered(backend):
     """Skip nothing: an engine that cannot must say so, in a sentence with the way out."""
-    if backend.shards_models:
+    if backend.shards_models and torch_can_cut():
         return True
-    with pytest.raises(ConfigError, match=r"does not go with the backend .*--backend torch .* or --backend mpi"):
+    wrong = (
+        "needs a newer torch than"
+        if backend.shards_models
+        else "does not go with the backend .*--backend torch .* or --backend mpi"
+    )
+    with pytest.raises(ConfigError, match=wrong):
         backend.replicate(made(1), shard_modules=UNITS)
     return False
 
@@ -205,10 +210,10 @@ def test_gradients_that_are_no_numbers_are_skipped_on_all_ranks(backend):
 
 
 REFUSED = [
-    ({"find_unused_parameters": True}, "find_unused_parameters=True: .*freeze or use them"),
-    ({"static_graph": True}, "static_graph=True: .*leave it out"),
-    ({"bucket_bytes": 1000}, "bucket_bytes=: .*leave it out"),
-    ({"reduce_dtype": "bf16"}, "reduce_dtype=: .*leave it out"),
+    ({"find_unused_parameters": True}, r"and find_unused_parameters=True .*freeze what is not used"),
+    ({"static_graph": True}, r"and static_graph=True .*leave static_graph out"),
+    ({"bucket_bytes": 1000}, r"and bucket_bytes= .*leave bucket_bytes out"),
+    ({"reduce_dtype": "bf16"}, r"and reduce_dtype= .*leave reduce_dtype out"),
     ({"shard_modules": "nothing"}, "no module of Model with parameters has a name like .*there are first, layers"),
     ({"shard_modules": "layers"}, "'layers' is a ModuleList, which has no forward pass.*"),
     ({"shard_modules": "("}, "no regular expression"),
@@ -230,19 +235,68 @@ def test_an_optimizer_that_holds_whole_or_cut_parameters_itself_is_refused(backe
     model = made(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped = hvdtrain.MasterWeights(optimizer) if wrap == "masters" else hvdtrain.ShardedOptimizer(optimizer, backend)
-    with pytest.raises(ConfigError, match=r"MasterWeights: .*|ShardedOptimizer: .*plain optimizer"):
+    with pytest.raises(ConfigError, match=r"and MasterWeights .*|and a ShardedOptimizer .*plain optimizer"):
         backend.replicate(model, wrapped, shard_modules=UNITS)
 
 
-def test_an_optimizer_that_cannot_be_cut_is_refused(backend):
+def test_an_optimizer_that_has_stepped_goes_on(backend, reference):
+    if not offered(backend):
+        return
+    ends = []
+    for on, shard in ((reference, None), (backend, UNITS)):
+        model = made(1)
+        stepped = torch.optim.Adam(model.parameters(), lr=0.1)
+        model(torch.ones(2, 5).double()).square().sum().backward()
+        stepped.step()
+        stepped.zero_grad()
+        replica = on.replicate(model, stepped, shard_modules=shard)
+        train(on, replica, world=backend.world_size, rank=None if on is reference else backend.rank, steps=2)
+        ends.append(replica.whole_state())
+    close(backend, ends[1], ends[0])
+
+
+CUT = {
+    "SGD": [{}, {"momentum": 0.9, "weight_decay": 0.1, "foreach": True}],
+    "Adam": [{}, {"foreach": True}, {"fused": True, "amsgrad": True}],
+    "AdamW": [{}, {"foreach": True}, {"fused": True}],
+    "NAdam": [{}],
+    "RAdam": [{"foreach": True}],
+    "Adamax": [{}],
+    "Adagrad": [{}, {"foreach": True}],
+    "Adadelta": [{"foreach": True}],
+    "RMSprop": [{"momentum": 0.9, "centered": True}],
+    "ASGD": [{}],
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_torchs_optimizers_step_as_with_the_whole_model(backend, reference, name):
+    if not offered(backend):
+        return
+    for how in CUT[name]:
+        ends = []
+        for on, shard in ((reference, None), (backend, UNITS)):
+            model = made(1)
+            optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.03, **how)
+            replica = on.replicate(model, optimizer, shard_modules=shard)
+            rank = None if on is reference else backend.rank
+            train(on, replica, world=backend.world_size, rank=rank, steps=3, micro=1)
+            ends.append(replica.whole_state())
+        close(backend, ends[1], ends[0])
+
+
+@pytest.mark.parametrize("name", ["Rprop", "Adafactor", "Muon", "fused SGD"])
+def test_torchs_other_optimizers_are_refused(backend, name):
     if not offered(backend):
         return
     model = made(1)
-    stepped = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.ones(2, 5).double()).sum().backward()
-    stepped.step()
-    with pytest.raises(ConfigError, match=r"has stepped: .*load_whole_state"):
-        backend.replicate(model, stepped, shard_modules=UNITS)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    how = {"fused": True} if "fused" in name else {}
+    optimizer = getattr(torch.optim, name.removeprefix("fused "))(matrices, lr=0.1, **how)
+    with pytest.raises(
+        ConfigError, match=r"an optimizer of torch's that is none of SGD .* exclude each other: .*use one"
+    ):
+        backend.replicate(model, optimizer, shard_modules=UNITS)
 
 
 def test_a_scaler_is_refused(backend):
@@ -250,7 +304,7 @@ def test_a_scaler_is_refused(backend):
         return
     replica = cut(backend)
     replica.backward(replica.model(torch.ones(2, 5).double()).sum(), samples=2)
-    with pytest.raises(ConfigError, match=r"GradScaler: .*bfloat16"):
+    with pytest.raises(ConfigError, match=r"GradScaler .*bfloat16"):
         replica.step(scaler=torch.amp.GradScaler("cpu"))
     replica.step()
 
@@ -335,17 +389,6 @@ def test_other_types_are_summed_and_not_averaged(backend, reference, dtype):
     replica.backward(replica.model(x[:1]).square().mean(), samples=1)
     replica.reduce_gradients()
     torch.testing.assert_close(replica.gradient_norm(), plain.gradient_norm(), rtol=0.02, atol=0, check_dtype=False)
-
-
-def test_what_writes_whole_tensors_refuses_it(backend):
-    if not offered(backend):
-        return
-    model = made(1)
-    with pytest.raises(ConfigError, match=r"the Trainer takes no shard_modules=.*loop of your own"):
-        hvdtrain.Trainer(backend, model, optimizer_of("sgd", model), loss=nn.functional.mse_loss, shard_modules=UNITS)
-    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
-    with pytest.raises(ConfigError, match=r"LoopState does not save .*replica\.whole_state\(\)"):
-        hvdtrain.LoopState(backend, replica)
 
 
 def test_a_model_that_is_cut_already_is_refused(backend):

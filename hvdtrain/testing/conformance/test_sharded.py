@@ -76,3 +76,24 @@ def test_a_scaler_skips_and_steps_as_with_the_plain_one(backend):
         models.append(model)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+def test_rank_zero_alone_gathers_the_whole_state_to_save_it(backend):
+    states = []
+    for sharded in (False, True):
+        model = made()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        if sharded:
+            optimizer = hvdtrain.ShardedOptimizer(optimizer, backend)
+        replica = backend.replicate(model, optimizer)
+        replica.backward(model(torch.full((2, 6), 1.0 + backend.rank)).square().mean(), samples=2)
+        replica.step()
+        if sharded:
+            assert bool(optimizer.state_on_rank_zero()["state"]) == (backend.rank == 0)
+            assert len(optimizer.state_dict()["state"]) == 6
+        states.append(replica.whole_state())  # every rank calls it, and rank 0 has it
+    plain, sharded = states
+    assert bool(plain) == bool(sharded) == (backend.rank == 0)
+    for index, state in plain.get("optimizer", {}).get("state", {}).items():
+        for name, value in state.items():
+            assert torch.equal(sharded["optimizer"]["state"][index][name], value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hvdtrain.backends.units import cut_like, own_part
 from hvdtrain.errors import CheckpointError, ConfigError
 from hvdtrain.training.callbacks.weights import weights_of
 from hvdtrain.training.events import StepEvent
@@ -58,7 +59,7 @@ class ExponentialMovingAverage:
                 "the average of the weights is of another model; train without it, or with the model it is of"
             )
         self._average = {
-            name: before.get(name, weight).detach().to(weight.device, _precise(weight), copy=True)
+            name: cut_like(before.get(name, weight), weight).detach().to(weight.device, _precise(weight), copy=True)
             for name, weight in self._averaged.items()
         }
 
@@ -66,9 +67,8 @@ class ExponentialMovingAverage:
         """Take in the new weights."""
         if not event.skipped:
             now = self._weights(trainer)
-            self._update(
-                list(self._average.values()), [now[k].detach().to(v.dtype) for k, v in self._average.items()], None
-            )
+            new = [own_part(now[name].detach()).to(average.dtype) for name, average in self._average.items()]
+            self._update([own_part(average) for average in self._average.values()], new, None)
 
     def inference(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Let evaluations use the average."""
@@ -118,4 +118,4 @@ def _precise(weight: Tensor) -> torch.dtype:
 @torch.no_grad()
 def _copy(values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        weight.copy_(values[name])
+        own_part(weight).copy_(own_part(values[name]))

@@ -371,6 +371,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")  # torch 2.15 does, before it is refused
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_model_is_refused_by_one_sentence(tmp_path, case):

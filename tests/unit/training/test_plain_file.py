@@ -55,7 +55,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:ComplexHalf", "ignore:BComplex32")
 @pytest.mark.parametrize("dtype", sorted({*DTYPES}, key=str), ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 3)], ids=str)
 def test_a_tensor_of_every_type_and_shape_comes_back(dtype, shape):
