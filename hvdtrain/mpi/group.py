@@ -1,7 +1,8 @@
 """`MpiProcessGroup`: torch.distributed's process group, on stock PyTorch, with mpi4py below.
 
 Each call checks its arguments, and hands the rest to the group's lane, which makes the blocking MPI calls in order while
-the caller computes on. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
+the caller computes on. A caller that waits at once makes them itself, if the group has nothing else to do: once all ranks have
+come, which is awaited here for a moment, and then in the lane. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
 two ranks that each receive before they send would otherwise wait for each other.
 """
 
@@ -21,6 +22,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdtrain.mpi import operations
+from hvdtrain.mpi.agreement import Agreement, Ride, digest, over_within
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
@@ -29,8 +31,13 @@ from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
+_AT_ONCE_BYTES = 4 * 2**20  # up to which a caller that waits makes the MPI calls itself
+_PATIENCE_S = 0.001  # for how long it looks whether the other ranks have come
+_MOST_PASSAGES = 512
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
 
+_OVER = MpiWork("an operation that was over when its call returned", (), 0.0)
+_OVER.finish()
 
 _Base: Any = dist.ProcessGroup  # its stubs list overloads that differ between versions of torch
 
@@ -71,14 +78,15 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._timeout_s = timeout.total_seconds()
         self._watch = watch
         self._ranks = list(ranks)
-        self._agree = operations.Agreement(comm) if check and comm.size > 1 else None
-        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain)
+        self._agree = Agreement(comm) if check and comm.size > 1 else None
+        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain, watch.end)
         self._staging = Staging()
         self._process = os.getpid()
         self._destroyed = False
         self._group_name = self._group_description = ""
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
+        self._passages: dict[tuple[Any, torch.dtype, torch.Size], tuple[Ride, str, int]] = {}  # of small all-reduces
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -165,18 +173,68 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """Reduce over the ranks, in place."""
+        if self._passages and opts is not None and (over := self._ride(tensors, opts)) is not None:
+            return over
         opts = opts or dist.AllreduceOptions()
         kind = kind_of(opts.reduceOp)
         if len(tensors) == 1 and tensors[0].layout == torch.sparse_coo:
             return self._allreduce_sparse(tensors[0], kind, opts)
         (tensor,) = self._valid("all_reduce", tensors)
         mpi_op(kind, tensor.dtype)
+        what, key = f"all_reduce(op={kind.name}) of {_form(tensor)}", ("all_reduce", kind.name, tensor.dtype, tensor.numel())
+        ride = self._agree.ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
+        if ride is not None and len(self._passages) < _MOST_PASSAGES:
+            self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, what, digest(key))
         return self._start(
-            f"all_reduce(op={kind.name}) of {_form(tensor)}",
-            ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
-            [tensor], [tensor], opts,
+            what, key, [tensor], [tensor], opts,
             lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind, self._levels),
+            ride=ride,
         )  # fmt: skip
+
+    def _ride(self, tensors: list[Tensor], opts: Any) -> MpiWork | None:
+        """The shortest way: an all-reduce like one before, small, whose caller waits, of an idle group; None if it is not that."""
+        if len(tensors) != 1 or getattr(opts, "asyncOp", True):
+            return None
+        tensor, agree = tensors[0], self._agree
+        passage = self._passages.get((opts.reduceOp, tensor.dtype, tensor.shape))
+        if passage is None or agree is None or tensor.layout != torch.strided or tensor.is_cuda:
+            return None
+        if not tensor.is_contiguous() or tensor.is_neg() or self._coalescing is not None:
+            return None
+        if self._destroyed or os.getpid() != self._process or not self._lane.enter():
+            return None
+        ride, what, asked = passage
+        entered = True
+        try:
+            self._watch.count(self._label)
+            ride.board(tensor)
+            request = agree.begin(asked, next(self._numbers))
+            try:
+                if over_within(request, _PATIENCE_S) and agree.reached():
+                    ride.arrive(tensor)
+                    return _OVER
+            except BaseException:
+                entered = False
+                self._ride_on(tensor, opts, request, ride, what)
+                raise
+            entered = False
+            return self._ride_on(tensor, opts, request, ride, what)
+        finally:
+            if entered:
+                self._lane.leave()
+
+    def _ride_on(self, tensor: Tensor, opts: Any, request: MPI.Request, ride: Ride, what: str) -> MpiWork:
+        """Let the lane wait for the other ranks, or say that they called something else."""
+        work = MpiWork(what + self._over, [tensor], self._limit(opts))
+
+        def complete() -> None:
+            assert self._agree is not None
+            if not self._agree.reached():
+                self._agree.tell_apart(work.what)
+            ride.arrive(tensor)
+
+        self._wait_in_lane(work, request, complete)
+        return work
 
     def _allreduce_sparse(self, tensor: Tensor, kind: Any, opts: Any) -> MpiWork:
         if kind not in (kind.SUM, kind.AVG):
@@ -582,40 +640,104 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         opts: Any,
         run: Callable[[list[Tensor], list[Tensor]], None],
         timeout: timedelta | None = None,
+        ride: Ride | None = None,
     ) -> MpiWork:
-        """Hand an operation to the lane.
+        """Hand an operation to the lane, or perform it here if the caller waits for it and the lane is idle.
 
         Args:
             what: For messages.
             key: What must be equal on all ranks.
             inputs: Read.
             outputs: Written; those that are inputs as well are both.
-            opts: c10d's options: the time-out.
+            opts: c10d's options: the time-out, and whether the caller waits.
             run: Is given contiguous CPU versions of both.
             timeout: Instead of that of ``opts``.
+            ride: Does what ``run`` does, of the only tensor, with the ranks' agreement.
         """
         what += self._over
         if self._destroyed:
             raise dist.DistBackendError(f"{what}: the process group was destroyed")
-        number = next(self._numbers)
         work = MpiWork(what, list(outputs) or list(inputs), self._limit(opts, timeout))
         taken = {id(tensor): self._staging.take(tensor) for tensor in inputs}
 
+        def begin() -> MPI.Request | None:
+            if self._agree is None:
+                return None
+            if ride is not None:
+                ride.board(taken[id(inputs[0])].host)
+            return self._agree.begin(digest(key), number)
+
+        def complete() -> None:
+            """What is left to do once the question of agreement has been answered."""
+            if self._agree is not None and not self._agree.reached():
+                self._agree.tell_apart(what)
+            results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
+            if ride is not None:
+                ride.arrive(results[0].host)
+            else:
+                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
+            for result in results:
+                self._staging.give_back(result)
+
+        if self._waits_here(opts, inputs, outputs) and self._lane.enter():
+            number = next(self._numbers)
+            self._at_once(work, begin, complete)
+            return work
+
         def operation() -> None:
             with self._watch.region(self._label, what, self._ranks):
-                if self._agree is not None:
-                    self._agree(what, number, key)
                 for staged in taken.values():
                     self._staging.ready(staged)
-                results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
-                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
-                for result in results:
-                    self._staging.give_back(result)
+                request = begin()
+                if request is not None:
+                    request.Wait()
+                complete()
 
+        number = next(self._numbers)
         self._lane.submit(work, operation)
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work
+
+    def _waits_here(self, opts: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Whether the caller waits at once, and nothing but other ranks could keep it waiting."""
+        if opts is None or getattr(opts, "asyncOp", True) or self._coalescing is not None:
+            return False
+        if self._agree is None and self.size() > 1:
+            return False
+        return not any(t.is_cuda for t in (*inputs, *outputs)) and sum(map(_nbytes, outputs)) <= _AT_ONCE_BYTES
+
+    def _at_once(
+        self, work: MpiWork, begin: Callable[[], MPI.Request | None], complete: Callable[[], None]
+    ) -> None:
+        """Perform an operation in this thread, which has entered the lane; what would wait is handed over to the lane's."""
+        try:
+            self._watch.count(self._label)
+            request = begin()
+        except BaseException:
+            self._lane.leave()
+            raise
+        try:
+            here = request is None or over_within(request, _PATIENCE_S)
+        except BaseException:
+            self._wait_in_lane(work, request, complete)
+            raise
+        if not here:
+            self._wait_in_lane(work, request, complete)
+            return
+        try:
+            with torch.no_grad():
+                self._lane.perform(work, complete)
+        finally:
+            self._lane.leave()
+
+    def _wait_in_lane(self, work: MpiWork, request: Any, complete: Callable[[], None]) -> None:
+        def rest() -> None:
+            with self._watch.region(self._label, work.what, self._ranks, again=True):
+                request.Wait()
+                complete()
+
+        self._lane.hand_over(work, rest)
 
     def _message(
         self,

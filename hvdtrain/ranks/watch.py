@@ -69,6 +69,14 @@ class NullWatch:
         """Do nothing."""
         yield
 
+    def count(self, label: str) -> None:
+        """Do nothing."""
+
+    def end(self, reason: str) -> None:
+        """End the process at once."""
+        print(f"hvdtrain: {reason}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+        os._exit(1)
+
     def missing(self, label: str, ranks: Sequence[int]) -> str:
         """Return ""."""
         return ""
@@ -168,6 +176,23 @@ class Watch(NullWatch):
             yield
         finally:
             del self._blind[thread]
+
+    def count(self, label: str) -> None:
+        """Count an operation that is about to begin, and that this rank does not wait in yet; as `region` does.
+
+        Raises:
+            RankFailure: Another rank has reported a failure.
+        """
+        if self.words.first is not None:
+            self.raise_if_failed()
+        with self._turn:
+            self._counts[label] = self._counts.get(label, 0) + 1
+
+    def end(self, reason: str) -> None:
+        """End all ranks, and this process although its main thread is inside the engine; never returns."""
+        self.words.report(reason, "")
+        self._notify(reason)
+        self._end_soon(reason, aloud=True)
 
     def raise_if_failed(self) -> None:
         """Raise `RankFailure` if another rank has reported one."""
