@@ -276,10 +276,10 @@ class Controller:
         _HEAD.pack_into(self._sent, 0, message.flags, len(message.known), len(rest))
         struct.pack_into(f"={len(numbers)}i", self._sent, _HEAD.size, *numbers)
         if wire.device.type == "cpu":
-            wire.all_gather_into(self._in, self._out).wait()
+            wire.at_once.all_gather_into(self._in, self._out).wait()
         else:
             received = torch.empty_like(self._in, device=wire.device)
-            wire.all_gather_into(received, self._out.to(wire.device)).wait()
+            wire.at_once.all_gather_into(received, self._out.to(wire.device)).wait()
             self._in.copy_(received)
         heads = [_HEAD.unpack_from(self._heard, rank * _MESSAGE_BYTES) for rank in range(wire.size)]
         rests = self._exchange_rests(rest, [length for _, _, length in heads])
@@ -297,7 +297,7 @@ class Controller:
         wire = self._communicator.wire
         sent = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8).to(wire.device)
         out = torch.empty((wire.size, longest), dtype=torch.uint8, device=wire.device)
-        wire.all_gather_into(out, sent).wait()
+        wire.at_once.all_gather_into(out, sent).wait()
         return [row.numpy().tobytes()[:length] for row, length in zip(out.cpu(), lengths, strict=True)]
 
     # -- ends ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -32,7 +33,9 @@ from hvdtrain.ranks.watch import NullWatch
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
 _AT_ONCE_BYTES = 4 * 2**20  # up to which a caller that waits makes the MPI calls itself
-_PATIENCE_S = 0.001  # for how long it looks whether the other ranks have come
+_PATIENCE_S = 0.0001  # for how long it looks whether the other ranks have come
+_PATIENCE_S_PER_BYTE = 1e-9  # and more than that for what it does then is slow
+_MOST_BY_LANE = 256
 _MOST_PASSAGES = 512
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
 
@@ -54,6 +57,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         check: Compare each operation over the ranks before any byte moves.
         levels: For hierarchical all-reduces: a communicator of this node's ranks, and one of the nodes' first ranks, None on
             other ranks.
+        end: Ends the process, for a reason, when its main thread is inside an MPI call that will not return.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         *,
         check: bool = True,
         levels: operations.Levels | None = None,
+        end: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(comm.rank, comm.size)
         self._levels = levels
@@ -79,13 +84,14 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._watch = watch
         self._ranks = list(ranks)
         self._agree = Agreement(comm) if check and comm.size > 1 else None
-        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain, watch.end)
+        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain, end or watch.end)
         self._staging = Staging()
         self._process = os.getpid()
         self._destroyed = False
         self._group_name = self._group_description = ""
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
+        self._by_lane = self._slow = 0
         self._passages: dict[tuple[Any, torch.dtype, torch.Size], tuple[Ride, str, int]] = {}  # of small all-reduces
 
     # -- facts --------------------------------------------------------------------------------------------------------
@@ -201,10 +207,10 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             return None
         if not tensor.is_contiguous() or tensor.is_neg() or self._coalescing is not None:
             return None
-        if self._destroyed or os.getpid() != self._process or not self._lane.enter():
+        if self._destroyed or os.getpid() != self._process or not self._enter():
             return None
         ride, what, asked = passage
-        entered = True
+        entered, began = True, time.perf_counter()
         try:
             self._watch.count(self._label)
             ride.board(tensor)
@@ -212,6 +218,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             try:
                 if over_within(request, _PATIENCE_S) and agree.reached():
                     ride.arrive(tensor)
+                    self._note(began, 0)
                     return _OVER
             except BaseException:
                 entered = False
@@ -233,6 +240,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                 self._agree.tell_apart(work.what)
             ride.arrive(tensor)
 
+        self._note(-math.inf, 0)
         self._wait_in_lane(work, request, complete)
         return work
 
@@ -679,9 +687,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             for result in results:
                 self._staging.give_back(result)
 
-        if self._waits_here(opts, inputs, outputs) and self._lane.enter():
+        if self._waits_here(opts, inputs, outputs) and self._enter():
             number = next(self._numbers)
-            self._at_once(work, begin, complete)
+            self._at_once(work, begin, complete, sum(map(_nbytes, outputs)))
             return work
 
         def operation() -> None:
@@ -707,10 +715,29 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             return False
         return not any(t.is_cuda for t in (*inputs, *outputs)) and sum(map(_nbytes, outputs)) <= _AT_ONCE_BYTES
 
+    def _enter(self) -> bool:
+        """Take the lane for this thread, if that has been quick of late.
+
+        Where ranks are seldom here at the same time, or share cores with others, a thread that sleeps is served sooner than one
+        that looks again and again: the more often that was slow, the more operations in a row go by the lane.
+        """
+        if self._by_lane:
+            self._by_lane -= 1
+            return False
+        return self._lane.enter()
+
+    def _note(self, began: float, nbytes: int) -> None:
+        """Note whether an operation that began at ``began`` was quick in this thread."""
+        if time.perf_counter() - began > _PATIENCE_S + nbytes * _PATIENCE_S_PER_BYTE:
+            self._by_lane = self._slow = min(_MOST_BY_LANE, 2 * self._slow or 1)
+        elif self._slow:
+            self._slow //= 2
+
     def _at_once(
-        self, work: MpiWork, begin: Callable[[], MPI.Request | None], complete: Callable[[], None]
+        self, work: MpiWork, begin: Callable[[], MPI.Request | None], complete: Callable[[], None], nbytes: int
     ) -> None:
         """Perform an operation in this thread, which has entered the lane; what would wait is handed over to the lane's."""
+        began = time.perf_counter()
         try:
             self._watch.count(self._label)
             request = begin()
@@ -723,11 +750,13 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             self._wait_in_lane(work, request, complete)
             raise
         if not here:
+            self._note(began, nbytes)
             self._wait_in_lane(work, request, complete)
             return
         try:
             with torch.no_grad():
                 self._lane.perform(work, complete)
+            self._note(began, nbytes)
         finally:
             self._lane.leave()
 

@@ -189,7 +189,11 @@ class Watch(NullWatch):
             self._counts[label] = self._counts.get(label, 0) + 1
 
     def end(self, reason: str) -> None:
-        """End all ranks, and this process although its main thread is inside the engine; never returns."""
+        """End all ranks, and this process although its main thread is inside the engine; names the ranks that it waits for."""
+        with self._turn:
+            waiting = self._waiting[-1] if self._waiting else None
+        if waiting is not None and "; missing: " not in reason:
+            reason += self.missing(waiting[0], waiting[2])
         self.words.report(reason, "")
         self._notify(reason)
         self._end_soon(reason, aloud=True)
