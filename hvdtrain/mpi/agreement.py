@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hvdtrain.mpi.operations import Mismatch
 
 FEW = 8
 """Ranks up to which everybody's message reaches everybody: the exchange then has room for numbers."""
-RIDE_BYTES = 128
+RIDE_BYTES = 640
 """The most that rides."""
 _HEAD_BYTES = 8
 _MASK = 2**62 - 1
@@ -34,7 +34,17 @@ _COMBINE: dict[Any, Any] = {Kind.SUM: np.add, Kind.AVG: np.add}
 _COMBINE_INTEGERS: dict[Any, Any] = {Kind.SUM: np.add, Kind.MIN: np.minimum, Kind.MAX: np.maximum}
 
 
-class Ride:
+class Ride(Protocol):
+    """A small operation that is part of the question."""
+
+    def board(self, tensor: Tensor) -> None:
+        """Put a contiguous tensor's numbers into this rank's next message."""
+
+    def arrive(self, out: Tensor) -> None:
+        """Write what all ranks' messages come to into a contiguous tensor."""
+
+
+class SumRide:
     """A small all-reduce whose numbers are part of the question; combined on every rank in the order of the ranks.
 
     Args:
@@ -60,7 +70,7 @@ class Ride:
         """Put a tensor's numbers into this rank's next message. The tensor must be contiguous."""
         self._sent[:] = MPI.memory.fromaddress(tensor.data_ptr(), self._nbytes)
 
-    def arrive(self, tensor: Tensor) -> None:
+    def arrive(self, out: Tensor) -> None:
         """Write into a tensor what the ranks' numbers come to."""
         total = self._total
         self._combine(self._first, self._second, out=total)
@@ -68,7 +78,32 @@ class Ride:
             self._combine(total, other, out=total)
         if self._divisor:
             np.divide(total, self._divisor, out=total)
-        MPI.memory.fromaddress(tensor.data_ptr(), self._nbytes)[:] = self._total_bytes
+        MPI.memory.fromaddress(out.data_ptr(), self._nbytes)[:] = self._total_bytes
+
+
+class GatherRide:
+    """A small all-gather whose tensors are part of the question.
+
+    Args:
+        agreement: Carries them.
+        nbytes: Of each rank's tensor.
+    """
+
+    def __init__(self, agreement: Agreement, nbytes: int) -> None:
+        self._nbytes, end = nbytes, _HEAD_BYTES + nbytes
+        self._sent = memoryview(agreement.sent)[_HEAD_BYTES:end]
+        self._rows = [memoryview(row)[_HEAD_BYTES:end] for row in agreement.heard]
+
+    def board(self, tensor: Tensor) -> None:
+        """Put a tensor into this rank's next message. It must be contiguous."""
+        self._sent[:] = MPI.memory.fromaddress(tensor.data_ptr(), self._nbytes)
+
+    def arrive(self, out: Tensor) -> None:
+        """Write the ranks' tensors one after the other."""
+        whole, at = MPI.memory.fromaddress(out.data_ptr(), self._nbytes * len(self._rows)), 0
+        for row in self._rows:
+            whole[at : at + self._nbytes] = row
+            at += self._nbytes
 
 
 class Agreement:
@@ -91,18 +126,27 @@ class Agreement:
         self._both = np.empty(2, dtype=np.int64)
         self._all = [self.sent, MPI.BYTE], [self.heard, MPI.BYTE]
         self._memory = [self._both, MPI.INT64_T]
-        self._rides: dict[tuple[Any, torch.dtype, int], Ride | None] = {}
+        self._sum_rides: dict[tuple[Any, torch.dtype, int], SumRide | None] = {}
+        self._gather_rides: dict[int, GatherRide] = {}
         self._asked = 0
 
-    def ride(self, kind: Any, dtype: torch.dtype, count: int) -> Ride | None:
+    def sum_ride(self, kind: Any, dtype: torch.dtype, count: int) -> SumRide | None:
         """How an all-reduce of ``count`` numbers rides; None if it does not. The same on every rank."""
         if not self._few or not 0 < count * dtype.itemsize <= RIDE_BYTES:
             return None
         key = (kind, dtype, count)
-        if key not in self._rides:
+        if key not in self._sum_rides:
             fits = (dtype in _FLOATS and kind in _COMBINE) or (dtype in _INTEGERS and kind in _COMBINE_INTEGERS)
-            self._rides[key] = Ride(self, kind, dtype, count) if fits else None
-        return self._rides[key]
+            self._sum_rides[key] = SumRide(self, kind, dtype, count) if fits else None
+        return self._sum_rides[key]
+
+    def gather_ride(self, nbytes: int) -> GatherRide | None:
+        """How an all-gather of so many bytes a rank rides; None if it does not. The same on every rank."""
+        if not self._few or not 0 < nbytes <= RIDE_BYTES:
+            return None
+        if nbytes not in self._gather_rides:
+            self._gather_rides[nbytes] = GatherRide(self, nbytes)
+        return self._gather_rides[nbytes]
 
     def begin(self, digest: int, number: int) -> MPI.Request:
         """Ask.

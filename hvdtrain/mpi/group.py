@@ -92,7 +92,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
         self._by_lane = self._slow = 0
-        self._passages: dict[tuple[Any, torch.dtype, torch.Size], tuple[Ride, str, int]] = {}  # of small all-reduces
+        self._passages: dict[tuple[Any, ...], tuple[Ride, str, int]] = {}  # of small operations that were made before
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -179,8 +179,11 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """Reduce over the ranks, in place."""
-        if self._passages and opts is not None and (over := self._ride(tensors, opts)) is not None:
-            return over
+        if opts is not None and self._passages and len(tensors) == 1:
+            tensor = tensors[0]
+            over = self._ride((opts.reduceOp, tensor.dtype, tensor.shape), tensor, tensor, opts)
+            if over is not None:
+                return over
         opts = opts or dist.AllreduceOptions()
         kind = kind_of(opts.reduceOp)
         if len(tensors) == 1 and tensors[0].layout == torch.sparse_coo:
@@ -188,7 +191,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         (tensor,) = self._valid("all_reduce", tensors)
         mpi_op(kind, tensor.dtype)
         what, key = f"all_reduce(op={kind.name}) of {_form(tensor)}", ("all_reduce", kind.name, tensor.dtype, tensor.numel())
-        ride = self._agree.ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
+        ride = self._agree.sum_ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
         if ride is not None and len(self._passages) < _MOST_PASSAGES:
             self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, what, digest(key))
         return self._start(
@@ -197,15 +200,14 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             ride=ride,
         )  # fmt: skip
 
-    def _ride(self, tensors: list[Tensor], opts: Any) -> MpiWork | None:
-        """The shortest way: an all-reduce like one before, small, whose caller waits, of an idle group; None if it is not that."""
-        if len(tensors) != 1 or getattr(opts, "asyncOp", True):
+    def _ride(self, key: tuple[Any, ...], tensor: Tensor, out: Tensor, opts: Any) -> MpiWork | None:
+        """The shortest way: an operation like one before, small, whose caller waits, of an idle group; None if it is not that."""
+        if getattr(opts, "asyncOp", True):
             return None
-        tensor, agree = tensors[0], self._agree
-        passage = self._passages.get((opts.reduceOp, tensor.dtype, tensor.shape))
-        if passage is None or agree is None or tensor.layout != torch.strided or tensor.is_cuda:
+        passage, agree = self._passages.get(key), self._agree
+        if passage is None or agree is None or self._coalescing is not None:
             return None
-        if not tensor.is_contiguous() or tensor.is_neg() or self._coalescing is not None:
+        if not (_lies_plainly(tensor) and (out is tensor or _lies_plainly(out))):
             return None
         if self._destroyed or os.getpid() != self._process or not self._enter():
             return None
@@ -217,28 +219,28 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             request = agree.begin(asked, next(self._numbers))
             try:
                 if over_within(request, _PATIENCE_S) and agree.reached():
-                    ride.arrive(tensor)
+                    ride.arrive(out)
                     self._note(began, 0)
                     return _OVER
             except BaseException:
                 entered = False
-                self._ride_on(tensor, opts, request, ride, what)
+                self._ride_on(out, opts, request, ride, what)
                 raise
             entered = False
-            return self._ride_on(tensor, opts, request, ride, what)
+            return self._ride_on(out, opts, request, ride, what)
         finally:
             if entered:
                 self._lane.leave()
 
-    def _ride_on(self, tensor: Tensor, opts: Any, request: MPI.Request, ride: Ride, what: str) -> MpiWork:
+    def _ride_on(self, out: Tensor, opts: Any, request: MPI.Request, ride: Ride, what: str) -> MpiWork:
         """Let the lane wait for the other ranks, or say that they called something else."""
-        work = MpiWork(what + self._over, [tensor], self._limit(opts))
+        work = MpiWork(what + self._over, [out], self._limit(opts))
 
         def complete() -> None:
             assert self._agree is not None
             if not self._agree.reached():
                 self._agree.tell_apart(work.what)
-            ride.arrive(tensor)
+            ride.arrive(out)
 
         self._note(-math.inf, 0)
         self._wait_in_lane(work, request, complete)
@@ -396,18 +398,23 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def _allgather_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
         """Fill a tensor with every rank's tensor, one after the other."""
+        if opts is not None and self._passages:
+            over = self._ride((tensor.dtype, tensor.shape, output.dtype, output.shape), tensor, output, opts)
+            if over is not None:
+                return over
         out, part = self._valid("all_gather_into_tensor", [output, tensor], several=True)
         if out.numel() != part.numel() * self.size() or out.dtype != part.dtype:
             raise ValueError(
                 f"all_gather_into_tensor: the output ({_form(out)}) must have {self.size()} times the input's elements "
                 f"({_form(part)}) and its dtype"
             )
+        what, key = f"all_gather_into_tensor of {_form(part)}", ("all_gather_into_tensor", part.dtype, part.numel())
+        ride = self._agree.gather_ride(_nbytes(part)) if self._agree is not None else None
+        if ride is not None and len(self._passages) < _MOST_PASSAGES:
+            self._passages[part.dtype, part.shape, out.dtype, out.shape] = (ride, what, digest(key))
         return self._start(
-            f"all_gather_into_tensor of {_form(part)}",
-            ("all_gather_into_tensor", part.dtype, part.numel()),
-            [part], [out], opts,
-            lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]),
-        )  # fmt: skip
+            what, key, [part], [out], opts, lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]), ride=ride
+        )
 
     all_gather_single = _allgather_base
 
@@ -660,7 +667,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             opts: c10d's options: the time-out, and whether the caller waits.
             run: Is given contiguous CPU versions of both.
             timeout: Instead of that of ``opts``.
-            ride: Does what ``run`` does, of the only tensor, with the ranks' agreement.
+            ride: Does what ``run`` does, of the only tensor and to the only one, with the ranks' agreement.
         """
         what += self._over
         if self._destroyed:
@@ -790,6 +797,16 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work
+
+
+def _lies_plainly(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_cuda
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
 
 
 def _form(tensor: Tensor) -> str:
