@@ -141,9 +141,7 @@ class Member:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _start_all_reduce(
-        self, tensor: Tensor, op: ReduceOp, name: str, *, at_once: bool = True
-    ) -> Pending[Tensor]:
+    def _start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str, *, at_once: bool = True) -> Pending[Tensor]:
         """``at_once``: the caller waits before it does anything else."""
         wire_op = self._wire_op(name, tensor, op)
         self._agree(name, op, tensor)

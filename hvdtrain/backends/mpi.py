@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvdtrain.backends.ddp import C10dWire, TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.wire import Together, Wire, Work
+from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import Options, give_up, library, shut_down
@@ -80,7 +80,9 @@ class MpiBackend(TorchBackend):
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout_s),
-            pg_options=Options(watch=False, end=self._watch.end, all_reduce=self.all_reduce_family),  # it has its own watch
+            pg_options=Options(
+                watch=False, end=self._watch.end, all_reduce=self.all_reduce_family
+            ),  # it has its own watch
         )
         self._watch.on_failure.append(give_up)
         dist.barrier()

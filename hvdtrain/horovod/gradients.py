@@ -76,7 +76,9 @@ def allreduce(
     """
     how = (chosen(op, average), prescale_factor, postscale_factor, process_set)
     small, context = compression.compress(tensor)
-    if isinstance(small, Tensor) and not (small.requires_grad and torch.is_grad_enabled()):  # nothing for autograd to record
+    if isinstance(small, Tensor) and not (
+        small.requires_grad and torch.is_grad_enabled()
+    ):  # nothing for autograd to record
         total = synchronize(reduce_async([small], None, name, *how, grouped=False, waited_for=True))
     else:
         total = _Reduce.apply(False, name, how, small)

@@ -87,7 +87,9 @@ def form_and_text(kind: str, name: str | None, tensors: Sequence[Tensor], **deta
     except TypeError:  # lists cannot be looked up
         return _made(kind, name, tensors, details)
     # 1, 1.0 and True are the same key, and travel as different texts.
-    if known is None or any(type(a) is not type(b) for (_, a), b in zip(known[0].details, details.values(), strict=True)):
+    if known is None or any(
+        type(a) is not type(b) for (_, a), b in zip(known[0].details, details.values(), strict=True)
+    ):
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         known = _known[key] = _made(kind, name, tensors, details)

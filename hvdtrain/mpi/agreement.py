@@ -59,7 +59,7 @@ class SumRide:
         self._combine = (_COMBINE if dtype in _FLOATS else _COMBINE_INTEGERS)[kind]
         self._nbytes = count * dtype.itemsize
         end = _HEAD_BYTES + self._nbytes
-        self._sent = memoryview(agreement.sent)[_HEAD_BYTES:end]
+        self._sent: Any = agreement.sent.data[_HEAD_BYTES:end]
         first, second, *others = (row[_HEAD_BYTES:end].view(numbers) for row in agreement.heard)
         self._first, self._second, self._others = first, second, others
         self._total = np.empty(count, dtype=numbers)
@@ -91,8 +91,8 @@ class GatherRide:
 
     def __init__(self, agreement: Agreement, nbytes: int) -> None:
         self._nbytes, end = nbytes, _HEAD_BYTES + nbytes
-        self._sent = memoryview(agreement.sent)[_HEAD_BYTES:end]
-        self._rows = [memoryview(row)[_HEAD_BYTES:end] for row in agreement.heard]
+        self._sent: Any = agreement.sent.data[_HEAD_BYTES:end]
+        self._rows = [row.data[_HEAD_BYTES:end] for row in agreement.heard]
 
     def board(self, tensor: Tensor) -> None:
         """Put a tensor into this rank's next message. It must be contiguous."""
@@ -100,7 +100,8 @@ class GatherRide:
 
     def arrive(self, out: Tensor) -> None:
         """Write the ranks' tensors one after the other."""
-        whole, at = MPI.memory.fromaddress(out.data_ptr(), self._nbytes * len(self._rows)), 0
+        whole: Any = MPI.memory.fromaddress(out.data_ptr(), self._nbytes * len(self._rows))
+        at = 0
         for row in self._rows:
             whole[at : at + self._nbytes] = row
             at += self._nbytes

@@ -8,6 +8,7 @@ two ranks that each receive before they send would otherwise wait for each other
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -32,9 +33,9 @@ from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
-_AT_ONCE_BYTES = 4 * 2**20  # up to which a caller that waits makes the MPI calls itself
+_AT_ONCE_BYTES = 2**20  # up to which a caller that waits makes the MPI calls itself
 _PATIENCE_S = 0.0001  # for how long it looks whether the other ranks have come
-_PATIENCE_S_PER_BYTE = 1e-9  # and more than that for what it does then is slow
+_PATIENCE_S_PER_BYTE = 3e-10  # and more than that for what it does then is slow
 _MOST_BY_LANE = 256
 _MOST_PASSAGES = 512
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
@@ -92,7 +93,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
         self._by_lane = self._slow = 0
-        self._passages: dict[tuple[Any, ...], tuple[Ride, str, int]] = {}  # of small operations that were made before
+        self._passages: dict[
+            tuple[Any, ...], tuple[Ride | None, Callable[[Tensor], None] | None, str, int]
+        ] = {}  # of small operations that were made before
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -190,49 +193,66 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             return self._allreduce_sparse(tensors[0], kind, opts)
         (tensor,) = self._valid("all_reduce", tensors)
         mpi_op(kind, tensor.dtype)
-        what, key = f"all_reduce(op={kind.name}) of {_form(tensor)}", ("all_reduce", kind.name, tensor.dtype, tensor.numel())
+        what, key = (
+            f"all_reduce(op={kind.name}) of {_form(tensor)}",
+            ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
+        )
         ride = self._agree.sum_ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
-        if ride is not None and len(self._passages) < _MOST_PASSAGES:
-            self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, what, digest(key))
+        if _nbytes(tensor) <= _AT_ONCE_BYTES and kind != kind.PREMUL_SUM and len(self._passages) < _MOST_PASSAGES:
+            after = None if ride is not None else functools.partial(self._reduce_plain, kind)
+            self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, after, what, digest(key))
         return self._start(
             what, key, [tensor], [tensor], opts,
             lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind, self._levels),
             ride=ride,
         )  # fmt: skip
 
+    def _reduce_plain(self, kind: Any, tensor: Tensor) -> None:
+        operations.all_reduce_(self._comm, tensor, None, kind, self._levels)
+
     def _ride(self, key: tuple[Any, ...], tensor: Tensor, out: Tensor, opts: Any) -> MpiWork | None:
         """The shortest way: an operation like one before, small, whose caller waits, of an idle group; None if it is not that."""
-        if getattr(opts, "asyncOp", True):
-            return None
         passage, agree = self._passages.get(key), self._agree
-        if passage is None or agree is None or self._coalescing is not None:
+        if passage is None or agree is None or self._coalescing is not None or getattr(opts, "asyncOp", True):
             return None
         if not (_lies_plainly(tensor) and (out is tensor or _lies_plainly(out))):
             return None
         if self._destroyed or os.getpid() != self._process or not self._enter():
             return None
-        ride, what, asked = passage
+        ride, after, what, asked = passage
         entered, began = True, time.perf_counter()
         try:
             self._watch.count(self._label)
-            ride.board(tensor)
+            if ride is not None:
+                ride.board(tensor)
             request = agree.begin(asked, next(self._numbers))
+            finish = after if ride is None else ride.arrive
+            assert finish is not None
+            here = False
             try:
-                if over_within(request, _PATIENCE_S) and agree.reached():
-                    ride.arrive(out)
-                    self._note(began, 0)
-                    return _OVER
-            except BaseException:
-                entered = False
-                self._ride_on(out, opts, request, ride, what)
-                raise
-            entered = False
-            return self._ride_on(out, opts, request, ride, what)
+                here = over_within(request, _PATIENCE_S) and agree.reached()
+            finally:  # also after Ctrl-C: the other ranks go on
+                if not here:
+                    entered = False
+                    work = self._ride_on(out, opts, request, finish, what)
+            if not here:
+                return work
+            if ride is not None:
+                finish(out)
+                self._note(began, 0)
+                return _OVER
+            work = MpiWork(what + self._over, [out], self._limit(opts))
+            plain = out.detach()
+            self._lane.perform(work, lambda: finish(plain))
+            self._note(began, _nbytes(out))
+            return work
         finally:
             if entered:
                 self._lane.leave()
 
-    def _ride_on(self, out: Tensor, opts: Any, request: MPI.Request, ride: Ride, what: str) -> MpiWork:
+    def _ride_on(
+        self, out: Tensor, opts: Any, request: MPI.Request, finish: Callable[[Tensor], None], what: str
+    ) -> MpiWork:
         """Let the lane wait for the other ranks, or say that they called something else."""
         work = MpiWork(what + self._over, [out], self._limit(opts))
 
@@ -240,7 +260,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             assert self._agree is not None
             if not self._agree.reached():
                 self._agree.tell_apart(work.what)
-            ride.arrive(out)
+            finish(out.detach())
 
         self._note(-math.inf, 0)
         self._wait_in_lane(work, request, complete)
@@ -411,9 +431,15 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         what, key = f"all_gather_into_tensor of {_form(part)}", ("all_gather_into_tensor", part.dtype, part.numel())
         ride = self._agree.gather_ride(_nbytes(part)) if self._agree is not None else None
         if ride is not None and len(self._passages) < _MOST_PASSAGES:
-            self._passages[part.dtype, part.shape, out.dtype, out.shape] = (ride, what, digest(key))
+            self._passages[part.dtype, part.shape, out.dtype, out.shape] = (ride, None, what, digest(key))
         return self._start(
-            what, key, [part], [out], opts, lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]), ride=ride
+            what,
+            key,
+            [part],
+            [out],
+            opts,
+            lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]),
+            ride=ride,
         )
 
     all_gather_single = _allgather_base
