@@ -63,7 +63,7 @@ class SumRide:
         first, second, *others = (row[_HEAD_BYTES:end].view(numbers) for row in agreement.heard)
         self._first, self._second, self._others = first, second, others
         self._total = np.empty(count, dtype=numbers)
-        self._total_bytes = memoryview(self._total).cast("B")
+        self._total_bytes: Any = self._total.view(np.uint8).data
         self._divisor = agreement.size if kind == Kind.AVG else 0
 
     def board(self, tensor: Tensor) -> None:
