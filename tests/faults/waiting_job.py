@@ -15,8 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import hvdtrain.mpi  # registers the group
-from hvdtrain.mpi import operations
+from hvdtrain.mpi import operations  # registers the group
 
 _LATER_S = 1.0
 
