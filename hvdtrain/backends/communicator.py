@@ -78,7 +78,7 @@ class Communicator(Rooted, Messages):
                     "pass tensor.detach(), or use op 'sum' or 'mean' with async_op=False"
                 )
             return cast(Tensor, _AllReduce.apply(tensor, self, op))
-        pending = self._start_all_reduce(tensor, op, "all_reduce")
+        pending = self._start_all_reduce(tensor, op, "all_reduce", at_once=not async_op)
         return pending if async_op else pending.wait()
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
@@ -92,7 +92,7 @@ class Communicator(Rooted, Messages):
             wire_op = self._wire_op("all_reduce_", tensor, op)
             self._agree("all_reduce_", op, tensor)
             with self._guard("all_reduce_", tensor, op):
-                self.wire.all_reduce_(tensor, wire_op).wait()
+                self.wire.at_once.all_reduce_(tensor, wire_op).wait()
             return tensor.div_(self.wire.size) if op == "mean" else tensor
         return tensor.copy_(self._start_all_reduce(tensor, op, "all_reduce_").wait())
 
@@ -122,7 +122,7 @@ class Communicator(Rooted, Messages):
             return mine.detach().clone()
         part = torch.empty_like(whole[0])
         with self._guard("reduce_scatter", stacked, op):
-            wire.reduce_scatter_into(part, whole, wire_op).wait()
+            wire.at_once.reduce_scatter_into(part, whole, wire_op).wait()
         return self._decode(part, mine, op)
 
     # -- moving -------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Communicator(Rooted, Messages):
         sent = flat.view(torch.uint8)
         out = torch.empty((wire.size, sent.numel()), dtype=torch.uint8, device=wire.device)
         with self._guard("all_gather", tensor):
-            wire.all_gather_into(out, sent).wait()
+            wire.at_once.all_gather_into(out, sent).wait()
         received = out.view(tensor.dtype).to(tensor.device)
         return [received[i, :size].clone().reshape(headers[i][1]) for i, size in enumerate(sizes)]
 
@@ -207,7 +207,7 @@ class Communicator(Rooted, Messages):
             A new tensor. It cannot be differentiated: pass a detached one.
         """
         refuse_gradient("broadcast", tensor)
-        pending = self._start_broadcast(tensor, src, "broadcast")
+        pending = self._start_broadcast(tensor, src, "broadcast", at_once=not async_op)
         return pending if async_op else pending.wait()
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
@@ -221,7 +221,7 @@ class Communicator(Rooted, Messages):
         """Return once every rank has called it."""
         self._agree("barrier", "", None)
         with self._guard("barrier", None):
-            self.wire.barrier().wait()
+            self.wire.at_once.barrier().wait()
 
     # -- objects ------------------------------------------------------------------------------------------------------
 

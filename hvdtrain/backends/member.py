@@ -141,7 +141,8 @@ class Member:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Pending[Tensor]:
+    def _start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str, *, at_once: bool = True) -> Pending[Tensor]:
+        """``at_once``: the caller waits before it does anything else."""
         wire_op = self._wire_op(name, tensor, op)
         self._agree(name, op, tensor)
         buffer = self._encode(tensor)
@@ -149,12 +150,12 @@ class Member:
         if buffer.numel() == 0:
             return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with guard:
-            work = self.wire.all_reduce_(buffer, wire_op)
+            work = (self.wire.at_once if at_once else self.wire).all_reduce_(buffer, wire_op)
         return Pending(
             work, lambda: self._decode(buffer, tensor, op), lambda: self._guard(name, tensor, op, again=True)
         )
 
-    def _start_broadcast(self, tensor: Tensor, src: int, name: str) -> Pending[Tensor]:
+    def _start_broadcast(self, tensor: Tensor, src: int, name: str, *, at_once: bool = True) -> Pending[Tensor]:
         check_tensor(name, tensor)
         self._check_rank(name, src)
         self._agree(name, str(src), tensor)
@@ -163,7 +164,7 @@ class Member:
         if copy.numel() == 0:
             return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with self._guard(name, tensor):
-            work = wire.broadcast_(copy.view(torch.uint8), src)
+            work = (wire.at_once if at_once else wire).broadcast_(copy.view(torch.uint8), src)
 
         def finish() -> Tensor:
             return copy.reshape(tensor.shape).to(tensor.device)
@@ -227,7 +228,7 @@ class Member:
         mine = header(tensor).to(wire.device)
         out = torch.empty((wire.size, mine.numel()), dtype=torch.int64, device=wire.device)
         with self._guard(name, tensor):
-            wire.all_gather_into(out, mine).wait()
+            wire.at_once.all_gather_into(out, mine).wait()
         headers = [read_header(row) for row in out.tolist()]
         if len({dtype for dtype, _ in headers}) > 1:
             raise CollectiveError(
@@ -248,7 +249,7 @@ class Member:
         )
         out = torch.empty((wire.size, 16), dtype=torch.uint8, device=wire.device)
         with self._guard(name, tensor):
-            wire.all_gather_into(out, digest).wait()
+            wire.at_once.all_gather_into(out, digest).wait()
         if bool((out == out[0]).all()):
             return
         padded = torch.zeros(256, dtype=torch.uint8, device=wire.device)
@@ -256,7 +257,7 @@ class Member:
         padded[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=wire.device)
         texts = torch.empty((wire.size, 256), dtype=torch.uint8, device=wire.device)
         with self._guard(name, tensor):
-            wire.all_gather_into(texts, padded).wait()
+            wire.at_once.all_gather_into(texts, padded).wait()
         called = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in texts.tolist()]
         raise CollectiveError(f"the ranks called different collectives: {by_rank(wire.ranks, called)}")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvdtrain.backends.ddp import C10dWire, TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.wire import Together, Wire, Work
+from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.mpi import Options, give_up, library, shut_down
@@ -80,7 +80,9 @@ class MpiBackend(TorchBackend):
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.timeout_s),
-            pg_options=Options(watch=False, all_reduce=self.all_reduce_family),  # this backend has its own watch
+            pg_options=Options(
+                watch=False, end=self._watch.end, all_reduce=self.all_reduce_family
+            ),  # it has its own watch
         )
         self._watch.on_failure.append(give_up)
         dist.barrier()
@@ -109,6 +111,8 @@ class MpiBackend(TorchBackend):
 class MpiWire(C10dWire):
     """The wire of a C10dWire, on which a message waits for its receiver: MPI itself would buffer small ones."""
 
+    _now: MpiWireAtOnce | None = None
+
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Start a synchronous send and a receive."""
         self.traffic.message(0 if sent is None else sent.nbytes)
@@ -119,11 +123,57 @@ class MpiWire(C10dWire):
             works.append(self._group.send([sent], dst, synchronous=True))
         return Together(works)
 
+    @property
+    def at_once(self) -> MpiWireAtOnce:
+        """Operations that an idle group performs in the caller's own thread."""
+        if self._now is None:
+            self._now = MpiWireAtOnce(self._group, self.ranks, self.device)
+        return self._now
+
     def close(self) -> None:
         """Destroy the process group; older versions of torch (seen with 2.4) leave Python groups as they are."""
-        group = self._group
+        group, self._now = self._group, None
         super().close()
         group.shutdown()
+
+
+class MpiWireAtOnce(MpiWire):
+    """A `MpiWire` whose operations may be over when they return; by the group's own calls, without torch.distributed's."""
+
+    def __init__(self, group: Any, ranks: Sequence[int], device: torch.device) -> None:
+        super().__init__(group, ranks, device)
+        self._reducing = {op: _now(dist.AllreduceOptions(), reduceOp=engines) for op, engines in self._OPS.items()}
+        self._broadcasting = [_now(dist.BroadcastOptions(), rootRank=rank) for rank in range(self.size)]
+        self._others = _now(dist.BarrierOptions())
+
+    def all_reduce_(self, tensor: Tensor, op: WireOp) -> Work:
+        """All-reduce."""
+        work: Work = self._group.allreduce([tensor], self._reducing[op])
+        return work
+
+    def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
+        """All-gather."""
+        work: Work = self._group._allgather_base(out, tensor, self._others)
+        return work
+
+    def broadcast_(self, tensor: Tensor, src: int) -> Work:
+        """Broadcast."""
+        work: Work = self._group.broadcast([tensor], self._broadcasting[src])
+        return work
+
+    def barrier(self) -> Work:
+        """Barrier."""
+        work: Work = self._group.barrier(self._others)
+        return work
+
+
+def _now(options: Any, **settings: Any) -> Any:
+    """Options of torch.distributed's that say that the caller waits; older versions have no such word."""
+    for name, value in settings.items():
+        setattr(options, name, value)
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
 
 
 class MpiReplica(HookedReplica):

@@ -165,7 +165,7 @@ class Rooted(Member):
         mine = torch.cat([torch.tensor([dst]), header(tensor)]).to(wire.device)
         out = torch.empty((wire.size, mine.numel()), dtype=torch.int64, device=wire.device)
         with self._guard(f"gather(dst={dst})", tensor):
-            wire.all_gather_into(out, mine).wait()
+            wire.at_once.all_gather_into(out, mine).wait()
         rows = out.tolist()
         forms = [read_header(row[1:]) for row in rows]
         for what, values in (("dst", [row[0] for row in rows]), ("dtypes", [dtype for dtype, _ in forms])):

@@ -141,6 +141,11 @@ class Wire(ABC):
         """
         raise CollectiveError(f"{type(self).__name__} passes no messages between two ranks")
 
+    @property
+    def at_once(self) -> Wire:
+        """The same operations, for a caller that waits for each before it does anything else: an engine may be quicker then."""
+        return self
+
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Free what the engine holds for this group alone, without waiting for other ranks; an engine may keep it."""
 

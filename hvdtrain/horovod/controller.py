@@ -27,6 +27,8 @@ from hvdtrain.horovod.streams import come_after, reached
 
 _MOST = 62  # requests of one message; more wait for the next round
 _HEAD = struct.Struct("=iii")  # flags, known requests, bytes that do not fit
+_ONE = struct.Struct("=ii")
+_ONE_ENDS = _HEAD.size + _ONE.size
 _AREA_AT = -(-(_HEAD.size + 8 * _MOST) // 8) * 8
 _MESSAGE_BYTES = _AREA_AT + inline.AREA_BYTES
 _LONGEST_PAUSE_S = 0.02  # between rounds in which nobody says anything new
@@ -58,6 +60,7 @@ class Controller:
         self._driving = threading.Lock()
         self._thread: threading.Thread | None = None
         self._places = inline.Places()
+        self._lone: dict[int, inline.Alone] = {}  # by the number of a form that all ranks know
         size = communicator.wire.size
         self._sent, self._heard = bytearray(_MESSAGE_BYTES), bytearray(_MESSAGE_BYTES * size)
         self._out = torch.frombuffer(self._sent, dtype=torch.uint8)
@@ -189,8 +192,12 @@ class Controller:
             if self._broken or self._closed or not self._outstanding():
                 return
             told, self._news = self._news[:_MOST], self._news[_MOST:]
+            alone = self._alone(told)
             flags = (JOIN if self._joining is not None else 0) | (LEAVE if self._leaving is not None else 0)
         try:
+            if alone is not None:
+                self._round_of_one(told[0], *alone)
+                return
             message = self._ledger.compose([(one.text, one.number) for one in told], flags, self._overdue())
             with torch.no_grad():
                 self._put_small(message)
@@ -203,6 +210,45 @@ class Controller:
             if not isinstance(error, Exception):
                 raise
             raise HorovodInternalError(self._broken) from error
+
+    def _alone(self, told: list[Request]) -> tuple[inline.Alone, int] | None:
+        """How to tell the others of a small sum, the only thing that this rank waits for; None if it is not that."""
+        if len(told) != 1 or len(self._mine) != 1 or self._joining is not None or self._leaving is not None:
+            return None
+        (request,) = told
+        number = self._ledger.number_if_alone(request.text)
+        if number is None or not request.outputs or self._communicator.wire.size == 1:
+            return None
+        known = self._lone.get(number)
+        if known is None or known.form != request.form:
+            if not inline.Alone.fits(request.form):
+                return None
+            known = self._lone[number] = inline.Alone(request.form, self._out[_AREA_AT:], self._in[:, _AREA_AT:])
+        if request.tensors[0].is_cuda or timeline.recording():
+            return None
+        return known, number
+
+    def _round_of_one(self, request: Request, alone: inline.Alone, number: int) -> None:
+        """A round, seen from a rank that has nothing but a small sum to say.
+
+        What it sends is what any round would; if every rank has said the very same, there is nothing to be matched.
+        """
+        _HEAD.pack_into(self._sent, 0, 0, 1, 0)
+        _ONE.pack_into(self._sent, _HEAD.size, number, request.number)
+        with torch.no_grad():
+            alone.put(request)
+            with self._communicator.region(_LABEL, f"{request.called} over {self._name}"):
+                self._carry()
+            said = self._sent[:_ONE_ENDS]
+            if all(self._heard[at : at + _ONE_ENDS] == said for at in range(0, len(self._heard), _MESSAGE_BYTES)):
+                with self._state:
+                    del self._mine[request.key]
+                alone.finish(request)
+                self._pause_s = 0.0
+                return
+            messages = self._read(self._ledger.compose([(request.text, request.number)], 0))
+            places = [self._places.of(self._ledger.asked_in(each)) for each in messages]
+            self._obey(self._ledger.hear(messages), places)
 
     def _put_small(self, message: Message) -> None:
         """Write numbers into the message that have room there."""
@@ -275,14 +321,23 @@ class Controller:
         numbers = [number for pair in message.known for number in pair]
         _HEAD.pack_into(self._sent, 0, message.flags, len(message.known), len(rest))
         struct.pack_into(f"={len(numbers)}i", self._sent, _HEAD.size, *numbers)
+        self._carry()
+        return self._read(message)
+
+    def _carry(self) -> None:
+        """Exchange the ranks' messages."""
+        wire = self._communicator.wire
         if wire.device.type == "cpu":
-            wire.all_gather_into(self._in, self._out).wait()
+            wire.at_once.all_gather_into(self._in, self._out).wait()
         else:
             received = torch.empty_like(self._in, device=wire.device)
-            wire.all_gather_into(received, self._out.to(wire.device)).wait()
+            wire.at_once.all_gather_into(received, self._out.to(wire.device)).wait()
             self._in.copy_(received)
-        heads = [_HEAD.unpack_from(self._heard, rank * _MESSAGE_BYTES) for rank in range(wire.size)]
-        rests = self._exchange_rests(rest, [length for _, _, length in heads])
+
+    def _read(self, message: Message) -> list[Message]:
+        """What the ranks have said; a second exchange brings what did not fit into the first."""
+        heads = [_HEAD.unpack_from(self._heard, at) for at in range(0, len(self._heard), _MESSAGE_BYTES)]
+        rests = self._exchange_rests(message.rest, [length for _, _, length in heads])
         messages = []
         for rank, (flags, count, _) in enumerate(heads):
             read = struct.unpack_from(f"={2 * count}i", self._heard, rank * _MESSAGE_BYTES + _HEAD.size)
@@ -297,7 +352,7 @@ class Controller:
         wire = self._communicator.wire
         sent = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8).to(wire.device)
         out = torch.empty((wire.size, longest), dtype=torch.uint8, device=wire.device)
-        wire.all_gather_into(out, sent).wait()
+        wire.at_once.all_gather_into(out, sent).wait()
         return [row.numpy().tobytes()[:length] for row, length in zip(out.cpu(), lengths, strict=True)]
 
     # -- ends ---------------------------------------------------------------------------------------------------------

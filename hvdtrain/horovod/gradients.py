@@ -76,7 +76,13 @@ def allreduce(
     """
     how = (chosen(op, average), prescale_factor, postscale_factor, process_set)
     small, context = compression.compress(tensor)
-    return compression.decompress(_Reduce.apply(False, name, how, small), context)  # type: ignore[no-any-return]
+    if isinstance(small, Tensor) and not (
+        small.requires_grad and torch.is_grad_enabled()
+    ):  # nothing for autograd to record
+        total = synchronize(reduce_async([small], None, name, *how, grouped=False, waited_for=True))
+    else:
+        total = _Reduce.apply(False, name, how, small)
+    return compression.decompress(total, context)  # type: ignore[no-any-return]
 
 
 @by_engine(real)

@@ -115,12 +115,18 @@ class Ledger:
         unknown = tuple((text, number) for text, number in requests if text not in self._numbers)
         return Message(flags, known, unknown, trouble)
 
+    def number_if_alone(self, text: str) -> int | None:
+        """The number of a form that all ranks know, if nobody waits for anything and nobody has joined or wants to end."""
+        if self._waiting or self._joined or self.leaving:
+            return None
+        return self._numbers.get(text)
+
     def asked_in(self, message: Message) -> list[tuple[Key, Form]]:
         """The requests of a message whose forms all ranks know, in its order."""
         found = []
         for at, number in message.known:
             form = self._forms[at]
-            found.append(((form.kind, f"name {form.name}" if form.name is not None else f"number {number}"), form))
+            found.append((form.key(number), form))
         return found
 
     def hear(self, messages: Sequence[Message]) -> Outcome:
@@ -134,7 +140,7 @@ class Ledger:
             asked += [(Form.read(text), number) for text, number in message.unknown]
             outcome.news = outcome.news or bool(asked)
             for form, number in asked:
-                key = (form.kind, f"name {form.name}" if form.name is not None else f"number {number}")
+                key = form.key(number)
                 self._waiting.setdefault(key, {})[rank] = form
                 self._number_of[key] = number
                 touched[key] = None

@@ -18,7 +18,7 @@ from hvdtrain.horovod.handles import begin, synchronize
 from hvdtrain.horovod.passing_through import by_engine
 from hvdtrain.horovod.process_sets import ProcessSet, global_process_set
 from hvdtrain.horovod.reductions import NAMES, Adasum, Average, Sum, chosen, valid
-from hvdtrain.horovod.requests import Request, form
+from hvdtrain.horovod.requests import Request, form, form_and_text
 from hvdtrain.horovod.state import real
 
 
@@ -44,9 +44,8 @@ def start(
     _check_written(kind, outputs)
     controller = state.controller_of(process_set, f"hvd.{kind}")
     compared = tensors if alike else []
-    request = Request(
-        form(kind, name, compared, **details), tensors=list(tensors), outputs=list(outputs), splits=list(splits)
-    )
+    asked, text = form_and_text(kind, name, compared, **details)
+    request = Request(asked, list(tensors), list(outputs), list(splits), text=text)
     if name is None:
         request.number = state.next_number(process_set, kind)
     return begin(controller, request, finish, waited_for=waited_for)
@@ -94,7 +93,7 @@ def reduce_async(
     """Start to reduce tensors; ``outputs`` None for new ones."""
     kind = "grouped_allreduce" if grouped else "allreduce"
     valid(op)
-    _check_carried(kind, tensors)
+    _check_carried(kind, tensors)  # before what it is to be reduced by
     for tensor in tensors:
         _check_reduction(kind, tensor, op)
     if op == Adasum:

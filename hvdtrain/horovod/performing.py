@@ -229,7 +229,7 @@ def _broadcast(communicator: Communicator, request: Request) -> Tensor:
         direct = out.is_contiguous() and out.device == communicator.wire.device and not out.is_complex()
         carried = out if direct else out.to(communicator.wire.device, copy=True, memory_format=torch.contiguous_format)
         carried = carried.resolve_conj().contiguous()
-        communicator.wire.broadcast_(bytes_of(carried), src).wait()
+        communicator.wire.at_once.broadcast_(bytes_of(carried), src).wait()
         if not direct:
             out.copy_(carried)
     return request.outputs[0] if request.outputs else out

@@ -43,6 +43,10 @@ class Form:
         """As what it travels."""
         return json.dumps([self.kind, self.name, self.tensors, self.details])
 
+    def key(self, number: int) -> tuple[str, str]:
+        """By what requests of this form are matched; ``number`` is that of one without a name."""
+        return (self.kind, f"name {self.name}" if self.name is not None else f"number {number}")
+
     @classmethod
     def read(cls, text: str) -> Form:
         """The form that `text` describes."""
@@ -72,13 +76,42 @@ class Form:
 
 def form(kind: str, name: str | None, tensors: Sequence[Tensor], **details: Any) -> Form:
     """The form of an operation on tensors."""
+    return form_and_text(kind, name, tensors, **details)[0]
+
+
+def form_and_text(kind: str, name: str | None, tensors: Sequence[Tensor], **details: Any) -> tuple[Form, str]:
+    """The form of an operation on tensors, and as what it travels; programs ask for the same ones again and again."""
+    key = (kind, name, *[(t.dtype, t.shape) for t in tensors], *details.items())
+    try:
+        known = _known.get(key)
+    except TypeError:  # lists cannot be looked up
+        return _made(kind, name, tensors, details)
+    # 1, 1.0 and True are the same key, and travel as different texts.
+    if known is None or any(
+        type(a) is not type(b) for (_, a), b in zip(known[0].details, details.values(), strict=True)
+    ):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[key] = _made(kind, name, tensors, details)
+    return known
+
+
+_MOST_KNOWN = 8192
+_known: dict[tuple[Any, ...], tuple[Form, str]] = {}
+
+
+def _made(kind: str, name: str | None, tensors: Sequence[Tensor], details: dict[str, Any]) -> tuple[Form, str]:
     start = 1 if kind in _FREE_FIRST else 0
-    return Form(
+    made = Form(
         kind=kind,
         name=name,
         tensors=tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)[start:]) for t in tensors),
         details=tuple(details.items()),
     )
+    return made, made.text()
+
+
+_ending = threading.Lock()  # one for all: it is held for a moment
 
 
 @dataclass(slots=True, eq=False)
@@ -108,43 +141,52 @@ class Request:
     began: float = 0.0
     ready: list[torch.cuda.Event] = field(default_factory=list)
     done: list[torch.cuda.Event] = field(default_factory=list)
-    _over: threading.Event = field(default_factory=threading.Event)
+    over: bool = False
+    """Whether it has ended, well or badly."""
+    _waited_for: threading.Event | None = None
 
     def __post_init__(self) -> None:
-        self.text = self.form.text()
+        self.text = self.text or self.form.text()
 
     @property
     def key(self) -> tuple[str, str]:
         """By which it is matched with the other ranks' requests."""
-        form = self.form
-        return (form.kind, f"name {form.name}" if form.name is not None else f"number {self.number}")
+        return self.form.key(self.number)
 
     @property
     def called(self) -> str:
         """How messages name it."""
         return self.form.called(self.number)
 
-    @property
-    def over(self) -> bool:
-        """Whether it has ended, well or badly."""
-        return self._over.is_set()
-
     def finish(self, result: Any = None) -> None:
         """End it with a result; only the first end counts."""
-        if not self._over.is_set():
+        if not self.over:
             self.result = result
             self.done = reached(self.tensors)
-            self._over.set()
+            self._end()
 
     def fail(self, error: Exception) -> None:
         """End it with an error; only the first end counts."""
-        if not self._over.is_set():
+        if not self.over:
             self.error = error
-            self._over.set()
+            self._end()
 
     def wait(self, timeout_s: float) -> bool:
         """Block until it is over, or ``timeout_s`` seconds have passed; say whether it is over."""
-        return self._over.wait(timeout_s)
+        with _ending:
+            if self.over:
+                return True
+            if self._waited_for is None:
+                self._waited_for = threading.Event()
+            waited_for = self._waited_for
+        return waited_for.wait(timeout_s)
+
+    def _end(self) -> None:
+        with _ending:
+            self.over = True
+            waited_for = self._waited_for
+        if waited_for is not None:
+            waited_for.set()
 
 
 def dtype_of(name: str) -> torch.dtype:

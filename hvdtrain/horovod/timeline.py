@@ -112,6 +112,11 @@ def end() -> None:
         ending.close()
 
 
+def recording() -> bool:
+    """Whether a trace is being recorded."""
+    return _Recording.timeline is not None
+
+
 @contextmanager
 def performing(requests: Sequence[Request | None]) -> Iterator[None]:
     """Around the operations that all ranks have agreed on."""

@@ -1,15 +1,18 @@
 """`MpiProcessGroup`: torch.distributed's process group, on stock PyTorch, with mpi4py below.
 
 Each call checks its arguments, and hands the rest to the group's lane, which makes the blocking MPI calls in order while
-the caller computes on. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
+the caller computes on. A caller that waits at once makes them itself, if the group has nothing else to do: once all ranks have
+come, which is awaited here for a moment, and then in the lane. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
 two ranks that each receive before they send would otherwise wait for each other.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,6 +24,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdtrain.mpi import operations
+from hvdtrain.mpi.agreement import Agreement, Ride, digest, over_within
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
@@ -29,8 +33,15 @@ from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
+_AT_ONCE_BYTES = 2**20  # up to which a caller that waits makes the MPI calls itself
+_PATIENCE_S = 0.0001  # for how long it looks whether the other ranks have come
+_PATIENCE_S_PER_BYTE = 3e-10  # and more than that for what it does then is slow
+_MOST_BY_LANE = 256
+_MOST_PASSAGES = 512
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
 
+_OVER = MpiWork("an operation that was over when its call returned", (), 0.0)
+_OVER.finish()
 
 _Base: Any = dist.ProcessGroup  # its stubs list overloads that differ between versions of torch
 
@@ -47,6 +58,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         check: Compare each operation over the ranks before any byte moves.
         levels: For hierarchical all-reduces: a communicator of this node's ranks, and one of the nodes' first ranks, None on
             other ranks.
+        end: Ends the process, for a reason, when its main thread is inside an MPI call that will not return.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         *,
         check: bool = True,
         levels: operations.Levels | None = None,
+        end: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(comm.rank, comm.size)
         self._levels = levels
@@ -71,14 +84,18 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._timeout_s = timeout.total_seconds()
         self._watch = watch
         self._ranks = list(ranks)
-        self._agree = operations.Agreement(comm) if check and comm.size > 1 else None
-        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain)
+        self._agree = Agreement(comm) if check and comm.size > 1 else None
+        self._lane = Lane(f"hvdtrain-mpi {name}", self._explain, end or watch.end)
         self._staging = Staging()
         self._process = os.getpid()
         self._destroyed = False
         self._group_name = self._group_description = ""
         self._numbers = itertools.count(1)
         self._coalescing: list[MpiWork] | None = None
+        self._by_lane = self._slow = 0
+        self._passages: dict[
+            tuple[Any, ...], tuple[Ride | None, Callable[[Tensor], None] | None, str, int]
+        ] = {}  # of small operations that were made before
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -165,18 +182,89 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """Reduce over the ranks, in place."""
+        if opts is not None and self._passages and len(tensors) == 1:
+            tensor = tensors[0]
+            over = self._ride((opts.reduceOp, tensor.dtype, tensor.shape), tensor, tensor, opts)
+            if over is not None:
+                return over
         opts = opts or dist.AllreduceOptions()
         kind = kind_of(opts.reduceOp)
         if len(tensors) == 1 and tensors[0].layout == torch.sparse_coo:
             return self._allreduce_sparse(tensors[0], kind, opts)
         (tensor,) = self._valid("all_reduce", tensors)
         mpi_op(kind, tensor.dtype)
-        return self._start(
+        what, key = (
             f"all_reduce(op={kind.name}) of {_form(tensor)}",
             ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
-            [tensor], [tensor], opts,
+        )
+        ride = self._agree.sum_ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
+        if _nbytes(tensor) <= _AT_ONCE_BYTES and kind != kind.PREMUL_SUM and len(self._passages) < _MOST_PASSAGES:
+            after = None if ride is not None else functools.partial(self._reduce_plain, kind)
+            self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, after, what, digest(key))
+        return self._start(
+            what, key, [tensor], [tensor], opts,
             lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind, self._levels),
+            ride=ride,
         )  # fmt: skip
+
+    def _reduce_plain(self, kind: Any, tensor: Tensor) -> None:
+        operations.all_reduce_(self._comm, tensor, None, kind, self._levels)
+
+    def _ride(self, key: tuple[Any, ...], tensor: Tensor, out: Tensor, opts: Any) -> MpiWork | None:
+        """The shortest way: an operation like one before, small, whose caller waits, of an idle group; None if it is not that."""
+        passage, agree = self._passages.get(key), self._agree
+        if passage is None or agree is None or self._coalescing is not None or getattr(opts, "asyncOp", True):
+            return None
+        if not (_lies_plainly(tensor) and (out is tensor or _lies_plainly(out))):
+            return None
+        if self._destroyed or os.getpid() != self._process or not self._enter():
+            return None
+        ride, after, what, asked = passage
+        entered, began = True, time.perf_counter()
+        try:
+            self._watch.count(self._label)
+            if ride is not None:
+                ride.board(tensor)
+            request = agree.begin(asked, next(self._numbers))
+            finish = after if ride is None else ride.arrive
+            assert finish is not None
+            here = False
+            try:
+                here = over_within(request, _PATIENCE_S) and agree.reached()
+            finally:  # also after Ctrl-C: the other ranks go on
+                if not here:
+                    entered = False
+                    work = self._ride_on(out, opts, request, finish, what)
+            if not here:
+                return work
+            if ride is not None:
+                finish(out)
+                self._note(began, 0)
+                return _OVER
+            work = MpiWork(what + self._over, [out], self._limit(opts))
+            plain = out.detach()
+            self._lane.perform(work, lambda: finish(plain))
+            self._note(began, _nbytes(out))
+            return work
+        finally:
+            if entered:
+                self._lane.leave()
+
+    def _ride_on(
+        self, out: Tensor, opts: Any, request: MPI.Request, finish: Callable[[Tensor], None], what: str
+    ) -> MpiWork:
+        """Let the lane wait for the other ranks, or say that they called something else."""
+        work = MpiWork(what + self._over, [out], self._limit(opts))
+
+        def complete() -> None:
+            assert self._agree is not None
+            if not self._agree.reached():
+                self._agree.tell_apart(work.what)
+            finish(out.detach())
+
+        self._note(-math.inf, 0)
+        self._wait_in_lane(work, request, complete)
+        return work
 
     def _allreduce_sparse(self, tensor: Tensor, kind: Any, opts: Any) -> MpiWork:
         if kind not in (kind.SUM, kind.AVG):
@@ -330,18 +418,29 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def _allgather_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
         """Fill a tensor with every rank's tensor, one after the other."""
+        if opts is not None and self._passages:
+            over = self._ride((tensor.dtype, tensor.shape, output.dtype, output.shape), tensor, output, opts)
+            if over is not None:
+                return over
         out, part = self._valid("all_gather_into_tensor", [output, tensor], several=True)
         if out.numel() != part.numel() * self.size() or out.dtype != part.dtype:
             raise ValueError(
                 f"all_gather_into_tensor: the output ({_form(out)}) must have {self.size()} times the input's elements "
                 f"({_form(part)}) and its dtype"
             )
+        what, key = f"all_gather_into_tensor of {_form(part)}", ("all_gather_into_tensor", part.dtype, part.numel())
+        ride = self._agree.gather_ride(_nbytes(part)) if self._agree is not None else None
+        if ride is not None and len(self._passages) < _MOST_PASSAGES:
+            self._passages[part.dtype, part.shape, out.dtype, out.shape] = (ride, None, what, digest(key))
         return self._start(
-            f"all_gather_into_tensor of {_form(part)}",
-            ("all_gather_into_tensor", part.dtype, part.numel()),
-            [part], [out], opts,
+            what,
+            key,
+            [part],
+            [out],
+            opts,
             lambda ins, outs: operations.all_gather(self._comm, outs[0], ins[0]),
-        )  # fmt: skip
+            ride=ride,
+        )
 
     all_gather_single = _allgather_base
 
@@ -582,40 +681,125 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         opts: Any,
         run: Callable[[list[Tensor], list[Tensor]], None],
         timeout: timedelta | None = None,
+        ride: Ride | None = None,
     ) -> MpiWork:
-        """Hand an operation to the lane.
+        """Hand an operation to the lane, or perform it here if the caller waits for it and the lane is idle.
 
         Args:
             what: For messages.
             key: What must be equal on all ranks.
             inputs: Read.
             outputs: Written; those that are inputs as well are both.
-            opts: c10d's options: the time-out.
+            opts: c10d's options: the time-out, and whether the caller waits.
             run: Is given contiguous CPU versions of both.
             timeout: Instead of that of ``opts``.
+            ride: Does what ``run`` does, of the only tensor and to the only one, with the ranks' agreement.
         """
         what += self._over
         if self._destroyed:
             raise dist.DistBackendError(f"{what}: the process group was destroyed")
-        number = next(self._numbers)
         work = MpiWork(what, list(outputs) or list(inputs), self._limit(opts, timeout))
         taken = {id(tensor): self._staging.take(tensor) for tensor in inputs}
 
+        def begin() -> MPI.Request | None:
+            if self._agree is None:
+                return None
+            if ride is not None:
+                ride.board(taken[id(inputs[0])].host)
+            return self._agree.begin(digest(key), number)
+
+        def complete() -> None:
+            """What is left to do once the question of agreement has been answered."""
+            if self._agree is not None and not self._agree.reached():
+                self._agree.tell_apart(what)
+            results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
+            if ride is not None:
+                ride.arrive(results[0].host)
+            else:
+                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
+            for result in results:
+                self._staging.give_back(result)
+
+        if self._waits_here(opts, inputs, outputs) and self._enter():
+            number = next(self._numbers)
+            self._at_once(work, begin, complete, sum(map(_nbytes, outputs)))
+            return work
+
         def operation() -> None:
             with self._watch.region(self._label, what, self._ranks):
-                if self._agree is not None:
-                    self._agree(what, number, key)
                 for staged in taken.values():
                     self._staging.ready(staged)
-                results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
-                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
-                for result in results:
-                    self._staging.give_back(result)
+                request = begin()
+                if request is not None:
+                    request.Wait()
+                complete()
 
+        number = next(self._numbers)
         self._lane.submit(work, operation)
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work
+
+    def _waits_here(self, opts: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Whether the caller waits at once, and nothing but other ranks could keep it waiting."""
+        if opts is None or getattr(opts, "asyncOp", True) or self._coalescing is not None:
+            return False
+        if self._agree is None and self.size() > 1:
+            return False
+        return not any(t.is_cuda for t in (*inputs, *outputs)) and sum(map(_nbytes, outputs)) <= _AT_ONCE_BYTES
+
+    def _enter(self) -> bool:
+        """Take the lane for this thread, if that has been quick of late.
+
+        Where ranks are seldom here at the same time, or share cores with others, a thread that sleeps is served sooner than one
+        that looks again and again: the more often that was slow, the more operations in a row go by the lane.
+        """
+        if self._by_lane:
+            self._by_lane -= 1
+            return False
+        return self._lane.enter()
+
+    def _note(self, began: float, nbytes: int) -> None:
+        """Note whether an operation that began at ``began`` was quick in this thread."""
+        if time.perf_counter() - began > _PATIENCE_S + nbytes * _PATIENCE_S_PER_BYTE:
+            self._by_lane = self._slow = min(_MOST_BY_LANE, 2 * self._slow or 1)
+        elif self._slow:
+            self._slow //= 2
+
+    def _at_once(
+        self, work: MpiWork, begin: Callable[[], MPI.Request | None], complete: Callable[[], None], nbytes: int
+    ) -> None:
+        """Perform an operation in this thread, which has entered the lane; what would wait is handed over to the lane's."""
+        began = time.perf_counter()
+        try:
+            self._watch.count(self._label)
+            request = begin()
+        except BaseException:
+            self._lane.leave()
+            raise
+        try:
+            here = request is None or over_within(request, _PATIENCE_S)
+        except BaseException:
+            self._wait_in_lane(work, request, complete)
+            raise
+        if not here:
+            self._note(began, nbytes)
+            self._wait_in_lane(work, request, complete)
+            return
+        try:
+            with torch.no_grad():
+                self._lane.perform(work, complete)
+            self._note(began, nbytes)
+        finally:
+            self._lane.leave()
+
+    def _wait_in_lane(self, work: MpiWork, request: Any, complete: Callable[[], None]) -> None:
+        def rest() -> None:
+            with self._watch.region(self._label, work.what, self._ranks, again=True):
+                request.Wait()
+                complete()
+
+        self._lane.hand_over(work, rest)
 
     def _message(
         self,
@@ -639,6 +823,16 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         if self._coalescing is not None:
             self._coalescing.append(work)
         return work
+
+
+def _lies_plainly(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_cuda
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
 
 
 def _form(tensor: Tensor) -> str:

@@ -3,6 +3,9 @@
 MPI calls block, and mpi4py lets go of the interpreter lock meanwhile. A clock watches the call that is under way: if it
 lasts longer than its time-out, all that wait for it get an error, and the lane takes no more work, because an MPI call
 cannot be taken back.
+
+A caller that would wait anyway may take an idle lane and make its calls itself (`Lane.enter`), as long as they do not wait for
+other ranks; what would wait is handed over to the thread (`Lane.hand_over`).
 """
 
 from __future__ import annotations
@@ -166,20 +169,39 @@ class MpiWork(_Base):  # type: ignore[misc]
         return self._tensors
 
 
+_Item = tuple[MpiWork, Callable[[], None]]
+_NOTHING = MpiWork("nothing", (), 0.0)  # wakes the thread
+_kept.clear()
+
+
+def _do_nothing() -> None:
+    pass
+
+
 class Lane:
     """A queue of operations and the thread that performs them.
 
     Args:
         name: Of the thread.
         explain: Says more about an operation that timed out: the ranks that are missing.
+        end: Ends the process, for a reason, when a caller's own thread is inside an MPI call that will not return.
     """
 
-    def __init__(self, name: str, explain: Callable[[MpiWork], str]) -> None:
+    def __init__(
+        self, name: str, explain: Callable[[MpiWork], str], end: Callable[[str], None] = lambda reason: None
+    ) -> None:
         self.name = name
-        self._explain = explain
-        self._queue: SimpleQueue[tuple[MpiWork, Callable[[], None]] | None] = SimpleQueue()
+        self._explain, self._end = explain, end
+        self._queue: SimpleQueue[_Item | None] = SimpleQueue()
+        self._handed: _Item | None = None  # before all that is queued
+        self._order = threading.Lock()
+        self._ahead = 0  # operations queued or under way
+        self._turn = threading.Lock()  # held while an operation is performed, by whatever thread
         self._thread: threading.Thread | None = None
-        self._current: tuple[MpiWork, float] | None = None  # the operation under way, and its deadline
+        self._watched = False
+        self._current: tuple[MpiWork, float, bool] | None = (
+            None  # the operation under way, its deadline, and whether a caller's own thread performs it
+        )
         self.broken: Exception | None = None
         self._closed = False
         self._callbacks = ThreadPoolExecutor(_MOST_CALLBACKS, thread_name_prefix=f"{name} callbacks")
@@ -187,7 +209,9 @@ class Lane:
     @property
     def stuck(self) -> bool:
         """Whether the thread is inside an MPI call that will not return."""
-        return self.broken is not None and self._thread is not None and self._thread.is_alive()
+        return self.broken is not None and (
+            self._turn.locked() or (self._thread is not None and self._thread.is_alive())
+        )
 
     def submit(self, work: MpiWork, operation: Callable[[], None]) -> MpiWork:
         """Perform ``operation`` when those before it are over."""
@@ -195,13 +219,50 @@ class Lane:
             raise dist.DistBackendError(f"{work.what}: {self.name} is unusable since an earlier failure: {self.broken}")
         if self._closed:
             raise dist.DistBackendError(f"{work.what}: {self.name} was destroyed")
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-            self._thread.start()
-            _clock.watch(self)
         work.callbacks = self._callbacks
-        self._queue.put((work, operation))
+        with self._order:
+            self._employ()
+            self._ahead += 1
+            self._queue.put((work, operation))
         return work
+
+    # -- in the caller's own thread -----------------------------------------------------------------------------------
+
+    def enter(self) -> bool:
+        """Take the lane, if nothing is queued or under way; `leave` or `hand_over` must follow."""
+        with self._order:
+            if self._ahead or self._closed or self.broken is not None:
+                return False
+            self._ahead = 1
+            self._turn.acquire()
+        return True
+
+    def leave(self) -> None:
+        """Give the lane back."""
+        self._turn.release()
+        with self._order:
+            self._ahead -= 1
+
+    def perform(self, work: MpiWork, operation: Callable[[], None]) -> None:
+        """Perform an operation here, for which no other rank has to come any more; the lane is taken."""
+        if not self._watched:
+            self._watch()
+        try:
+            self._perform(work, operation, here=True)
+        except BaseException as error:  # such as Ctrl-C, between two calls that belong together
+            self.broken = self.broken or dist.DistBackendError(f"{work.what} was interrupted ({type(error).__name__})")
+            raise
+
+    def hand_over(self, work: MpiWork, rest: Callable[[], None]) -> None:
+        """Give the lane back, and let the thread perform what is left of an operation, before all that was queued since."""
+        work.callbacks = self._callbacks
+        with self._order:
+            self._employ()
+            self._handed = (work, rest)
+            self._turn.release()
+            self._queue.put((_NOTHING, _do_nothing))
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
 
     def close(self, timeout_s: float) -> bool:
         """Take no more work, and end when what there is is over.
@@ -209,40 +270,70 @@ class Lane:
         Returns:
             Whether the thread ended within ``timeout_s``.
         """
-        if not self._closed:
-            self._closed = True
-            self._queue.put(None)
+        with self._order:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
         if self._thread is not None:
             self._thread.join(timeout_s)
         ended = self._thread is None or not self._thread.is_alive()
+        if ended and self._turn.acquire(timeout=timeout_s):
+            self._turn.release()
+        else:
+            ended = False
         self._callbacks.shutdown(wait=ended)
         return ended
+
+    def _employ(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            self._thread.start()
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._watched:
+            self._watched = True
+            _clock.watch(self)
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
         while True:
             item = self._queue.get()
+            with self._turn:
+                handed, self._handed = self._handed, None
+                for one in (handed, item):
+                    if one is not None and one[0] is not _NOTHING:
+                        self._serve(*one)
             if item is None:
                 return
-            work, operation = item
-            del item
+            del item, handed, one  # tensors must not live until the next operation comes
+
+    def _serve(self, work: MpiWork, operation: Callable[[], None]) -> None:
+        try:
             if self.broken is not None:
                 work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))
-                continue
-            self._current = (work, time.monotonic() + work.timeout_s)
-            try:
-                operation()
-            except dist.DistError as error:
-                work.finish(error)
-            except Exception as error:
-                failure = dist.DistBackendError(f"{work.what} failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                work.finish(failure)
             else:
-                work.finish()
-            finally:
-                self._current = None
-            del work, operation  # tensors must not live until the next operation comes
+                self._perform(work, operation, here=False)
+        finally:
+            with self._order:
+                self._ahead -= 1
+
+    def _perform(self, work: MpiWork, operation: Callable[[], None], *, here: bool) -> None:
+        self._current = (work, time.monotonic() + work.timeout_s, here)
+        try:
+            operation()
+        except dist.DistError as error:
+            work.finish(error)
+        except Exception as error:
+            failure = dist.DistBackendError(f"{work.what} failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            work.finish(failure)
+        else:
+            work.finish()
+        finally:
+            self._current = None
+
+    # -- when it takes too long ---------------------------------------------------------------------------------------
 
     def give_up(self, reason: str) -> None:
         """Let what is under way fail, and everything after it, because of what is known from elsewhere."""
@@ -257,14 +348,19 @@ class Lane:
         current = self._current
         if current is None or now < current[1]:
             return
-        work = current[0]
+        work, _, here = current
         error = dist.DistBackendError(f"{work.what} timed out after {work.timeout_s:g} s{self._explain(work)}")
         if self._current is current and work.finish(error):
             self.broken = error
             self._drop()
+            if here:
+                self._end(str(error))
 
     def _drop(self) -> None:
         """Fail what is queued: the thread, inside MPI, will not come to it."""
+        handed, self._handed = self._handed, None
+        if handed is not None:
+            handed[0].finish(dist.DistBackendError(f"{handed[0].what}: given up, because of {self.broken}"))
         while True:
             try:
                 item = self._queue.get_nowait()

@@ -6,8 +6,6 @@ counts end at 2^31. Nothing here knows of threads, of time-outs or of GPUs.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +18,6 @@ from hvdtrain.mpi.dtypes import HALVES, Kind, as_bytes, memory, mpi_op, premulti
 
 PIECE_BYTES = 8 * 2**20
 _HALVES_BYTES = 4 * 2**20  # of 16-bit floats at a time
-_MASK = 2**62 - 1
-_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive numbers give digests far apart
 MAX_COUNT = 2**30  # bytes in one call, below MPI's 2^31 - 1
 
 Levels = tuple[MPI.Intracomm, "MPI.Intracomm | None"]
@@ -30,51 +26,6 @@ Levels = tuple[MPI.Intracomm, "MPI.Intracomm | None"]
 
 class Mismatch(RuntimeError):
     """The ranks of a group called different operations, or the same with tensors that do not fit each other."""
-
-
-class Agreement:
-    """Makes sure that every rank is in the same operation on tensors of the same form, before any byte moves.
-
-    Args:
-        comm: The group; one thread at a time may ask.
-    """
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self._comm = comm
-        self._both = np.empty(2, dtype=np.int64)
-        self._memory = [self._both, MPI.INT64_T]
-
-    def __call__(self, what: str, number: int, key: tuple[Any, ...]) -> None:
-        """Compare one operation.
-
-        Args:
-            what: The operation as this rank sees it, for the message.
-            number: How many operations this rank has begun.
-            key: What else must be equal on all ranks.
-
-        Raises:
-            Mismatch: It is not; names what each rank called.
-        """
-        digest = (_digest(key) + number * _ODD) & _MASK
-        both = self._both
-        both[0], both[1] = digest, -digest
-        self._comm.Allreduce(MPI.IN_PLACE, self._memory, MPI.MIN)
-        if both[0] != digest or both[1] != -digest:
-            _tell_apart(self._comm, what)
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(key: tuple[Any, ...]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") & _MASK
-
-
-def _tell_apart(comm: MPI.Intracomm, what: str) -> None:
-    everyone = comm.allgather(what)
-    different: dict[str, list[int]] = {}
-    for rank, said in enumerate(everyone):
-        different.setdefault(said, []).append(rank)
-    told = "; ".join(f"ranks {ranks} of the group: {said}" for said, ranks in different.items())
-    raise Mismatch(f"the ranks did not call the same operation ({told})")
 
 
 # -- reductions -------------------------------------------------------------------------------------------------------

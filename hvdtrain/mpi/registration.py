@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,11 +55,14 @@ class Options:
             Whoever has such a watch already turns it off.
         check: Compare each operation over the ranks before any byte moves: ranks that call different operations, or the
             same with other shapes, get an error instead of garbage. Costs a tiny all-reduce.
+        end: Ends the process, for a reason, when its main thread is inside an MPI call that will not return; the watch's own by
+            default.
         all_reduce: "hierarchical" reduces within each node first; "auto" leaves the algorithm to the MPI library.
     """
 
     watch: bool = True
     check: bool = given(CHECK_VARIABLE) != "0"
+    end: Callable[[str], None] | None = None
     all_reduce: str = "auto"
 
 
@@ -150,7 +153,9 @@ def _create(options: Any, backend_options: Any) -> Any:
     from hvdtrain.mpi.group import MpiProcessGroup  # noqa: PLC0415 - needs MPI, which was loaded just now
 
     label = "world" if is_world else f"group {ranks}"
-    group = MpiProcessGroup(comm, label, timeout, _State.watch, ranks, check=chosen.check, levels=levels)
+    group = MpiProcessGroup(
+        comm, label, timeout, _State.watch, ranks, check=chosen.check, levels=levels, end=chosen.end or _State.watch.end
+    )
     _State.groups.add(group)
     if is_world:
         if _State.options.watch:

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from typing import Any
 
@@ -41,6 +41,7 @@ _STUCK_S = 3.0  # how long a rank waits for a rank that has left before it says 
 _DEATH_S = 1.0  # how long a rank has been gone before that is said: one whose launcher ends all ranks is no news
 _SILENT = 5  # records that a rank that is alive does not miss in a row, however busy its host
 _ANSWER_S = 2.0  # how long the store may take to answer a rank that has waited for too long already
+_NOWHERE = nullcontext()
 
 
 class NullWatch:
@@ -59,15 +60,24 @@ class NullWatch:
         """The first failure, as far as this rank has heard."""
         return self.words.first
 
-    @contextmanager
-    def region(self, label: str, what: str, ranks: Sequence[int], *, again: bool = False) -> Iterator[None]:
+    def region(
+        self, label: str, what: str, ranks: Sequence[int], *, again: bool = False
+    ) -> AbstractContextManager[None]:
         """Do nothing."""
-        yield
+        return _NOWHERE
 
     @contextmanager
     def blind(self, what: str, timeout_s: float) -> Iterator[None]:
         """Do nothing."""
         yield
+
+    def count(self, label: str) -> None:
+        """Do nothing."""
+
+    def end(self, reason: str) -> None:
+        """End the process at once."""
+        print(f"hvdtrain: {reason}", file=sys.stderr, flush=True)  # noqa: T201 - last words
+        os._exit(1)
 
     def missing(self, label: str, ranks: Sequence[int]) -> str:
         """Return ""."""
@@ -85,6 +95,28 @@ class NullWatch:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class _Region(AbstractContextManager[None]):
+    """What `Watch.region` returns; entered once."""
+
+    __slots__ = ("_again", "_waiting", "_watch")
+
+    def __init__(self, watch: Watch, waiting: tuple[str, str, tuple[int, ...], float], again: bool) -> None:
+        self._watch, self._waiting, self._again = watch, waiting, again
+
+    def __enter__(self) -> None:
+        watch, label = self._watch, self._waiting[0]
+        if watch.words.first is not None:
+            watch.raise_if_failed()
+        with watch._turn:
+            if not self._again:
+                watch._counts[label] = watch._counts.get(label, 0) + 1
+            watch._waiting.append(self._waiting)
+
+    def __exit__(self, *_: object) -> None:
+        with self._watch._turn:
+            self._watch._waiting.remove(self._waiting)
 
 
 class Watch(NullWatch):
@@ -134,8 +166,9 @@ class Watch(NullWatch):
 
     # -- what the other modules say and ask ---------------------------------------------------------------------------
 
-    @contextmanager
-    def region(self, label: str, what: str, ranks: Sequence[int], *, again: bool = False) -> Iterator[None]:
+    def region(
+        self, label: str, what: str, ranks: Sequence[int], *, again: bool = False
+    ) -> AbstractContextManager[None]:
         """Mark that this rank is inside an operation that needs ``ranks``.
 
         Args:
@@ -144,17 +177,7 @@ class Watch(NullWatch):
             ranks: World ranks that must take part.
             again: The operation was counted when it was started; this is the wait for it.
         """
-        self.raise_if_failed()
-        waiting = (label, what, tuple(ranks), time.monotonic())
-        with self._turn:
-            if not again:
-                self._counts[label] = self._counts.get(label, 0) + 1
-            self._waiting.append(waiting)
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._waiting.remove(waiting)
+        return _Region(self, (label, what, tuple(ranks), time.monotonic()), again)
 
     @contextmanager
     def blind(self, what: str, timeout_s: float) -> Iterator[None]:
@@ -168,6 +191,27 @@ class Watch(NullWatch):
             yield
         finally:
             del self._blind[thread]
+
+    def count(self, label: str) -> None:
+        """Count an operation that is about to begin, and that this rank does not wait in yet; as `region` does.
+
+        Raises:
+            RankFailure: Another rank has reported a failure.
+        """
+        if self.words.first is not None:
+            self.raise_if_failed()
+        with self._turn:
+            self._counts[label] = self._counts.get(label, 0) + 1
+
+    def end(self, reason: str) -> None:
+        """End all ranks, and this process although its main thread is inside the engine; names the ranks that it waits for."""
+        with self._turn:
+            waiting = self._waiting[-1] if self._waiting else None
+        if waiting is not None and "; missing: " not in reason:
+            reason += self.missing(waiting[0], waiting[2])
+        self.words.report(reason, "")
+        self._notify(reason)
+        self._end_soon(reason, aloud=True)
 
     def raise_if_failed(self) -> None:
         """Raise `RankFailure` if another rank has reported one."""

@@ -56,7 +56,7 @@ STAIRS = [
     ["backends.reducer", "backends.base", "backends.fully_sharded"],
     ["mpi.library", "mpi.lane", "mpi.dtypes"],
     ["mpi.operations", "mpi.staging"],
-    ["mpi.messages"],
+    ["mpi.agreement", "mpi.messages"],
     ["mpi.group"],
     ["mpi.registration"],
     ["mpi"],
@@ -158,7 +158,7 @@ PUBLIC_DOORS = {
 }  # no code of their own
 HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
-    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.operations", "mpi.messages", "mpi.group"},
+    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.agreement", "mpi.operations", "mpi.messages", "mpi.group"},
 }
 ENVIRONMENT = {"launch.detect", "launch.environment", "memory", "run", "workers"}  # of what runs on ranks
 

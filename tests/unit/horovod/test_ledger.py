@@ -115,3 +115,17 @@ def test_calls_without_a_name_are_told_apart_by_their_numbers():
 
 def test_trouble_reaches_everybody():
     assert Ranks(2).round([[], []], trouble="too late").trouble == "too late"
+
+
+def test_a_form_has_a_number_of_its_own_only_while_nobody_waits_joins_or_leaves():
+    ranks = Ranks(2)
+    first = ranks.ledgers[0]
+    assert first.number_if_alone(form().text()) is None
+    ranks.round([[(form(), 0)], [(form(), 0)]])
+    assert first.number_if_alone(form().text()) == 0
+    ranks.round([[], [(form("y"), 0)]])
+    assert first.number_if_alone(form().text()) is None
+    ranks.round([[(form("y"), 0)], []])
+    assert first.number_if_alone(form().text()) == 0
+    ranks.round([[], []], flags=[0, JOIN])
+    assert first.number_if_alone(form().text()) is None

@@ -136,3 +136,83 @@ def test_results_do_not_outlive_their_users(lane):
     time.sleep(0.05)
     gc.collect()
     assert seen() is None
+
+
+def test_an_idle_lane_can_be_taken_and_what_is_left_goes_before_what_was_queued_since(lane):
+    done: list[str] = []
+    assert lane.enter()
+    assert not lane.enter()
+    queued = lane.submit(work("queued"), lambda: done.append("queued"))
+    time.sleep(0.05)
+    assert done == []
+    own = work("own")
+    lane.hand_over(own, lambda: done.append("rest"))
+    own.wait()
+    queued.wait()
+    assert done == ["rest", "queued"]
+    lane.submit(work(), lambda: None).wait()
+    end = time.monotonic() + 10
+    while not lane.enter():  # the thread says that it is idle after it has said that the work is over
+        assert time.monotonic() < end
+    lane.leave()
+
+
+def test_a_busy_lane_cannot_be_taken(lane):
+    release = threading.Event()
+    slow = lane.submit(work(), lambda: release.wait(20))
+    assert not lane.enter()
+    release.set()
+    slow.wait()
+
+
+def test_what_is_performed_in_the_callers_thread_fails_as_elsewhere_and_can_be_interrupted(lane):
+    def fail() -> None:
+        raise ValueError("planted")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert lane.enter()
+    failed = work("reduce")
+    lane.perform(failed, fail)
+    lane.leave()
+    with pytest.raises(dist.DistBackendError, match="reduce failed: ValueError: planted"):
+        failed.wait()
+    assert lane.enter()
+    with pytest.raises(KeyboardInterrupt):
+        lane.perform(work("gather"), interrupt)
+    lane.leave()
+    with pytest.raises(dist.DistBackendError, match=r"earlier failure: gather was interrupted \(KeyboardInterrupt\)"):
+        lane.submit(work(), lambda: None)
+
+
+def test_a_callers_thread_that_is_stuck_ends_the_process():
+    reasons: list[str] = []
+    ended = threading.Event()
+
+    def end(reason: str) -> None:
+        reasons.append(reason)
+        ended.set()
+
+    lane = Lane("a lane", lambda work: "; missing: rank 1", end)
+    assert lane.enter()
+    lane.perform(work("broadcast", 0.3), lambda: ended.wait(20))
+    lane.leave()
+    assert reasons == ["broadcast timed out after 0.3 s; missing: rank 1"]
+    lane.close(5)
+    forget(lane)
+
+
+def test_what_was_handed_over_fails_when_the_group_gives_up(lane):
+    release = threading.Event()
+    lane.submit(work("first"), lambda: None).wait()
+    end = time.monotonic() + 10
+    while not lane.enter():
+        assert time.monotonic() < end
+    own = work("own")
+    lane.hand_over(own, lambda: release.wait(20))
+    time.sleep(0.05)
+    lane.give_up("rank 2 failed first")
+    with pytest.raises(dist.DistBackendError, match="own: rank 2 failed first"):
+        own.wait()
+    release.set()
