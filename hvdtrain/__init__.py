@@ -26,11 +26,16 @@ if TYPE_CHECKING:
     from hvdtrain.backends.base import Backend as Backend
     from hvdtrain.backends.communicator import Communicator as Communicator
     from hvdtrain.backends.replica import Replica as Replica
+    from hvdtrain.compression.base import Compression as Compression
+    from hvdtrain.compression.base import Gather as Gather
+    from hvdtrain.compression.base import Sent as Sent
+    from hvdtrain.compression.base import Sum as Sum
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
     from hvdtrain.optim.master_weights import MasterWeights as MasterWeights
     from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
+    from hvdtrain.settings.sync import Sync as Sync
     from hvdtrain.sync_batch_norm import convert_sync_batch_norm as convert_sync_batch_norm
     from hvdtrain.topology import Topology as Topology
     from hvdtrain.training.activation_checkpointing import checkpoint_activations as checkpoint_activations
@@ -57,17 +62,22 @@ _PUBLIC = {
     "Callback": "hvdtrain.training.events:Callback",
     "Checkpoints": "hvdtrain.training.checkpoint:Checkpoints",
     "Communicator": "hvdtrain.backends.communicator:Communicator",
+    "Compression": "hvdtrain.compression.base:Compression",
     "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
     "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
     "FitResult": "hvdtrain.training.trainer:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
+    "Gather": "hvdtrain.compression.base:Gather",
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
     "Replica": "hvdtrain.backends.replica:Replica",
     "MasterWeights": "hvdtrain.optim.master_weights:MasterWeights",
+    "Sent": "hvdtrain.compression.base:Sent",
     "ShardedOptimizer": "hvdtrain.optim.sharded:ShardedOptimizer",
     "StepRecord": "hvdtrain.observe.logger:StepRecord",
+    "Sum": "hvdtrain.compression.base:Sum",
+    "Sync": "hvdtrain.settings.sync:Sync",
     "Task": "hvdtrain.training.task:Task",
     "Topology": "hvdtrain.topology:Topology",
     "Trainer": "hvdtrain.training.trainer:Trainer",

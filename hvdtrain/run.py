@@ -132,6 +132,8 @@ def run_training(config: TrainConfig) -> Summary:
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             reduce_dtype=config.reduce_dtype,
+            compression=config.compression,
+            sync=config.sync,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
@@ -477,6 +479,7 @@ def _summary(
         eval_accuracy=result.eval_metrics.get("accuracy"),
         eval_metrics=result.eval_metrics,
         samples_per_second=result.samples / result.train_seconds if result.train_seconds else None,
+        sent_bytes_per_step=result.sent_bytes_per_step if result.samples else None,
         wall_seconds=wall_seconds,
         seed=config.seed,
         precision=config.precision,

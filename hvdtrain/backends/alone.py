@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.unsent import Remembered, Unsent
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError
 
@@ -52,7 +53,19 @@ class LocalReplica(Replica):
         pass
 
     def _finish(self, empty: bool) -> Tensor:
+        if self._unsent is not None and self._unsent.any_rest:
+            self._add_rests(self._unsent)
         return torch.tensor(self._weighting.tally.values(), dtype=torch.float64)
+
+    @torch.no_grad()
+    def _add_rests(self, unsent: Unsent) -> None:
+        """Use what a run of several ranks had not sent when its checkpoint was written."""
+        to_mean = self._unit_of(self._weighting.tally)
+        for parameter in self._parameters:
+            remembered = unsent.of(parameter)
+            if to_mean is not None and remembered.rest is not None and parameter.grad is not None:
+                parameter.grad.add_(remembered.rest / to_mean)
+                unsent.note(parameter, Remembered(None, remembered.memory))
 
 
 class _OverGpus(nn.DataParallel[nn.Module]):

@@ -23,13 +23,18 @@ from torch import nn
 from hvdtrain.backends.ahead import Ahead
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.compressed import CompressedReplica
 from hvdtrain.backends.exclusions import check_combination, not_by
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.seldom import SeldomReplica
+from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import cannot_be_cut, units_of
+from hvdtrain.compression.base import Compression
+from hvdtrain.compression.choosing import chosen
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
@@ -56,6 +61,7 @@ from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcemen
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 from hvdtrain.settings.options import MOST_SECONDS
+from hvdtrain.settings.sync import Sync, sync_of
 from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
@@ -114,6 +120,8 @@ class Backend(Communicator):
         self.topology = detection.topology
         self.timeout_s = float(timeout_s)
         self.device = self._choose_device(device)
+        self.traffic = Traffic()
+        """What this rank has sent."""
         self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
         self._running = False
         self._process = 0  # in which it was started
@@ -197,6 +205,7 @@ class Backend(Communicator):
         except BaseException as error:
             self._end_start(error)
             raise
+        self._count(self)
         self._running, self._process = True, os.getpid()
         prepare()
         atexit.register(self._leave_at_exit)
@@ -271,6 +280,8 @@ class Backend(Communicator):
         static_graph: bool = False,
         bucket_bytes: int | None = None,
         reduce_dtype: str | None = None,
+        compression: str | Compression | None = None,
+        sync: str | Sync | None = None,
         shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
@@ -285,6 +296,11 @@ class Backend(Communicator):
             static_graph: See `ReplicaOptions`.
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
+            compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
+                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
+                for all of them.
+            sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
+                "diloco:100", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -294,11 +310,25 @@ class Backend(Communicator):
             ConfigError: The model is on another device, the optimizer holds foreign parameters, or gradients do not fit into
                 ``reduce_dtype``.
         """
+        how, reduced = chosen(compression)
+        seldom = sync_of(sync)
+        compressed = how is not None or reduced is not None
+        check_combination(
+            {
+                "compression": compressed,
+                "reduce_dtype": reduce_dtype not in (None, "auto"),
+                "sync": seldom is not None,
+            }
+        )
+        if compressed:
+            self._check_exchange("compression= (--compression)")
         options = ReplicaOptions(
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
             bucket_bytes=bucket_bytes,
-            reduce_dtype=reduce_dtype_of(reduce_dtype),
+            reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
+            compression=how,
+            sync=seldom,
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
@@ -308,13 +338,20 @@ class Backend(Communicator):
                 "static_graph": static_graph,
                 "bucket_bytes": bucket_bytes is not None,
                 "reduce_dtype": options.reduce_dtype is not None,
+                "compression": how is not None,
+                "sync": seldom is not None,
             }
             check_combination(asked | cannot_be_cut(optimizer), self.name)
             if not self.shards_models:
                 raise ConfigError(not_by("shard_modules", self.name))
             units_of(model, shard_modules)
+        if seldom is not None:
+            self._check_exchange("sync= (--sync)")
+            return SeldomReplica(self, model, optimizer, options)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
+        if how is not None:
+            return CompressedReplica(self, model, optimizer, options)
         return self._replicate(model, optimizer, options)
 
     def loader(
@@ -411,6 +448,7 @@ class Backend(Communicator):
             group = self._group(ranks)
         if group is not None:
             group._forbidden, group._key = self._forbidden, self._key
+            self._count(group)
         return group
 
     @contextmanager
@@ -532,7 +570,15 @@ class Backend(Communicator):
         """Make the replica of a world of one: there is nothing to exchange."""
         return LocalReplica(self, model, optimizer, options)
 
+    def _check_exchange(self, asked: str) -> None:
+        """Refuse settings of this engine that would be without effect, beside an exchange that is not the engine's own."""
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _count(self, communicator: Communicator) -> None:
+        """Let this backend's traffic hear of what a communicator sends."""
+        if communicator._wire is not None:
+            communicator._wire.traffic = self.traffic
 
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""

@@ -168,29 +168,35 @@ class C10dWire(Wire):
 
     def all_reduce_(self, tensor: Tensor, op: WireOp) -> Work:
         """Start dist.all_reduce."""
+        self.traffic.all_reduce(tensor.nbytes, self.size)
         return self._started(dist.all_reduce(tensor, self._OPS[op], group=self._group, async_op=True), tensor)
 
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
         """Start dist.all_gather."""
+        self.traffic.all_gather(tensor.nbytes, self.size)
         parts = list(out.unbind())
         return self._started(dist.all_gather(parts, tensor, group=self._group, async_op=True), tensor, *parts)
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> Work:
         """Start dist.all_to_all_single."""
+        self.traffic.all_to_all([count * tensor.itemsize for count in send], self.rank)
         work = dist.all_to_all_single(out, tensor, list(receive), list(send), group=self._group, async_op=True)
         return self._started(work, out, tensor)
 
     def broadcast_(self, tensor: Tensor, src: int) -> Work:
         """Start dist.broadcast."""
+        self.traffic.rooted(tensor.nbytes, self.size)
         return self._started(dist.broadcast(tensor, self.ranks[src], group=self._group, async_op=True), tensor)
 
     def reduce_(self, tensor: Tensor, op: WireOp, dst: int) -> Work:
         """Start dist.reduce."""
+        self.traffic.rooted(tensor.nbytes, self.size)
         work = dist.reduce(tensor, self.ranks[dst], self._OPS[op], group=self._group, async_op=True)
         return self._started(work, tensor)
 
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Start dist.isend and dist.irecv, both at once: NCCL would do them one after the other."""
+        self.traffic.message(0 if sent is None else sent.nbytes)
         both = ((dist.isend, sent, dst), (dist.irecv, out, src))
         messages = [
             dist.P2POp(start, tensor, self.ranks[peer], self._group)

@@ -111,7 +111,7 @@ class HookedReplica(Replica):
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._sparse = sparse_parameters(self.module)
         dense = [p for p in reversed(self._parameters) if id(p) not in self._sparse and p.numel()]
-        self._packs = make_packs(dense, self._carried, self.bucket_bytes, self._groups)
+        self._packs = self._make_packs(dense)
         self._place = {id(p): (pack, at) for pack in self._packs for at, p in enumerate(pack.parameters)}
         self._sent: list[Pack] = []
         self._lacking: list[str] = []  # parameters without a gradient, which is an error
@@ -149,6 +149,10 @@ class HookedReplica(Replica):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _make_packs(self, dense: list[nn.Parameter]) -> list[Pack]:
+        """Divide these parameters, in about the order in which backward completes them, among packs."""
+        return make_packs(dense, self._carried, self.bucket_bytes, self._groups)
+
     def _expect(self, tally: Tally) -> None:
         """Let gradients leave as they come, and the tally first."""
         self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._backend.wire.device)
@@ -181,14 +185,18 @@ class HookedReplica(Replica):
             self._dispatch(following)
 
     def _dispatch(self, pack: Pack) -> None:
-        device = self._backend.wire.device
         if pack.flat:
             assert pack.buffer is not None
             pack.tensors = [pack.buffer]
         else:
-            pack.tensors = [self._as_it_lies(p, pack.dtype, device) for p in pack.parameters]
+            pack.tensors = self._as_they_lie(pack)
         pack.work = self._send(pack)
         self._sent.append(pack)
+
+    def _as_they_lie(self, pack: Pack) -> list[Tensor]:
+        """What is sent of a pack that is not copied together."""
+        device = self._backend.wire.device
+        return [self._as_it_lies(p, pack.dtype, device) for p in pack.parameters]
 
     def _as_it_lies(self, parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
         grad = _dense(parameter, self._names)
@@ -279,10 +287,13 @@ def make_packs(
             packs.append(pack)
         pack.parameters.append(parameter)
         open_packs[parameter.dtype] = (pack, filled + size)
-    # A pack can leave when its last gradient is there; where packs leave in order, none should wait for a later one.
+    return by_place(packs, parameters)
+
+
+def by_place(packs: list[Pack], parameters: Sequence[nn.Parameter]) -> list[Pack]:
+    """Packs in the order in which they can leave: where they leave in order, none should wait for a later one."""
     place = {id(parameter): at for at, parameter in enumerate(parameters)}
-    packs.sort(key=lambda pack: place[id(pack.parameters[-1])])
-    return packs
+    return sorted(packs, key=lambda pack: place[id(pack.parameters[-1])])
 
 
 def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -13,6 +13,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.replica import Replica, ReplicaOptions
 from hvdtrain.backends.wire import SelfWire
+from hvdtrain.errors import ConfigError
 from hvdtrain.launch import algorithms
 from hvdtrain.launch.detect import Detection
 
@@ -69,6 +70,12 @@ class LocalBackend(Backend):
         if self._data_parallel and torch.cuda.device_count() > 1:
             replica.split_over_gpus()
         return replica
+
+    def _check_exchange(self, asked: str) -> None:
+        if self._data_parallel and asked.startswith("sync"):
+            raise ConfigError(
+                f"{asked} does not go with --data-parallel, which trains one copy of the model; leave one of them out"
+            )
 
     def _group(self, ranks: list[int]) -> Group | None:
         return Group(SelfWire(self.device), label=f"group {ranks}")

@@ -50,6 +50,12 @@ def steps_others(scaler: GradScaler, known: list[Optimizer]) -> bool:
     return not set(scaler._per_optimizer_states) <= set(map(id, known))
 
 
+def scale_of(scaler: GradScaler, began: int) -> float:
+    """What losses were scaled with in a step whose first backward pass was at this moment; waits for a GPU."""
+    earlier = next((update.scale for update in _updates.get(scaler, ()) if update.moment > began), None)
+    return float(scaler.get_scale()) if earlier is None else earlier
+
+
 def unscale(
     scaler: GradScaler, optimizer: Optimizer, gradients: list[Tensor], outside: list[Tensor], began: int
 ) -> None:

@@ -115,6 +115,7 @@ class MpiWire(C10dWire):
 
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Start a synchronous send and a receive."""
+        self.traffic.message(0 if sent is None else sent.nbytes)
         works: list[Work] = []
         if out is not None and src is not None:
             works.append(self._group.recv([out], src))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvdtrain.backends.traffic import Traffic
 from hvdtrain.errors import ConfigError
 
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,9 +71,11 @@ class NarrowBuckets:
     Args:
         dtype: What travels; buckets of float64 and of sparse gradients travel as they are.
         world_size: What the sum is divided by, before it is made, so that no sum overflows where the mean does not.
+        traffic: Told of what is sent.
     """
 
-    def __init__(self, dtype: torch.dtype, world_size: int) -> None:
+    def __init__(self, dtype: torch.dtype, world_size: int, traffic: Traffic) -> None:
+        self._traffic = traffic
         self._dtype = dtype
         self._world_size = world_size
         self._sent: dict[
@@ -90,8 +93,9 @@ class NarrowBuckets:
         torch.div(whole, self._world_size, out=sent)
         return self._summed(sent, whole.copy_)
 
-    @staticmethod
-    def _summed(tensor: Tensor, finish: Callable[[Tensor], Tensor]) -> torch.futures.Future[Tensor]:
+    def _summed(self, tensor: Tensor, finish: Callable[[Tensor], Tensor]) -> torch.futures.Future[Tensor]:
+        if not tensor.is_sparse:
+            self._traffic.all_reduce(tensor.nbytes, self._world_size)
         work = dist.all_reduce(tensor, async_op=True)
         assert work is not None
         averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda _: finish(tensor))

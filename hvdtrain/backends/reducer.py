@@ -53,6 +53,7 @@ class ReducerReplica(Replica):
 
     def _set_up(self) -> None:
         device = self._backend.device
+        self._sparse = sparse_parameters(self.module)
         # Of a static graph DDP finds them out itself, in the first step.
         self._seeks_unused = self.options.find_unused_parameters and not self.options.static_graph
         other = self._other_dtype()
@@ -70,10 +71,12 @@ class ReducerReplica(Replica):
             )
         if other is not None:
             check_sums(other, device)
-            self._ddp.register_comm_hook(NarrowBuckets(other, self._backend.world_size), narrow_buckets)
+            self._ddp.register_comm_hook(
+                NarrowBuckets(other, self._backend.world_size, self._backend.traffic), narrow_buckets
+            )
+        self._uncounted_bytes = self._bytes_of_buckets() if other is None else 0
         self._first = True
         self._laid_out = self._seeks_unused  # as it was at first, for ever
-        self._sparse = sparse_parameters(self.module)
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         root = self._prepare(loss)
@@ -98,6 +101,9 @@ class ReducerReplica(Replica):
             raise self._unused_error(
                 [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
             )
+        self._backend.traffic.all_reduce(self._uncounted_bytes, self._backend.world_size)
+        if self._seeks_unused:  # which parameters some rank has used, as int32, and of the tally too
+            self._backend.traffic.all_reduce(4 * (len(self._parameters) + 1), self._backend.world_size)
         summed = self._model.tally.grad
         assert summed is not None
         self._model.tally.grad = None
@@ -118,6 +124,10 @@ class ReducerReplica(Replica):
         """The type in which gradients are to travel, where that is not their own."""
         wanted = self.options.reduce_dtype
         return None if all(p.dtype == wanted for p in self._parameters) else wanted
+
+    def _bytes_of_buckets(self) -> int:
+        """What the reducer exchanges in a step, of parameters without a gradient too."""
+        return self._model.tally.nbytes + sum(p.nbytes for p in self._parameters if id(p) not in self._sparse)
 
     @property
     def _reducer(self) -> dist.Reducer:

@@ -15,10 +15,11 @@ On a rank without samples in a step, `step` alone takes part in it.
 from __future__ import annotations
 
 import enum
+import logging
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,14 +32,16 @@ from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
-from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, update_scaler
+from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.units import state_for_rank_zero
+from hvdtrain.backends.unsent import Unsent, check_compression
 from hvdtrain.backends.watched import Watched
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
+from hvdtrain.settings.sync import Sync
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -46,6 +49,11 @@ if TYPE_CHECKING:
 
     from hvdtrain.backends.ahead import Ahead
     from hvdtrain.backends.base import Backend
+    from hvdtrain.backends.communicator import Communicator
+    from hvdtrain.compression.base import Compression
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +66,8 @@ class ReplicaOptions:
         static_graph: Promise that the graph is the same at every step; allows the engine some short cuts.
         bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
         reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
+        compression: How gradients are compressed (see docs/slow_networks.md); None for not at all.
+        sync: How often ranks exchange weights instead of gradients; None to exchange gradients in every step.
         shard_modules: Cut the model over the ranks; a regular expression for the names of the modules that are gathered one
             at a time. None to keep all of it on every rank.
     """
@@ -66,6 +76,8 @@ class ReplicaOptions:
     static_graph: bool = False
     bucket_bytes: int | None = None
     reduce_dtype: torch.dtype | None = None
+    compression: Compression | None = None
+    sync: Sync | None = None
     shard_modules: str | None = None
 
     @property
@@ -132,9 +144,12 @@ class Replica(ABC):
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
-        self._weighting = Weighting(
-            backend, backend.world_size if self._engine_averages else 1, number=next(backend.replica_numbers)
-        )
+        self._unsent = None if options.compression is None else Unsent(options.compression)
+        self._loss_scaler: GradScaler | None = None
+        self._loss_scale = 1.0  # as it was thought to be when gradients were compressed
+        self._number = next(backend.replica_numbers)
+        divisor = backend.world_size if self._engine_averages else 1
+        self._weighting = Weighting(self._weighed_over(), divisor, number=self._number)
         self._last = True
         self._overlap = True
         self._begin_step()
@@ -295,6 +310,7 @@ class Replica(ABC):
             scaler = None  # no rank had a sample, or losses are not scaled: there is nothing to unscale
         self._scaler_looked = scaler is not None
         if scaler is not None:
+            self._settle_loss_scale(scaler)
             unscale(scaler, optimizer, self._gradients(), self._outside(scaler), self._weighting.tally.began)
         norm: Tensor | None = None
         if clip_norm is not None:
@@ -326,6 +342,7 @@ class Replica(ABC):
             late, self._phase = self._keeper.why_late(), _Phase.STEPPED
             if late:  # they were used before, or are lost
                 raise TrainingError(late)
+            self._keep_unsent()
         if self._phase is _Phase.LEAVING:
             with self._exchanging():
                 self._finish(False)
@@ -405,6 +422,41 @@ class Replica(ABC):
             self._optimizer.load_state_dict(state["optimizer"])
             lay_out_states(self._optimizer)
 
+    def expect_scaler(self, scaler: GradScaler | None) -> None:
+        """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
+        self._loss_scaler = scaler
+
+    def settle(self) -> None:  # noqa: B027 - most ranks are equal after each step
+        """Make the ranks equal where they train apart for some steps; every rank must call it after the same step."""
+
+    def shared_weights(self) -> AbstractContextManager[None]:
+        """Surround what looks at the weights of all ranks, an evaluation or a checkpoint; every rank must enter it.
+
+        Where ranks train apart for some steps, the model holds their average in it.
+        """
+        return nullcontext()
+
+    def rank_state(self) -> dict[str, Any]:
+        """What only this rank knows between steps, as a loop must save it: tensors, numbers and text; {} for nothing."""
+        return {} if self._unsent is None else self._unsent.state(self.module.named_parameters())
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take what the ranks knew, at any number of ranks; every rank must call it.
+
+        Args:
+            states: From `rank_state`, of all ranks that saved one; {} where there was none.
+        """
+        states = [state for state in states if "rests" in state]
+        if self._unsent is not None:
+            self._unsent.load(
+                states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size
+            )
+        elif states:
+            _log.warning(
+                "the checkpoint has gradients that compression %s had not sent yet; without a compression they are lost",
+                states[0]["name"],
+            )
+
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -462,6 +514,7 @@ class Replica(ABC):
             self._phase = _Phase.STEPPED
             if self._any_gradient():
                 self._weighting.steps += 1
+            self._keep_unsent()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -490,6 +543,14 @@ class Replica(ABC):
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next((name for name, p in self.module.named_parameters() if p is parameter), "?")
+
+    def _weighed_over(self) -> Communicator:
+        """Whose losses' weights make up the mean."""
+        return self._backend
+
+    @property
+    def _is_exchanged(self) -> bool:
+        return self._phase is _Phase.EXCHANGED
 
     def _exchanging(self) -> AbstractContextManager[None]:
         return self._backend.region("gradients", f"gradient exchange of step {self._steps}")
@@ -537,6 +598,42 @@ class Replica(ABC):
         self._scaler_looked = False  # whether they are finite
         self._aboard: Ahead | None = None
         self._keeper.forget()
+        if self._unsent is not None:
+            self._unsent.forget()
+
+    def _unit_of(self, summed: Tally) -> float | None:
+        """What makes gradients, as they are exchanged, a mean over samples without a loss scale; None if there is no mean."""
+        factor = self._weighting.factor_ahead(summed)
+        if factor is None or math.isnan(factor):
+            return None
+        scaler, began = self._loss_scaler, self._weighting.tally.began
+        self._loss_scale = scale_of(scaler, began) if scaler is not None and scaler.is_enabled() else 1.0
+        return factor / self._loss_scale
+
+    def _settle_loss_scale(self, scaler: GradScaler) -> None:
+        """See that gradients were compressed by the scale that their losses have.
+
+        Raises:
+            TrainingError: They were not, and what was added to them was of another scale.
+        """
+        if self._unsent is None:
+            return
+        scale = scale_of(scaler, self._weighting.tally.began)
+        if scale != self._loss_scale and self._unsent.any_rest:
+            raise TrainingError(
+                "the losses of this step were scaled by a GradScaler that was not known when their gradients were compressed; call "
+                "replica.expect_scaler(scaler) before the first backward(), or give LoopState the scaler"
+            )
+        self._unsent.rescale(self._loss_scale / scale)
+        self._loss_scaler = scaler
+
+    def _keep_unsent(self) -> None:
+        """The exchanged gradients have been used; by a fused optimizer only if no infinity was found in them."""
+        if self._unsent is None:
+            return
+        infinite = getattr(self._optimizer, "found_inf", None)
+        if infinite is None or not bool(infinite):
+            self._unsent.keep()
 
     def _board(self) -> None:
         """Let a number that waits for an exchange travel with this one."""
@@ -596,7 +693,14 @@ class Replica(ABC):
         """Check that all ranks hold the same model, and give them rank 0's numbers."""
         check_parameters(self.module, self._optimizer, self._parameters, self._backend.device)
         check_reduce_dtype(self.module.named_parameters(), self.options.reduce_dtype)
-        settings = {"reduce_dtype": self.options.reduce_dtype}
+        compression = self.options.compression
+        if compression is not None:
+            check_compression(compression, self.module)
+        settings = {
+            "reduce_dtype": self.options.reduce_dtype,
+            "compression": None if compression is None else compression.name,
+            "sync": self.options.sync,
+        }
         check_same_structure(self._gather, self.module, self._optimizer, settings=settings)
         copy_state_from_rank_zero(self._backend, self.module, self._optimizer)
 

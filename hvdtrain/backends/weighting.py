@@ -98,11 +98,22 @@ class Weighting:
         self.tally = Tally(steps=self.steps, replica=self._replica)
         self._shared = (0.0, 0)  # weight and samples of the last loss, if the next one is of the same forward pass
         self._seen = 0.0
+        self._counted_weight, self._totals = 0.0, set[float]()
 
     @property
     def empty(self) -> bool:
         """Whether nothing of this rank has counted in this step."""
         return self._seen == 0
+
+    @property
+    def own_weight(self) -> float:
+        """What this rank's losses of this step are means over; one forward pass counts once."""
+        return self.tally.weight + self._counted_weight
+
+    @property
+    def total(self) -> float | None:
+        """The total that all of this step's losses gave; None if they gave none, or different ones."""
+        return next(iter(self._totals)) if len(self._totals) == 1 else None
 
     def begin_backward(self) -> None:
         """The step's first backward pass on this rank comes now."""
@@ -137,6 +148,8 @@ class Weighting:
         self.tally.samples += 0 if shared else samples
         if total is not None:
             self.tally.counted += 1
+            self._counted_weight += 0 if shared else weight
+            self._totals.add(total)
             return weight / total * self._divisor
         self._shared = (weight, samples) if shared else (0.0, 0)
         self.tally.weight += 0 if shared else weight
@@ -188,6 +201,13 @@ class Weighting:
             raise TrainingError(
                 "some ranks gave total= to backward() in this step, and others did not; give it on every rank, or on none"
             )
+        factor = self.factor_ahead(summed)
+        if summed.ranks and summed.uncounted and summed.weight:
+            self._unit = _power_of_two(summed.weight)
+        return factor
+
+    def factor_ahead(self, summed: Tally) -> float | None:
+        """What `factor` will return where the ranks did the same, before the gradients are exchanged."""
         if summed.ranks == 0:
             return None
         if self.tally.ranks == 0:  # the losses of these gradients were scaled when the other ranks began
@@ -196,9 +216,7 @@ class Weighting:
             return 1.0
         if not summed.weight:
             return math.nan if summed.samples else 1.0
-        factor = (self._unit or 1.0) / summed.weight
-        self._unit = _power_of_two(summed.weight)
-        return factor
+        return (self._unit or 1.0) / summed.weight
 
 
 def _power_of_two(value: float) -> float:

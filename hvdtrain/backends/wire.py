@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from hvdtrain.backends.traffic import Traffic
 from hvdtrain.errors import CollectiveError
 
 WireOp = Literal["sum", "min", "max", "product"]
@@ -88,12 +89,16 @@ class Wire(ABC):
         rank: This process's rank within the group.
         ranks: The world's ranks that form the group, in the group's order.
         device: Where tensors must live.
+
+    Attributes:
+        traffic: Told of each operation by an engine's own wire; shared by all wires of a backend.
     """
 
     def __init__(self, rank: int, ranks: Sequence[int], device: torch.device) -> None:
         self.rank = rank
         self.ranks = tuple(ranks)
         self.device = device
+        self.traffic = Traffic()
         self._turns: dict[tuple[str, int], threading.Lock] = {}
 
     @property

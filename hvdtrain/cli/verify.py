@@ -118,6 +118,10 @@ def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
     config: TrainConfig = build(TrainConfig, flags)
     if config.task is None:
         raise UsageError("verify needs --task MODULE.TASK, the task to be tried (docs/training.md says what one is)")
+    if config.compression != "none" or config.sync != "every-step":
+        raise UsageError(
+            "verify compares with one process, and not with what --compression and --sync change on purpose; leave them out"
+        )
     precision = config.precision if "precision" in flags.values else "fp64"
     batch = config.global_batch_size
     if batch is None:

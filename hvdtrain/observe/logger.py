@@ -22,6 +22,7 @@ class StepRecord:
         lr: Of the first parameter group.
         samples_per_second: Over all ranks, since the start.
         gradient_norm: Before clipping; None if nothing computed it.
+        sent_bytes_per_step: By rank 0, on average since the start (see `hvdtrain.backends.traffic`); 0 in a world of one.
     """
 
     step: int
@@ -31,6 +32,7 @@ class StepRecord:
     lr: float
     samples_per_second: float
     gradient_norm: float | None = None
+    sent_bytes_per_step: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hvdtrain.observe.logger import EvalRecord, StepRecord
+from hvdtrain.observe.quantities import in_bytes
 
 
 class ProgressLogger:
@@ -37,6 +38,8 @@ class ProgressLogger:
             f"epoch {min(record.epoch + 1, self._epochs)}/{self._epochs}  loss {record.loss:.4f}  "
             f"{record.samples_per_second:,.0f} samples/s"
         )
+        if record.sent_bytes_per_step:
+            text += f"  {in_bytes(record.sent_bytes_per_step)}/step"
         if self._console.is_terminal:
             self._show_bar(record, text)
             return

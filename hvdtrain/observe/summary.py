@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hvdtrain.backends.layout import bytes_of
+from hvdtrain.observe.quantities import in_bytes
 from hvdtrain.observe.whole_file import write_whole
 
 
@@ -33,6 +34,7 @@ class Summary:
         eval_loss, eval_accuracy: Of ``eval_metrics``, where they are among them.
         eval_metrics: Of the last evaluation, each a mean over all samples.
         samples_per_second: Over all ranks, in training steps only; None if this run made none.
+        sent_bytes_per_step: By this rank in training steps (see `hvdtrain.backends.traffic`); None if this run made none.
         wall_seconds: Of the whole run, this rank's.
         seed, precision: As configured.
         parameters: Number of the model's parameters.
@@ -57,6 +59,7 @@ class Summary:
     eval_accuracy: float | None
     eval_metrics: dict[str, float]
     samples_per_second: float | None
+    sent_bytes_per_step: float | None
     wall_seconds: float
     seed: int
     precision: str
@@ -107,6 +110,11 @@ def show_summary(summary: Summary, console: Console, run_dir: Path) -> None:
         rows.append(("skipped steps", str(summary.skipped_steps)))
     rows += [
         ("speed", f"{_speed(summary)}{summary.wall_seconds:.1f} s in all"),
+        *(
+            [("sent", f"{in_bytes(summary.sent_bytes_per_step)} a step by rank 0")]
+            if summary.sent_bytes_per_step
+            else []
+        ),
         ("parameters", f"{summary.parameters:,}, sha256 {summary.parameters_sha256[:12]}"),
         ("written to", str(run_dir)),
     ]

@@ -12,8 +12,11 @@ import re
 from dataclasses import dataclass
 
 from hvdtrain.errors import BackendUnavailable, ConfigError
+from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
+from hvdtrain.settings.sync import FORMS as SYNC_FORMS
+from hvdtrain.settings.sync import sync_of
 from hvdtrain.settings.wording import did_you_mean, one_of, shown
 
 __all__ = [
@@ -288,6 +291,19 @@ class TrainConfig:
         group=_DISTRIBUTED,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compression: str = option(
+        "none",
+        f"for slow networks, send less of the gradients: {', '.join(FORMS)} (docs/slow_networks.md)",
+        group=_DISTRIBUTED,
+        metavar="NAME[:NUMBER]",
+    )
+    sync: str = option(
+        "every-step",
+        f"for slow networks, exchange weights every so many steps instead of gradients in each: {', '.join(SYNC_FORMS)} "
+        "(docs/slow_networks.md)",
+        group=_DISTRIBUTED,
+        metavar="NAME[:STEPS]",
+    )
     all_reduce: str = option(
         "auto",
         "algorithm of all-reduces: ring, tree, rabenseifner, hierarchical (within each node first), where the engine has "
@@ -409,6 +425,8 @@ class TrainConfig:
                 )
         self._check_warmup()
         self._check_reduce_dtype()
+        self._check_compression()
+        self._check_sync()
         if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
             raise ConfigError(
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
@@ -446,6 +464,40 @@ class TrainConfig:
                 "leave one out"
             )
         self.horovod.check_reduce_dtype(f"--reduce-dtype {self.reduce_dtype}", bf16=self.reduce_dtype == "bf16")
+
+    def _check_sync(self) -> None:
+        if sync_of(self.sync, "--sync") is None:
+            return
+        asked = f"--sync {self.sync}"
+        others = {
+            f"--compression {self.compression}": self.compression != "none",
+            f"--reduce-dtype {self.reduce_dtype}": self.reduce_dtype != "auto",
+            "--shard-optimizer": self.shard_optimizer,
+            "--on-nan skip": self.on_nan == "skip",
+            f"--precision {self.precision}": self.precision in ("fp16", "bf16-pure"),
+            "--data-parallel": self.data_parallel,
+        }
+        named = [flag for flag, given in others.items() if given]
+        if named:
+            raise ConfigError(
+                f"{asked} does not go with {', '.join(named)} (docs/slow_networks.md); leave one of them out"
+            )
+        self.horovod.check_exchange(asked)
+
+    def _check_compression(self) -> None:
+        if self.compression == "none":
+            return
+        asked = f"--compression {self.compression}"
+        name, _ = parsed(self.compression, "--compression")
+        if self.reduce_dtype != "auto":
+            raise ConfigError(
+                f"{asked} and --reduce-dtype {self.reduce_dtype} both say as what gradients travel; give one of them"
+            )
+        if name in TYPES and self.precision == "fp64":
+            raise ConfigError(
+                f"{asked} and --precision fp64 exclude each other: gradients would lose what fp64 is for; leave one out"
+            )
+        self.horovod.check_exchange(asked)
 
     def _check_warmup(self) -> None:
         if self.warmup_epochs and self.warmup_steps is not None:

@@ -129,6 +129,27 @@ class HorovodConfig:
                 "--horovod.op adasum does not go with --reduce-dtype bf16, in which Horovod cannot combine gradients"
             )
 
+    def check_exchange(self, asked: str) -> None:
+        """Refuse settings that say how Horovod combines gradients, beside an exchange that is not Horovod's own.
+
+        Args:
+            asked: How it was asked for, for the message.
+
+        Raises:
+            ConfigError: There are such settings.
+        """
+        said = [
+            ("compression", self.compression != "none"),
+            ("op adasum", self.op == "adasum"),
+            ("gradient-predivide-factor", self.gradient_predivide_factor != 1.0),
+            ("num-groups", self.num_groups is not None),
+        ]
+        named = [f"--horovod.{name}" for name, given in said if given]
+        if named:
+            raise ConfigError(
+                f"{asked} does not go with {', '.join(named)}, which say how Horovod itself exchanges gradients; leave one of them out"
+            )
+
     def __post_init__(self) -> None:
         settle(self, "horovod")
         if self.autotune_log is not None and not self.autotune:

@@ -77,6 +77,10 @@ RULES: dict[str, Rule] = {
     "static_graph": Rule(TAKEN),
     "bucket_mb": Rule(TAKEN),
     "reduce_dtype": Rule(TAKEN),
+    "compression": Rule(
+        TAKEN, "what was not sent yet goes on, also with another one and on other ranks; without one it is lost"
+    ),
+    "sync": Rule(TAKEN, "with another one, or on other ranks, all go on from the ranks' average"),
     "all_reduce": Rule(TAKEN),
     "sync_batch_norm": Rule(TAKEN),
     "horovod": Rule(TAKEN),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -47,6 +47,7 @@ _MISFITS = (
 )  # of foreign states
 _PACED = ("lr", "momentum", "betas")  # what schedules change
 _OWN = ("optimizer", "schedule", "precision", "kinds", "callbacks")  # names in a checkpoint that are not the user's
+_REPLICA = "replica:"  # and a replica's name, in a rank's own state
 
 
 @runtime_checkable
@@ -95,6 +96,8 @@ class LoopState:
             if not isinstance(value, Replica) and not is_stateful(value):
                 raise ConfigError(f"{name}={type(value).__name__} has no state_dict and load_state_dict to be saved by")
         self._backend = backend
+        if scaler is not None:
+            replica.expect_scaler(scaler)
         self._replica = replica
         self._schedule = schedule
         self._scaler = scaler
@@ -125,14 +128,23 @@ class LoopState:
             CheckpointError: On every rank: it could not be written, or holds what cannot be saved.
         """
         self._backend.assemble(f"saving a checkpoint of step {step}")
-        path = checkpoints.save(
-            self._backend,
-            step=step,
-            model=whole(model_state(self._replica.module, cut=True), root=self._backend.rank == 0),
-            training={name: self._plain(name, part) for name, part in self._parts().items()} | {"kinds": self._kinds()},
-            rank_state={"random": random_state(), **to_plain(dict(of_this_rank or {}), "of_this_rank")},
-            last=self._last if last == "" else last,
-        )
+        of_replicas = self._of_this_rank()
+        with ExitStack() as stack:
+            for one in self._replicas().values():
+                stack.enter_context(one.shared_weights())
+            path = checkpoints.save(
+                self._backend,
+                step=step,
+                model=whole(model_state(self._replica.module, cut=True), root=self._backend.rank == 0),
+                training={name: self._plain(name, part) for name, part in self._parts().items()}
+                | {"kinds": self._kinds()},
+                rank_state={
+                    "random": random_state(),
+                    **of_replicas,
+                    **to_plain(dict(of_this_rank or {}), "of_this_rank"),
+                },
+                last=self._last if last == "" else last,
+            )
         if last == "":
             self._last = path
         return path
@@ -179,6 +191,16 @@ class LoopState:
         for name, part in self._parts().items():
             self._continue(loaded, name, part, apart)
         replica.copy_from_rank_zero()
+        for name, one in self._replicas().items():
+            of_ranks = [
+                from_plain(state.pop(_REPLICA + name, {}), None, "a rank's own") for state in loaded.rank_states
+            ]
+            try:
+                one.load_rank_states(of_ranks)
+            except _MISFITS as error:
+                raise CheckpointError(
+                    f"{loaded.path}: what it says of each rank's replica cannot be used: {error!r}"
+                ) from error
         self._last = loaded.path
         if len(loaded.rank_states) == backend.world_size:
             try:
@@ -207,6 +229,14 @@ class LoopState:
             **({} if self._callbacks is None else {"callbacks": self._callbacks}),
             **self._others,
         }
+
+    def _replicas(self) -> dict[str, Replica]:
+        return {"": self._replica, **{name: part for name, part in self._others.items() if isinstance(part, Replica)}}
+
+    def _of_this_rank(self) -> dict[str, Any]:
+        """What only this rank knows of each replica."""
+        states = {name: one.rank_state() for name, one in self._replicas().items()}
+        return {_REPLICA + name: to_plain(state, "a rank's own") for name, state in states.items() if state}
 
     def _kinds(self) -> dict[str, str]:
         optimizer = _optimizer(self._replica)

@@ -73,6 +73,8 @@ class FitResult:
         eval_metrics: Of the last evaluation; empty without one.
         samples: Samples trained on in this call.
         train_seconds: Time spent in training steps, without evaluation and checkpoints.
+        sent_bytes_per_step: By this rank in this call's training steps (see `hvdtrain.backends.traffic`); NaN if it made none.
+            Not the same on every rank where their parts of the exchange differ.
         stopped: Why a callback ended the run before its epochs or steps; "" if none did.
         resumed_from: The checkpoint that this call continued from, or None.
     """
@@ -84,6 +86,7 @@ class FitResult:
     eval_metrics: dict[str, float] = field(default_factory=dict)
     samples: int
     train_seconds: float
+    sent_bytes_per_step: float
     resumed_from: str | None
     stopped: str = ""
 
@@ -180,7 +183,10 @@ class Trainer:
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         check_combination(
             {
-                **replica_options,
+                **{
+                    name: value not in (None, False, "none", "auto", "every-step")
+                    for name, value in replica_options.items()
+                },
                 "accumulate": accumulate > 1,
                 "checkpoint_modules": checkpoint_modules is not None,
                 "compile": compile is not False,
@@ -246,6 +252,7 @@ class Trainer:
         together = any(isinstance(module, SyncBatchNorm) for module in model.modules())
         self._in_step = together or self.replica.is_cut  # every rank's every pass
         self._train_seconds, self._samples = 0.0, 0
+        self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
         self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
@@ -358,6 +365,7 @@ class Trainer:
                 self._stop_if_asked()
             if eval_source is not None and (epochs == 0 or position.evaluated_at < position.steps):
                 self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=False)
+            self.replica.settle()
             self._settle()
         return FitResult(
             epochs=position.epoch,
@@ -367,6 +375,7 @@ class Trainer:
             eval_metrics=dict(position.eval_metrics),
             samples=self._samples,
             train_seconds=self._train_seconds,
+            sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else math.nan,
             resumed_from=resumed_from,
             stopped=self._stop_reason(),
         )
@@ -375,8 +384,10 @@ class Trainer:
         position, whole_epoch = self.position, True
         self.replica.module.train()
         for step in batches.steps(position.epoch, position.samples):
-            began = time.perf_counter()
+            began, sent = time.perf_counter(), self.backend.traffic.sent_bytes
             self._train_step(step)
+            self._sent_bytes += self.backend.traffic.sent_bytes - sent
+            self._steps += 1
             position.advance(step.samples)
             self._train_seconds += time.perf_counter() - began
             self._samples += step.samples
@@ -493,11 +504,11 @@ class Trainer:
         source = replace(source, batch_size=size, shuffle=False, last_batch="merge" if short else "keep")
         batches = batches_of(source, self.backend, seed=self._seed, equal_passes=self.replica.is_cut)
         assert isinstance(batches, RankBatches)
-        with self.precision.arithmetic(), self._events.inference(self):
+        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             return predict(self.backend, self.replica, self.task, self.precision, batches, to)
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        with self.precision.arithmetic(), self._events.inference(self):
+        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
             count = self._counting.trusts_indices
             batches = evaluation_of(
                 source,
@@ -586,6 +597,7 @@ class Trainer:
                     lr=float(self._lr),
                     samples_per_second=rate,
                     gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
+                    sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else 0.0,
                 )
             )
         if verdict.stop:

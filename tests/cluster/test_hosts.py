@@ -125,6 +125,21 @@ def test_a_step_sends_hardly_more_than_a_ring_would_on_three_hosts(three, tmp_pa
     assert min(parts) >= 0.9
 
 
+@pytest.mark.parametrize("compression", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [pytest.param(*each, marks=() if each[1] == "torch" else pytest.mark.slow) for each in WIRED]
+)
+def test_the_bytes_that_are_counted_are_those_that_leave_the_host(two, tmp_path, kind, backend, compression):
+    words = [str(HERE / "wire_job.py"), backend, str(tmp_path), "--compression", compression]
+    ended = job(two, kind, backend, *words)
+    assert all(code == 0 for code, _ in ended), ended
+    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
+    parts = [round(one["sent_per_step"] / one["counted_per_step"], 3) for one in found]
+    print(f"{backend} under {kind}, {compression}: {parts} of the bytes that were counted")
+    assert max(parts) <= 1.05
+    assert min(parts) >= 0.95
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "backend"), [("mpirun", "mpi"), ("mpirun", "horovod")])
 def test_the_algorithm_that_was_asked_for_is_seen_on_the_wire(three, tmp_path, kind, backend):

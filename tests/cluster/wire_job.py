@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("backend")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--all-reduce", default="auto")
+    parser.add_argument("--compression", default="none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with hvdtrain.init(args.backend, all_reduce=args.all_reduce) as backend:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)), nn.Linear(1024, 10))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        replica = backend.replicate(model, optimizer)
+        replica = backend.replicate(model, optimizer, compression=args.compression)
         x, y = torch.randn(4, 1024), torch.randint(0, 10, (4,))
 
         def step() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         for _ in range(3):
             step()
         backend.barrier()
-        before = sent()
+        before, counted = sent(), backend.traffic.sent_bytes
         for _ in range(STEPS):
             step()
         backend.barrier()
@@ -49,6 +50,7 @@ def main() -> None:
             "node": backend.topology.node_rank,
             "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "sent_per_step": (sent() - before) / STEPS,
+            "counted_per_step": (backend.traffic.sent_bytes - counted) / STEPS,
         }
         (args.folder / f"{backend.rank}.json").write_text(json.dumps(found))
 

@@ -73,6 +73,7 @@ def test_a_task_that_fails_is_said_to():
         (["--task", "x.Y", "--engines", "nccl"], "--engines nccl: those that are here are torch"),
         (["--task", "x.Y", "--ranks"], "--ranks needs a value"),
         (["--task", "x.Y", "--lrr", "1"], "lrr"),
+        (["--task", "x.Y", "--compression", "int8"], "what --compression and --sync change on purpose; leave them out"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_runs(words, said):

@@ -133,6 +133,9 @@ class HorovodBackend(Backend):
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return HorovodReplica(self, model, optimizer, options, config=self.config, waiter=self._waiter)
 
+    def _check_exchange(self, asked: str) -> None:
+        self.config.check_exchange(asked)
+
     def _group(self, ranks: list[int]) -> Group | None:
         self._groups_made += 1
         key = tuple(ranks)

@@ -65,6 +65,8 @@ class HorovodReplica(HookedReplica):
         )
 
     def _send(self, pack: Pack) -> Work:
+        # Of bfloat16 too, whose two exchanges are those of a ring.
+        self._backend.traffic.all_reduce(sum(tensor.nbytes for tensor in pack.tensors), self._backend.world_size)
         if pack.dtype == torch.bfloat16:
             return Bf16Sum(self._waiter, self._backend.world_size, f"{self._label}.{pack.name}", pack.tensors)
         op = hvd.Adasum if self._adasum else hvd.Sum
@@ -90,6 +92,7 @@ class HorovodReplica(HookedReplica):
         super()._expect(replace(tally, ranks=0) if self._adasum and self._weighting.empty else tally)
 
     def _send_tally(self, tensor: Tensor) -> Work:
+        self._backend.traffic.all_reduce(tensor.nbytes, self._backend.world_size)
         name = f"{self._label}.tally"  # one name for all steps: Horovod's cache knows it from the second on
         return HorovodWork(
             self._waiter, lambda: hvd.allreduce_async_(tensor, name=name, op=hvd.Sum), "the samples of a step"

@@ -90,17 +90,20 @@ class HorovodWire(Wire):
         """Start hvd.allreduce_async_; 8-bit integers, which it does not reduce, travel as 32-bit ones and wrap around."""
         if tensor.dtype in (torch.uint8, torch.int8):
             wide = tensor.to(torch.int32)
+            self.traffic.all_reduce(wide.nbytes, self.size)
             return self._start(
                 "allreduce",
                 lambda name: hvd.allreduce_async_(wide, name=name, op=self._OPS[op], process_set=self._set),
                 tensor.copy_,
             )
+        self.traffic.all_reduce(tensor.nbytes, self.size)
         return self._start(
             "allreduce", lambda name: hvd.allreduce_async_(tensor, name=name, op=self._OPS[op], process_set=self._set)
         )
 
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
         """Start hvd.allgather_async."""
+        self.traffic.all_gather(tensor.nbytes, self.size)
         flat = tensor.reshape(-1)
         return self._start(
             "allgather",
@@ -110,6 +113,7 @@ class HorovodWire(Wire):
 
     def all_to_all_into(self, out: Tensor, tensor: Tensor, receive: Sequence[int], send: Sequence[int]) -> Work:
         """Start hvd.alltoall_async."""
+        self.traffic.all_to_all([count * tensor.itemsize for count in send], self.rank)
         splits = torch.tensor(list(send), dtype=torch.int32)
         return self._start(
             "alltoall",
@@ -119,6 +123,7 @@ class HorovodWire(Wire):
 
     def broadcast_(self, tensor: Tensor, src: int) -> Work:
         """Start hvd.broadcast_async_."""
+        self.traffic.rooted(tensor.nbytes, self.size)
         root = self.ranks[src]
         return self._start(
             "broadcast", lambda name: hvd.broadcast_async_(tensor, root, name=name, process_set=self._set)
@@ -130,6 +135,7 @@ class HorovodWire(Wire):
 
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Pass them beside Horovod, which has no messages between two ranks; GPU tensors come through the CPU."""
+        self.traffic.message(0 if sent is None else sent.nbytes)
         to, source = (None if peer is None else self.ranks[peer] for peer in (dst, src))
         on_cpu = self.device.type == "cpu"
         room = out if out is None or on_cpu else torch.empty_like(out, device="cpu")
@@ -140,6 +146,7 @@ class HorovodWire(Wire):
         """Start hvd.reducescatter_async for sums; for the rest Horovod has none."""
         if op != "sum" or tensor.dtype in (torch.uint8, torch.int8):
             return super().reduce_scatter_into(out, tensor, op)
+        self.traffic.reduce_scatter(tensor.nbytes, self.size)
         flat = tensor.reshape(self.size, -1)
         return self._start(
             "reducescatter",

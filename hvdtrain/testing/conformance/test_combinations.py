@@ -21,11 +21,12 @@ ASKED = {
     "shard_optimizer": {},
     "clip_norm": {"clip_norm": 0.05},
     "on_nan": {"on_nan": "skip"},
+    "compression": {"compression": "topk:1"},
     "shard_modules": {"shard_modules": "1"},
     "bucket_bytes": {"bucket_bytes": 100},
 }
-ALONE = ("reduce_dtype", "channels_last", "master_weights", "scaler", "uncut_optimizer")
-"""What does not train in float64, or not this model: test_sharded_runs and test_fully_sharded try what excludes it."""
+ALONE = ("reduce_dtype", "channels_last", "master_weights", "scaler", "uncut_optimizer", "sync")
+"""What does not train in float64, or not this model, or not as one process: tests of their own try what excludes it."""
 CHANGES_THE_RESULT = ("clip_norm",)
 PAIRS = [
     pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())

@@ -43,7 +43,16 @@ class ExponentialMovingAverage:
         self._is_applied = False
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin with the weights as they are, or go on."""
+        """Begin with the weights as they are, or go on.
+
+        Raises:
+            ConfigError: The ranks train apart for some steps, so that there are no weights to average after each.
+        """
+        if trainer.replica.options.sync is not None:
+            raise ConfigError(
+                "ExponentialMovingAverage averages the weights that all ranks have after each step, and with sync= (--sync) they have them "
+                "only after an exchange; leave one of them out"
+            )
         self._averaged, before = weights_of(trainer.replica.module), self._average
         if before and {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in self._averaged.items()}:
             raise CheckpointError(

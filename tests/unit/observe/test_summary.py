@@ -19,7 +19,7 @@ from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256
 SUMMARY = Summary(
     backend="torch", engine="gloo", launcher="torchrun", world_size=2, num_nodes=1, device="cpu", global_batch_size=64,
     epochs=3, steps=69, skipped_steps=0, train_loss=0.25, eval_loss=0.5, eval_accuracy=0.875,
-    eval_metrics={"accuracy": 0.875, "loss": 0.5}, samples_per_second=12345.6, wall_seconds=7.25, seed=1, precision="fp32",
+    eval_metrics={"accuracy": 0.875, "loss": 0.5}, samples_per_second=12345.6, sent_bytes_per_step=123456.0, wall_seconds=7.25, seed=1, precision="fp32",
     parameters=58634, parameters_norm=12.5, parameters_sha256="ab" * 32, resumed_from=None, hvdtrain_version="0", torch_version="2",
 )  # fmt: skip
 STATE = {"b": torch.arange(4.0), "a": torch.tensor([[1.5, -2.0]], dtype=torch.float64), "n": torch.tensor(7)}

@@ -105,6 +105,24 @@ def test_a_task_leaves_model_and_data_open() -> None:
             {"reduce_dtype": "bf16", "horovod": HorovodConfig(op="adasum")},
             "--horovod.op adasum does not go with --reduce-dtype bf16",
         ),
+        ({"sync": "dilocco:5"}, "--sync must be one of every-step, .*, got 'dilocco:5'; did you mean 'diloco'?"),
+        ({"sync": "diloco:0"}, "--sync 'diloco:0': give the steps between exchanges, diloco:100"),
+        (
+            {"sync": "diloco:5", "precision": "fp16", "compression": "int8"},
+            "--sync diloco:5 does not go with --compression int8, --precision fp16",
+        ),
+        (
+            {"sync": "local-sgd:2", "horovod": HorovodConfig(op="adasum")},
+            "--sync local-sgd:2 does not go with --horovod.op adasum",
+        ),
+        ({"compression": "topc:0.1"}, "--compression must be one of int8, .*, got 'topc:0.1'; did you mean 'topk'?"),
+        ({"compression": "topk:2"}, "--compression topk needs the part of the numbers that is sent"),
+        ({"compression": "int8", "reduce_dtype": "bf16"}, "--compression int8 and --reduce-dtype bf16 both say"),
+        ({"compression": "bf16", "precision": "fp64"}, "--compression bf16 and --precision fp64 exclude each other"),
+        (
+            {"compression": "powersgd:2", "horovod": HorovodConfig(op="adasum", num_groups=2)},
+            "--compression powersgd:2 does not go with --horovod.op adasum, --horovod.num-groups, which say",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_name_of_the_flag(values: dict[str, Any], message: str) -> None:

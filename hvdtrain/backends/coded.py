@@ -1,0 +1,126 @@
+"""Compressed gradients on an engine's wire: many parameters' exchanges, stage by stage, each stage in few messages.
+
+Here a `hvdtrain.compression.base.Compression` meets a `Wire`; neither knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.backends.forms import as_bytes
+from hvdtrain.backends.wire import Wire, Work
+from hvdtrain.compression.base import Exchange, Gather, Sent, Sum
+from hvdtrain.errors import TrainingError
+
+_SUMMED = (torch.float32, torch.float64)
+
+
+class Coded:
+    """The exchanges of several parameters under way, in step with each other.
+
+    Args:
+        wire: The engine's operations.
+        exchanges: One a parameter; the same ones in the same order on every rank.
+        flag: 0, or NaN if some number of this rank is not finite; a scalar of a type that is summed.
+
+    Attributes:
+        sent: What came of each, once `wait` has returned.
+        flag: The ranks' sum then: NaN if any rank's was.
+    """
+
+    def __init__(self, wire: Wire, exchanges: Sequence[Exchange], flag: Tensor) -> None:
+        self._wire = wire
+        self._exchanges = list(exchanges)
+        self.sent: list[Sent | None] = [None] * len(exchanges)
+        self.flag = flag
+        self._waiting: list[tuple[int, list[Sum | Gather], bool]] = []  # whose, what, and whether as a tuple
+        self._stage: _Stage | None = None
+        self._flag_travels = False
+        self._go_on(dict.fromkeys(range(len(exchanges))))
+
+    def advance(self) -> None:
+        """Wait for the stage under way, and start the next."""
+        if self._stage is None:
+            return
+        results = iter(self._stage.wait())
+        answers: dict[int, Any] = {}
+        for at, items, as_tuple in self._waiting:
+            received = [next(results) for _ in items]
+            answers[at] = tuple(received) if as_tuple else received[0]
+        if self._flag_travels:
+            self.flag, self._flag_travels = next(results).sum(), False
+        self._go_on(answers)
+
+    def wait(self) -> object:
+        """Block until all are over."""
+        while self._stage is not None:
+            self.advance()
+        return None
+
+    def is_completed(self) -> bool:
+        """Say whether `wait` would return at once."""
+        return self._stage is None
+
+    def _go_on(self, answers: dict[int, Any]) -> None:
+        first = self._stage is None
+        self._waiting, self._stage = [], None
+        for at, answer in answers.items():
+            try:
+                asked = self._exchanges[at].send(answer)
+            except StopIteration as end:
+                self.sent[at] = end.value
+                continue
+            as_tuple = isinstance(asked, tuple)
+            self._waiting.append((at, list(asked) if isinstance(asked, tuple) else [asked], as_tuple))
+        items = [item for _, several, _ in self._waiting for item in several]
+        if items and first:  # in a message that travels anyway
+            kind = items[0]
+            items.append(Sum(self.flag.to(kind.tensor.dtype)) if isinstance(kind, Sum) else Gather(self.flag))
+            self._flag_travels = True
+        if items:
+            self._stage = _Stage(self._wire, items)
+
+
+class _Stage:
+    """Items that travel at once: one message for each type that is summed, and one for all that is collected."""
+
+    def __init__(self, wire: Wire, items: Sequence[Sum | Gather]) -> None:
+        self._items = items
+        self._messages: list[tuple[list[int], Tensor, Work]] = []
+        by_kind: dict[torch.dtype | None, list[int]] = {}
+        for at, item in enumerate(items):
+            dtype = item.tensor.dtype if isinstance(item, Sum) else None
+            if dtype is not None and dtype not in _SUMMED:
+                raise TrainingError(f"a compression yielded Sum of {dtype}; float32 and float64 can be summed")
+            by_kind.setdefault(dtype, []).append(at)
+        for dtype, places in by_kind.items():
+            if dtype is None:
+                sent = torch.cat([as_bytes(items[at].tensor, wire.device) for at in places])
+                received = torch.empty((wire.size, len(sent)), dtype=torch.uint8, device=wire.device)
+                work = wire.all_gather_into(received, sent)
+            else:
+                received = torch.cat([items[at].tensor.reshape(-1) for at in places]).to(wire.device)
+                work = wire.all_reduce_(received, "sum")
+            self._messages.append((places, received, work))
+
+    def wait(self) -> list[Tensor]:
+        """Return what each item asked for."""
+        results: list[Tensor | None] = [None] * len(self._items)
+        for places, received, work in self._messages:
+            work.wait()
+            begin = 0
+            for at in places:
+                tensor = self._items[at].tensor
+                length = tensor.numel() if received.dim() == 1 else tensor.nbytes
+                part = received.narrow(-1, begin, length)
+                begin += length
+                if received.dim() == 2:  # a copy begins where its type may
+                    part = part.contiguous().clone().view(tensor.dtype).view(len(received), *tensor.shape)
+                else:
+                    part = part.view(tensor.shape)
+                results[at] = part.to(tensor.device)
+        return [result for result in results if result is not None]

@@ -1,0 +1,155 @@
+"""What a replica's compression has not sent yet, and what else it remembers of each parameter.
+
+An exchange's rests are kept only once its gradients have been used: a step that is skipped leaves everything as it was.
+Rests are in the gradient's own units (a mean over samples, no loss scale), so that they can be added to any later one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.compression.base import Compression, Memory
+from hvdtrain.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """Of one parameter.
+
+    Attributes:
+        rest: This rank's part of the gradient that was not sent, of the parameter's shape; None for nothing.
+        memory: The compression's.
+    """
+
+    rest: Tensor | None = None
+    memory: Memory = field(default_factory=dict)
+
+
+class Unsent:
+    """What one replica's compression remembers.
+
+    Args:
+        compression: Whose memory it is.
+    """
+
+    def __init__(self, compression: Compression) -> None:
+        self._compression = compression
+        self._kept: dict[nn.Parameter, Remembered] = {}
+        self._new: dict[nn.Parameter, Remembered] = {}
+        self._flags: list[Tensor] = []
+
+    def of(self, parameter: nn.Parameter) -> Remembered:
+        """What is remembered of a parameter."""
+        found = self._kept.get(parameter, Remembered())
+        return Remembered() if found.rest is not None and found.rest.shape != parameter.shape else found
+
+    @property
+    def any_rest(self) -> bool:
+        """Whether something waits to be sent."""
+        return any(one.rest is not None for one in self._kept.values())
+
+    def note(self, parameter: nn.Parameter, remembered: Remembered) -> None:
+        """What will be remembered once this step's gradients have been used."""
+        self._new[parameter] = remembered
+
+    def withdraw(self, parameter: nn.Parameter) -> None:
+        """This parameter's gradient will not be used."""
+        self._new.pop(parameter, None)
+
+    def only_if_finite(self, flag: Tensor) -> None:
+        """Keep nothing of this step if a number, the same on every rank, is none."""
+        self._flags.append(flag)
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the new rests, whose units have become known."""
+        self._new = {
+            parameter: Remembered(None if one.rest is None else one.rest * factor, one.memory)
+            for parameter, one in self._new.items()
+        }
+
+    def keep(self) -> None:
+        """This step's gradients have been used."""
+        if all(math.isfinite(float(flag)) for flag in self._flags):
+            self._kept.update(self._new)
+        self.forget()
+
+    def forget(self) -> None:
+        """This step's gradients have not been used."""
+        self._new, self._flags = {}, []
+
+    def state(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+        """This rank's part of the state, as tensors and text.
+
+        Args:
+            named: The model's parameters.
+        """
+        known = [(name, self._kept[p]) for name, p in named if p in self._kept]
+        return {
+            "name": self._compression.name,
+            "rests": {name: one.rest for name, one in known if one.rest is not None},
+            "memories": {name: dict(one.memory) for name, one in known if one.memory},
+        }
+
+    def load(
+        self, states: Sequence[Mapping[str, Any]], rank: int, named: Mapping[str, nn.Parameter], size: int
+    ) -> None:
+        """Go on from a state.
+
+        On as many ranks each takes its own; on another number all rests are added up, and each rank takes an equal part.
+
+        Args:
+            states: Of all ranks that saved one.
+            rank: This rank's.
+            named: The model's parameters.
+            size: How many ranks there are now.
+        """
+        self.forget()
+        self._kept = {}
+        if not states:
+            return
+        first = states[0]
+        memories = first["memories"] if first["name"] == self._compression.name else {}
+        for name, parameter in named.items():
+            if len(states) == size:
+                rest = states[rank]["rests"].get(name)
+            else:
+                rests = [state["rests"][name] for state in states if name in state["rests"]]
+                rest = (
+                    torch.stack([each.double() for each in rests]).sum(0).div_(size).to(rests[0].dtype)
+                    if rests
+                    else None
+                )
+            if rest is not None and rest.shape != parameter.shape:
+                rest = None
+            if rest is not None or name in memories:
+                self._kept[parameter] = Remembered(
+                    None if rest is None else rest.to(parameter.device, copy=True), memories.get(name, {})
+                )
+
+
+def takes(compression: Compression, parameter: nn.Parameter) -> bool:
+    """Whether a parameter's gradient is compressed."""
+    return parameter.numel() > 0 and not parameter.is_complex() and compression.takes(tuple(parameter.shape))
+
+
+def check_compression(compression: Compression, module: nn.Module) -> None:
+    """Refuse a compression that would leave every gradient as it is.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if not any(takes(compression, p) for p in module.parameters() if p.requires_grad):
+        shapes = sorted({tuple(p.shape) for p in module.parameters() if p.requires_grad}, key=str)[:6]
+        raise ConfigError(
+            f"compression {compression.name} would compress nothing of this model: it leaves parameters of one dimension as they are, "
+            f"and matrices that would not become smaller (shapes {', '.join(map(str, shapes))}); leave compression out"
+        )

@@ -1,0 +1,80 @@
+"""Few of the numbers in each step, the others later: the largest, or some at random."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
+
+
+class TopK(Compression):
+    """The numbers of the largest magnitude of each rank, and where they stand: 8 bytes each, sent to every rank.
+
+    Lin et al. 2017, "Deep Gradient Compression", https://arxiv.org/abs/1712.01887, without its corrections of momentum.
+
+    Args:
+        ratio: The part of a parameter's numbers that is sent, in (0, 1]; at least one is.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.name = f"topk:{ratio:g}"
+
+    def exchange(self, tensor: Tensor, memory: Memory, seed: int) -> Exchange:
+        """Collect every rank's largest numbers, and add them up where they belong."""
+        flat = tensor.reshape(-1)
+        where = flat.abs().topk(_count(self.ratio, len(flat)), sorted=False).indices
+        values = flat[where]
+        all_where, all_values = yield (
+            Gather(where.to(torch.int32 if len(flat) < 2**31 else torch.int64)),
+            Gather(values),
+        )
+        total = torch.zeros_like(flat)
+        for each_where, each_values in zip(all_where, all_values, strict=True):
+            total[each_where.long()] += each_values  # a rank's places differ from each other
+        own = torch.zeros_like(flat)
+        own[where] = values
+        return Sent(total.view(tensor.shape), own.view(tensor.shape))
+
+
+class RandomK(Compression):
+    """Numbers at random places, other ones in each step and the same on every rank, so that values alone travel and are summed.
+
+    The places are an arithmetic sequence modulo the number of numbers, with a random start and a random step: every number is
+    as likely to be among them.
+
+    Args:
+        ratio: The part of a parameter's numbers that is sent, in (0, 1]; at least one is.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.name = f"randomk:{ratio:g}"
+
+    def exchange(self, tensor: Tensor, memory: Memory, seed: int) -> Exchange:
+        """Sum the numbers at this step's places."""
+        flat = tensor.reshape(-1)
+        count = int(memory["count"]) if "count" in memory else 0
+        where = places(len(flat), _count(self.ratio, len(flat)), f"{seed}:{count}").to(flat.device)
+        values = flat[where]
+        own, total = torch.zeros_like(flat), torch.zeros_like(flat)
+        own[where] = values
+        total[where] = yield Sum(values)
+        return Sent(total.view(tensor.shape), own.view(tensor.shape), {"count": torch.tensor(count + 1)})
+
+
+def places(numel: int, count: int, seed: str) -> Tensor:
+    """Different places among ``numel``, int64, shape (count,); they follow from the seed."""
+    numbers = random.Random(seed)
+    start, step = numbers.randrange(numel), numbers.randrange(1, numel + 1)
+    while math.gcd(step, numel) != 1:
+        step = numbers.randrange(1, numel + 1)
+    return (torch.arange(count) * step + start) % numel
+
+
+def _count(ratio: float, numel: int) -> int:
+    return min(numel, max(1, math.ceil(ratio * numel)))
