@@ -33,7 +33,7 @@ from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
-_AT_ONCE_BYTES = 2**20  # up to which a caller that waits makes the MPI calls itself
+_AT_ONCE_BYTES = 2**14  # up to which a caller that waits makes the MPI calls itself
 _PATIENCE_S = 0.0001  # for how long it looks whether the other ranks have come
 _PATIENCE_S_PER_BYTE = 3e-10  # and more than that for what it does then is slow
 _MOST_BY_LANE = 256
