@@ -128,6 +128,7 @@ class MpiWire(C10dWire):
         """Operations that an idle group performs in the caller's own thread."""
         if self._now is None:
             self._now = MpiWireAtOnce(self._group, self.ranks, self.device)
+        self._now.traffic = self.traffic
         return self._now
 
     def close(self) -> None:
@@ -148,16 +149,19 @@ class MpiWireAtOnce(MpiWire):
 
     def all_reduce_(self, tensor: Tensor, op: WireOp) -> Work:
         """All-reduce."""
+        self.traffic.all_reduce(tensor.nbytes, self.size)
         work: Work = self._group.allreduce([tensor], self._reducing[op])
         return work
 
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
         """All-gather."""
+        self.traffic.all_gather(tensor.nbytes, self.size)
         work: Work = self._group._allgather_base(out, tensor, self._others)
         return work
 
     def broadcast_(self, tensor: Tensor, src: int) -> Work:
         """Broadcast."""
+        self.traffic.rooted(tensor.nbytes, self.size)
         work: Work = self._group.broadcast([tensor], self._broadcasting[src])
         return work
 
