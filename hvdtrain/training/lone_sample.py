@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError
 
 _TORCHS = "more than 1 value per channel"
 _OURS = "more than one value per channel over all ranks"
@@ -41,7 +41,7 @@ def batches_without_samples_explained(samples: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
-        if samples:
+        if samples or isinstance(error, HvdtrainError):  # which says itself what is wrong, the same on every rank
             raise
         raise ConfigError(
             "this rank has no sample of a batch, and runs the model on none to keep in step with the others, which the model or the task "
