@@ -15,7 +15,7 @@ CLOSE = 1e-9
 
 def step(samples, loss, gradient, *, random, parameter=1.0, buffer=0.0, changed=()):
     return Step(
-        calls=[Call(samples=list(samples), loss=loss, changed=list(changed), random=random)],
+        calls=[Call(samples=list(samples), loss=loss, changed=list(changed), random=random, weight=len(samples))],
         gradients={"w": torch.tensor([gradient, -2 * gradient], dtype=torch.float64)},
         buffers={"b": torch.tensor([buffer], dtype=torch.float64)},
         parameters={"w": torch.tensor([parameter, 2.0], dtype=torch.float64)},
