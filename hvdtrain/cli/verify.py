@@ -86,7 +86,9 @@ def run(argv: Sequence[str]) -> int:
             if failed:
                 say(f"{label}: failed: {failed}")
             elif drawn and not found:
-                say(f"{label}: all ranks have the same model after {steps} steps; not compared with one process:\n    {drawn}")
+                say(
+                    f"{label}: all ranks have the same model after {steps} steps; not compared with one process:\n    {drawn}"
+                )
             elif not found:
                 say(f"{label}: as in one process, {steps} steps, within {close:g}")
             tell(label, found)
@@ -133,7 +135,7 @@ def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
         batch = config.batch_size * config.accumulate * ranks if given and config.batch_size else _GLOBAL_BATCH
     return replace(
         config, precision=precision, global_batch_size=batch, batch_size=None, epochs=10**6, max_steps=steps, device="cpu",
-        checkpoint_every=0, resume="never", backend="auto",
+        checkpoint_every=0, resume="never", backend="auto", workers=0,
     )  # fmt: skip
 
 
