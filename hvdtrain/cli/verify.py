@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)
-    from hvdtrain.verify.comparing import Finding, between, tolerance, twice  # noqa: PLC0415  (torch: seconds)
+    from hvdtrain.verify.comparing import Finding, between, tolerance, twice, uncompared  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.verify.notes import read  # noqa: PLC0415
 
     close = tolerance(config.precision)
@@ -79,10 +79,16 @@ def run(argv: Sequence[str]) -> int:
             label = f"{starter.backend} ({starter.name}, {ranks} ranks)"
             folder = Path(place) / starter.name.replace(" ", "")
             failed = _trained(starter, ranks, config, folder)
-            found = [] if failed else list(between(one, read(folder), close=close))
+            ranks_notes = [] if failed else read(folder)
+            found = [] if failed else list(between(one, ranks_notes, close=close))
+            drawn = "" if failed else uncompared(one, ranks_notes)
             wrong |= bool(failed or found)
             if failed:
                 say(f"{label}: failed: {failed}")
+            elif drawn and not found:
+                say(
+                    f"{label}: all ranks have the same model after {steps} steps; not compared with one process:\n    {drawn}"
+                )
             elif not found:
                 say(f"{label}: as in one process, {steps} steps, within {close:g}")
             tell(label, found)
@@ -129,7 +135,7 @@ def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
         batch = config.batch_size * config.accumulate * ranks if given and config.batch_size else _GLOBAL_BATCH
     return replace(
         config, precision=precision, global_batch_size=batch, batch_size=None, epochs=10**6, max_steps=steps, device="cpu",
-        checkpoint_every=0, resume="never", backend="auto",
+        checkpoint_every=0, resume="never", backend="auto", workers=0,
     )  # fmt: skip
 
 

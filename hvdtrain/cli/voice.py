@@ -19,7 +19,7 @@ GRACE_S = 3.0
 
 def say(text: str) -> None:
     """Writes ``text`` and a newline to the standard output, on rank 0 only."""
-    if rank() != 0:
+    if rank() != 0 or sys.stdout is None:  # None: it was closed before Python began (>&-)
         return
     try:
         sys.stdout.write(text + "\n")

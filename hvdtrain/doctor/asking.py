@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,14 @@ def ask(command: Sequence[str], *, limit_s: float = LIMIT_S, environment: Mappin
         limit_s: Seconds that it may take.
         environment: All its variables; None: those of this process.
     """
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-doctor-") as folder:
-        log = Log(Path(folder) / "log")
-        try:
+    log = Log(Path(os.devnull))  # nothing may depend on a folder that can be written to
+    try:
+        with _ended_by_signals():
             code, lines = run(
                 command, log=log, environment=environment or os.environ, folder=Path.cwd(), limit_s=limit_s
             )
-        finally:
-            log.close()
+    finally:
+        log.close()
     return Answer(code=code, lines=tuple(lines))
 
 
@@ -93,6 +94,24 @@ def tell(**facts):
     sys.stdout.write("\\n{_MARK}" + json.dumps(facts) + "\\n")
     sys.stdout.flush()
 """
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Whoever ends this process by SIGTERM or SIGHUP ends what it has started too, which has a session of its own."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _signal(number: int) -> str:

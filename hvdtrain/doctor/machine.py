@@ -78,6 +78,10 @@ def _gpus() -> Iterator[Row]:
         remedy = "the NVIDIA driver does not answer: nvidia-smi; in a container, start it with --gpus all"
         yield _SECTION.wrong("GPUs", f"nvidia-smi: {listed.how}", remedy)
         return
+    if any(line.count(",") < 2 for line in listed.lines):
+        remedy = "it lists no GPUs as it should: look at what nvidia-smi says, and at which one is first on PATH"
+        yield _SECTION.wrong("GPUs", f"{smi}: {listed.lines[0][:80]}", remedy)
+        return
     for number, line in enumerate(listed.lines):
         yield _SECTION.ok(f"GPU {number}", line)
     facts = next(iter(ask_python(_CUDA).facts), None)

@@ -101,4 +101,5 @@ def parsed(said: str) -> list[Row]:
 
 
 def _line(said: str) -> str:
-    return " ".join(said.split())
+    """One line, without what a terminal would obey."""
+    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(said.split()))

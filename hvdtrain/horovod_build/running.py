@@ -118,11 +118,28 @@ def run(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a process that still runs, with its children."""
+    """End a process that still runs, with its children, also those that it gave sessions of their own (torchrun's ranks)."""
+    started = _descendants(process.pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
+    for child in started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that one has started, and those that these have; none where /proc does not tell."""
+    children: dict[int, list[int]] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # ended meanwhile
+            parent = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(file.parent.name))
+    found = list(children.get(pid, []))
+    for each in found:
+        found += children.get(each, [])
+    return found
 
 
 def pip() -> list[str]:

@@ -219,8 +219,12 @@ def _kept(file: Path) -> str:
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever it likes
         name = module.partition(".")[0]
+        if not isinstance(error, ImportError):
+            raise ConfigError(
+                f"--logger {name}: importing it fails: {type(error).__name__}: {error}; reinstall it, or leave it out"
+            ) from error
         raise ConfigError(f"--logger {name}: {error}; pip install 'hvdtrain[trackers]', or leave it out") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,14 +25,22 @@ class Call:
     Attributes:
         samples: A digest of each sample; None where the batch cannot be cut into samples.
         loss: What it returned.
-        changed: Expressions of the parts of the batch that it has changed in place.
+        changed: Expressions of the parts of the batch that it has changed in place where the data set may have them too.
         random: A digest of the state of this process's random numbers afterwards.
+        weight: What the loss is a mean over: samples, or what the task says; None where that is not known.
+        shapes: Of a sample's parts: those of a padded batch depend on the samples that are together in it.
+        data_drew: Random numbers were drawn between the call before and this one: by the data set.
+        loss_drew: The loss drew some, or the model.
     """
 
     samples: list[str] | None
     loss: float
     changed: list[str]
     random: str
+    weight: float | None = None
+    shapes: str = ""
+    data_drew: bool = False
+    loss_drew: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +63,7 @@ class Notes:
         initial: Some numbers of each parameter and buffer, as the task made them.
         norms: Names of layers that take statistics over the samples of one rank.
         dropouts: Names of layers that leave something out at random, and were told not to.
+        summed: The task's loss is a sum over the samples (``loss_reduction = "sum"``).
         steps: In order.
     """
 
@@ -62,6 +72,7 @@ class Notes:
     initial: dict[str, Tensor] = field(default_factory=dict)
     norms: list[str] = field(default_factory=list)
     dropouts: list[str] = field(default_factory=list)
+    summed: bool = False
     steps: list[Step] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
@@ -107,9 +118,19 @@ def part_digests(batch: Any) -> dict[str, str]:
     return {path: _digest([leaf]) for path, leaf in leaves(batch)}
 
 
+def sample_shapes(batch: Any) -> str:
+    """The shapes of one sample's parts, as far as they have some."""
+    return repr([tuple(leaf.shape[1:]) for _, leaf in leaves(batch) if isinstance(leaf, Tensor | np.ndarray)])
+
+
 def random_digest() -> str:
     """Of the state of this process's random numbers on the CPU."""
     return _digest([torch.get_rng_state()])
+
+
+def all_random_digest() -> str:
+    """Of torch's numbers, NumPy's and those of `random`."""
+    return _digest([torch.get_rng_state(), np.random.get_state(), random.getstate()])
 
 
 def _length(leaf: Any) -> int | None:

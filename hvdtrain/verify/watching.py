@@ -12,7 +12,17 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.options import Component
-from hvdtrain.verify.notes import Call, Notes, Step, numbers, part_digests, random_digest, sample_digests
+from hvdtrain.verify.notes import (
+    Call,
+    Notes,
+    Step,
+    all_random_digest,
+    numbers,
+    part_digests,
+    random_digest,
+    sample_digests,
+    sample_shapes,
+)
 
 if TYPE_CHECKING:
     from hvdtrain.training.events import StepEvent
@@ -32,9 +42,11 @@ class Watched:
 
     def __init__(self, name: str, args: Mapping[str, Any], folder: str, rank: int, world_size: int) -> None:
         self.notes = Notes(rank=rank, world_size=world_size)
+        self._random = ""
         self.calls: list[Call] = []
         self.folder = Path(folder)
         self._task: Any = resolve(Component(name, args), flag="--task")()
+        self.notes.summed = getattr(self._task, "loss_reduction", "mean") == "sum"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_task":
@@ -52,6 +64,9 @@ class Watched:
             if isinstance(module, _DropoutNd) and module.p > 0:
                 notes.dropouts.append(name)
                 module.p = 0.0
+            if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
+                notes.dropouts.append(name)
+                module.dropout = 0.0
         return model
 
     def train_data(self) -> Any:
@@ -67,12 +82,32 @@ class Watched:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the task's loss, and note what it was given and what it did."""
-        samples, before = sample_digests(batch), part_digests(batch)
+        samples, before, shapes = sample_digests(batch), part_digests(batch), sample_shapes(batch)
+        weight, drawn = self._weight(batch, samples), all_random_digest()
         loss: Tensor = self._task.loss(model, batch)
-        after = part_digests(batch)
-        changed = [path for path, digest in before.items() if after.get(path) != digest]
-        self.calls.append(Call(samples=samples, loss=float(loss.detach()), changed=changed, random=random_digest()))
+        after, drawn_after = part_digests(batch), all_random_digest()
+        changed = [path for path, digest in before.items() if after.get(path, digest) != digest]
+        call = Call(
+            samples=samples,
+            loss=float(loss.detach()),
+            # Samples that were stacked are copies; a collate function of the task's own may hand out the data set's.
+            changed=changed if samples is None and hasattr(self._task, "collate") else [],
+            random=random_digest(),
+            weight=weight,
+            shapes=shapes,
+            data_drew=bool(self._random) and drawn != self._random,
+            loss_drew=drawn != drawn_after,
+        )
+        self._random = drawn_after
+        self.calls.append(call)
         return loss
+
+    def _weight(self, batch: Any, samples: list[str] | None) -> float | None:
+        """What the loss is a mean over."""
+        for name in ("weight_of", "samples_of"):
+            if hasattr(self._task, name):
+                return float(getattr(self._task, name)(batch))
+        return None if samples is None else float(len(samples))
 
     def build_callbacks(self) -> list[Any]:
         """Return the task's callbacks and the one that notes steps."""

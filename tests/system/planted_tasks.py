@@ -103,9 +103,43 @@ class AlikeDropout(Sound):
 
 
 class InPlace(Sound):
+    """Its batches are lists of the data set's own samples."""
+
+    def collate(self, samples):
+        return [(x, y) for x, y in samples]
+
+    def samples_of(self, batch):
+        return len(batch)
+
     def loss(self, model, batch):
-        batch[0].mul_(0.5)
+        for x, _ in batch:
+            x.mul_(0.5)
+        return super().loss(model, (torch.stack([x for x, _ in batch]), torch.stack([y for _, y in batch])))
+
+
+class Augmented(Sound):
+    """Sound, and random in all ways: samples, a loss with noise, a batch that is changed, which is a copy."""
+
+    def train_data(self):
+        data = Data()
+        data.x = data.x.double()
+        return _Noisy(data)
+
+    def loss(self, model, batch):
+        batch[0].add_(0.1 * torch.randn_like(batch[0]))
         return super().loss(model, batch)
+
+
+class _Noisy(torch.utils.data.Dataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return x + random.random() * torch.rand(6, dtype=x.dtype), y
 
 
 class OwnNorm(Sound):

@@ -23,7 +23,7 @@ PLANTED = {
     "Unseeded": ("one process, twice: step 1, data", "different samples", "no seed governs"),
     "OwnBuffer": ("step 1, buffers", "mean of rank 1", "average it over the ranks"),
     "AlikeDropout": ("step 1, loss", "random numbers of all ranks are the same", "torch.manual_seed"),
-    "InPlace": ("step 1, data", "changes batch[0] in place", "x = x * 2"),
+    "InPlace": ("step 1, data", "changes batch[0][0] in place", "x = x * 2"),
     "SumOverSamples": ("step 1, gradients", "0.5 times", "return a mean"),
     "OwnNorm": ("step 1, gradients", "not one process's", "--sync-batch-norm"),
     "AcrossSamples": ("step 1, gradients", "not one process's", "which samples are together"),
@@ -50,6 +50,13 @@ def test_a_sound_task_is_alike_on_every_engine(flags):
         if not missing(launcher, backend):
             assert f"\n{backend} (" in f"\n{ended.output}"
     assert "differ" not in ended.output
+
+
+@pytest.mark.slow
+def test_random_numbers_of_a_sound_task_are_no_fault():
+    ended = verified("Augmented", "--engines", "torch", "--workers", "1")
+    assert ended.code == 0, ended.output
+    assert "draws random numbers" in ended.output
 
 
 @pytest.mark.slow

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from hvdtrain.doctor.asking import ask, ask_python
+from hvdtrain.horovod_build.running import OUT_OF_TIME
 
 
 @pytest.mark.parametrize(
@@ -33,3 +39,28 @@ def test_a_program_that_is_not_there_is_an_answer():
     answer = ask(["/nowhere/at/all"])
     assert answer.code != 0
     assert "No such file" in answer.how
+
+
+def test_a_rank_in_a_session_of_its_own_ends_with_who_started_it(tmp_path):
+    file = tmp_path / "pid"
+    program = (
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        f"pathlib.Path({str(file)!r}).write_text(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    assert ask_python(program, limit_s=5).code == OUT_OF_TIME
+    state = Path(f"/proc/{file.read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_is_asked_ends_by_the_signal_that_ends_who_asks(tmp_path):
+    file = tmp_path / "pid"
+    asks = f"from hvdtrain.doctor.asking import ask; ask(['sh', '-c', 'echo $$ > {file}; exec sleep 600'])"
+    asker = subprocess.Popen([sys.executable, "-c", asks])
+    while not (file.exists() and file.read_text().strip()):
+        assert asker.poll() is None
+    asker.send_signal(signal.SIGTERM)
+    assert asker.wait(30) == 128 + signal.SIGTERM
+    state = Path(f"/proc/{file.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -48,3 +48,7 @@ def test_json_comes_back_as_it_was():
 def test_what_is_no_report_is_refused(said):
     with pytest.raises(ValueError, match=r"Expecting|no rows"):
         parsed(said)
+
+
+def test_what_a_terminal_would_obey_is_not_passed_on():
+    assert Section("x").wrong("y", "\033[2J red\0\n", "\a").found == "?[2J red?"

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hvdtrain.verify.comparing import between, twice
+from hvdtrain.verify.comparing import between, twice, uncompared
 from hvdtrain.verify.notes import Call, Notes, Step, numbers, part_digests, read, sample_digests
 
 CLOSE = 1e-9
@@ -15,7 +15,7 @@ CLOSE = 1e-9
 
 def step(samples, loss, gradient, *, random, parameter=1.0, buffer=0.0, changed=()):
     return Step(
-        calls=[Call(samples=list(samples), loss=loss, changed=list(changed), random=random)],
+        calls=[Call(samples=list(samples), loss=loss, changed=list(changed), random=random, weight=len(samples))],
         gradients={"w": torch.tensor([gradient, -2 * gradient], dtype=torch.float64)},
         buffers={"b": torch.tensor([buffer], dtype=torch.float64)},
         parameters={"w": torch.tensor([parameter, 2.0], dtype=torch.float64)},
@@ -123,6 +123,48 @@ def test_the_first_difference_is_named_with_its_cause(change, where, what, cause
     assert found.where == where
     assert what in found.what
     assert cause in found.cause
+
+
+def loss_draws(ranks):
+    turned(ranks)
+    all_steps(ranks, lambda one: setattr(one.calls[0], "loss_drew", True))
+
+
+def data_draw(ranks):
+    turned(ranks)
+    one_sample_twice(ranks)
+    all_steps(ranks, lambda one: setattr(one.calls[0], "data_drew", True))
+
+
+@pytest.mark.parametrize(("draw", "why"), [(loss_draws, "the loss"), (data_draw, "the data set")])
+def test_random_numbers_are_no_fault_and_ranks_are_still_compared(draw, why):
+    ranks = together()
+    draw(ranks)
+    assert why in uncompared(alone(), ranks)
+    assert list(between(alone(), ranks, close=CLOSE)) == []
+    ranks[1].steps[1].parameters["w"][0] = 7
+    assert next(between(alone(), ranks, close=CLOSE)).what == "w of rank 1 is not rank 0's"
+    assert uncompared(alone(), together()) == ""
+
+
+def test_losses_are_compared_as_the_task_reduces_them():
+    ranks = together()
+    for each, weight, loss in zip(ranks, (9.0, 1.0), (1.0, 16.0), strict=True):  # by tokens, say: (9 + 16) / 10
+        each.steps[0].calls[0].weight, each.steps[0].calls[0].loss = weight, loss
+    assert list(between(alone(), ranks, close=CLOSE)) == []
+    summed = together()
+    for each in summed:
+        each.summed = True
+    summed[0].steps[0].calls[0].loss, summed[1].steps[0].calls[0].loss = 1.5, 1.0
+    summed[0].steps[1].calls[0].loss, summed[1].steps[1].calls[0].loss = 1.5, 0.5
+    assert list(between(alone(), summed, close=CLOSE)) == []
+
+
+def test_padding_depends_on_the_batch_and_is_no_fault():
+    ranks = together()
+    one_sample_twice(ranks)
+    ranks[1].steps[1].calls[0].shapes = "[(5,)]"
+    assert list(between(alone(), ranks, close=CLOSE)) == []
 
 
 def test_what_no_seed_governs_is_seen_by_running_twice():
