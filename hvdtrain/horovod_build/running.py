@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hvdtrain.horovod_build.failure import BuildError
+from hvdtrain.launch.processes import descendants
 
 OUT_OF_TIME = 124
 """Exit code of a program that was ended because its time was up, as `timeout` has it."""
@@ -102,8 +103,8 @@ def run(
                 watch(line)
 
     reader = threading.Thread(target=read, name="build-output", daemon=True)
-    reader.start()
     try:
+        reader.start()
         code = process.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
         _end(process)
@@ -119,7 +120,7 @@ def run(
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End a process that still runs, with its children, also those that it gave sessions of their own (torchrun's ranks)."""
-    started = _descendants(process.pid)
+    started = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -127,19 +128,6 @@ def _end(process: subprocess.Popen[str]) -> None:
     for child in started:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(child, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Processes that one has started, and those that these have; none where /proc does not tell."""
-    children: dict[int, list[int]] = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # ended meanwhile
-            parent = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(file.parent.name))
-    found = list(children.get(pid, []))
-    for each in found:
-        found += children.get(each, [])
-    return found
 
 
 def pip() -> list[str]:
