@@ -63,18 +63,18 @@ def overflowed(gradients: Iterable[Tensor]) -> str:
     )
 
 
-class NarrowBuckets:
-    """A communication hook of DistributedDataParallel: averages a bucket of gradients in another type.
+class Buckets:
+    """A communication hook of DistributedDataParallel: averages a bucket of gradients in another type, or as pairs of real numbers.
 
-    torch's own hooks refuse bfloat16 on Gloo and divide after rounding.
+    torch's own hooks refuse bfloat16 on Gloo and divide after rounding; without one, Gloo of torch 2.4 sums no complex numbers.
 
     Args:
-        dtype: What travels; buckets of float64 and of sparse gradients travel as they are.
+        dtype: What travels; None: what is. Buckets of float64, complex and of sparse gradients always travel as they are.
         world_size: What the sum is divided by, before it is made, so that no sum overflows where the mean does not.
         traffic: Told of what is sent.
     """
 
-    def __init__(self, dtype: torch.dtype, world_size: int, traffic: Traffic) -> None:
+    def __init__(self, dtype: torch.dtype | None, world_size: int, traffic: Traffic) -> None:
         self._traffic = traffic
         self._dtype = dtype
         self._world_size = world_size
@@ -85,7 +85,7 @@ class NarrowBuckets:
     def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Begin the exchange of a bucket."""
         whole = bucket.buffer()
-        if whole.is_sparse or whole.dtype == torch.float64:
+        if self._dtype is None or whole.is_sparse or whole.dtype in _WIDE:
             return self._summed(whole.div_(self._world_size), lambda _: whole)
         sent = self._sent.get(bucket.index())
         if sent is None or sent.shape != whole.shape:
@@ -96,19 +96,19 @@ class NarrowBuckets:
     def _summed(self, tensor: Tensor, finish: Callable[[Tensor], Tensor]) -> torch.futures.Future[Tensor]:
         if not tensor.is_sparse:
             self._traffic.all_reduce(tensor.nbytes, self._world_size)
-        work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(torch.view_as_real(tensor) if tensor.is_complex() else tensor, async_op=True)
         assert work is not None
         averaged: torch.futures.Future[Tensor] = work.get_future().then(lambda _: finish(tensor))
         return averaged
 
 
-def narrow_buckets(state: NarrowBuckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """`NarrowBuckets` as DistributedDataParallel takes a hook."""
+def send_bucket(state: Buckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """`Buckets` as DistributedDataParallel takes a hook."""
     return state(bucket)
 
 
 # torch compares the types themselves, and this module's are names of types.
-narrow_buckets.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+send_bucket.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[torch.Tensor]}
 
 
 def check_sums(dtype: torch.dtype, device: torch.device) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +18,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvdtrain.backends.reduce_dtype import NarrowBuckets, check_sums, narrow_buckets
+from hvdtrain.backends.reduce_dtype import Buckets, check_sums, send_bucket
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.sparse import dense_embeddings, empty_sparse, sparse_parameters
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import TrainingError
 
-# The replica has already copied rank 0's state; torch 2.4 cannot be told so.
-_NO_COPY_OF_STATE: dict[str, Any] = (
+# The replica has already copied rank 0's state.
+_NO_COPY: dict[str, Any] = (
     {"init_sync": False} if "init_sync" in inspect.signature(DistributedDataParallel).parameters else {}
 )
+
+
+class _EveryName:
+    """Contains every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+class _Uncopied(DistributedDataParallel):
+    """DistributedDataParallel of torch 2.4, which cannot be told not to copy rank 0's state.
+
+    It would invalidate graphs made before, and Gloo copies no complex numbers there. It copies what it does not ignore, after
+    it has built its list of parameters and before it names them.
+    """
+
+    def _build_params_for_reducer(self) -> Any:
+        built = super()._build_params_for_reducer()  # type: ignore[no-untyped-call]
+        self._ignored, self.parameters_to_ignore = self.parameters_to_ignore, _EveryName()  # type: ignore[assignment]
+        return built
+
+    def _build_debug_param_to_name_mapping(self, parameters: Any) -> Any:
+        self.parameters_to_ignore = self._ignored
+        return super()._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+
+
+_Ddp = DistributedDataParallel if _NO_COPY else _Uncopied
 
 
 class _WithTally(nn.Module):
@@ -59,22 +85,23 @@ class ReducerReplica(Replica):
         other = self._other_dtype()
         self._model = _WithTally(self.module, self._parameters, device, apart=other is not None)
         self._ddp = None  # the hooks of an earlier one go with it
-        with _versions_kept(self.module):
-            self._ddp = DistributedDataParallel(
-                self._model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=self._seeks_unused,
-                static_graph=self.options.static_graph,
-                **_NO_COPY_OF_STATE,
-            )
+        self._ddp = _Ddp(
+            self._model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=_roomy(self._parameters[::-1], self.bucket_bytes) / 2**20,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self._seeks_unused,
+            static_graph=self.options.static_graph,
+            **_NO_COPY,
+        )
         if other is not None:
             check_sums(other, device)
-            self._ddp.register_comm_hook(
-                NarrowBuckets(other, self._backend.world_size, self._backend.traffic), narrow_buckets
-            )
-        self._uncounted_bytes = self._bytes_of_buckets() if other is None else 0
+        hooked = other is not None or any(
+            p.is_complex() for p in self._parameters
+        )  # Gloo of torch 2.4 sums no complex ones
+        if hooked:
+            self._ddp.register_comm_hook(Buckets(other, self._backend.world_size, self._backend.traffic), send_bucket)
+        self._uncounted_bytes = 0 if hooked else self._bytes_of_buckets()
         self._first = True
         self._laid_out = self._seeks_unused  # as it was at first, for ever
 
@@ -196,15 +223,6 @@ class ReducerReplica(Replica):
         return torch.tensor(tally.values(), dtype=self._model.tally.dtype, device=self._model.tally.device).mul_(
             self._backend.world_size
         )
-
-
-@contextmanager
-def _versions_kept(module: nn.Module) -> Iterator[None]:
-    """Let a graph that was made before stay valid, where torch overwrites parameters with what they are already."""
-    with ExitStack() as stack:
-        for parameter in () if _NO_COPY_OF_STATE else module.parameters():
-            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
-        yield
 
 
 def _roomy(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> int:
