@@ -73,11 +73,12 @@ class SumRide:
     def arrive(self, out: Tensor) -> None:
         """Write into a tensor what the ranks' numbers come to."""
         total = self._total
-        self._combine(self._first, self._second, out=total)
-        for other in self._others:
-            self._combine(total, other, out=total)
-        if self._divisor:
-            np.divide(total, self._divisor, out=total)
+        with np.errstate(all="ignore"):  # infinities and NaNs are the user's affair, as in every other sum of tensors
+            self._combine(self._first, self._second, out=total)
+            for other in self._others:
+                self._combine(total, other, out=total)
+            if self._divisor:
+                np.divide(total, self._divisor, out=total)
         MPI.memory.fromaddress(out.data_ptr(), self._nbytes)[:] = self._total_bytes
 
 

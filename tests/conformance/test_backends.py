@@ -28,7 +28,7 @@ def test_the_backend_keeps_every_promise(tmp_path, launch, ranks):
     record = tmp_path / "record.json"
     how = ["--backend", launch.backend, "--log-dir", str(tmp_path), "--record", str(record), "-q"]
     argv = launch.argv(ranks, "-m", "hvdtrain.testing", *how)
-    ended = run(argv, timeout_s=240)
+    ended = run(argv, timeout_s=480)
     logs = {file.name: file.read_text() for file in sorted(tmp_path.glob("rank*.log"))}
     shown = "\n\n".join([ended.output, *(f"--- {name}\n{text[-6000:]}" for name, text in logs.items())])
     assert ended.code == 0, shown

@@ -55,6 +55,19 @@ def test_a_float_sum_has_the_same_bits_on_every_rank(rank, size):
             torch.testing.assert_close(total, sum(everyone[1:], everyone[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("count", [2, 5000])
+def test_what_is_not_finite_is_summed_without_a_word(rank, size, dtype, count):
+    if size == 1:
+        return
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        tensor = torch.full((count,), torch.inf if rank else -torch.inf, dtype=dtype)
+        tensor[0] = torch.finfo(dtype).max
+        dist.all_reduce(tensor, op)
+        assert tensor[1:].isnan().all()
+        assert torch.isinf(tensor[0]) or dtype == torch.float16  # which is averaged in float32
+
+
 def test_blocking_calls_come_after_those_that_were_queued_before(rank, size):
     for _ in range(20):
         tensor = torch.full((50_000,), float(rank + 1))
