@@ -21,6 +21,7 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.replica import Replica, ReplicaOptions, StepResult
+from hvdtrain.backends.watched import plain_names
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import SelfWire
 from hvdtrain.errors import ConfigError, TrainingError
@@ -209,7 +210,7 @@ class SeldomReplica(Replica):
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's own weights and optimizer state, and what all have in common."""
-        names = {p: name for name, p in self.module.named_parameters() if p in self._common}
+        names = {p: name for name, p in plain_names(self.module).items() if p in self._common}
         return {
             "sync": repr(self._sync),
             "since": [self._since, self._weight, self._total, self._always],
@@ -223,13 +224,20 @@ class SeldomReplica(Replica):
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
-        named = dict(self.module.named_parameters())
+        named = plain_names(self.module)
         same = [state for state in states if state.get("sync") == repr(self._sync)]
+        if any("rests" in state for state in states):
+            _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
+        self._momentum = {}
         if not same or len(same) != len(states):
             self._begin_anew()
             return
         state = same[self._backend.rank] if len(same) == self._backend.world_size else same[0]
-        self._momentum = {named[name]: value.clone() for name, value in state["momentum"].items() if name in named}
+        self._momentum = {
+            named[name]: value.to(named[name].device, copy=True)
+            for name, value in state["momentum"].items()
+            if name in named
+        }
         if len(same) != self._backend.world_size:
             self._begin_anew()
             return

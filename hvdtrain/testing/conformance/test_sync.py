@@ -221,6 +221,28 @@ def test_a_run_goes_on_bit_for_bit_from_between_two_exchanges(backend, tmp_path,
     assert again.eval_metrics == result.eval_metrics
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["by compiled", "by plain"])
+def test_a_run_goes_on_whether_the_model_is_compiled_or_not(backend, tmp_path, compiled):
+    folder = backend.broadcast_object(str(tmp_path))
+
+    def looped(wrapped):
+        model = made()
+        whole = torch.compile(model, backend="eager") if wrapped else model
+        replica = backend.replicate(whole, torch.optim.SGD(whole.parameters(), lr=0.1), sync="diloco:2")
+        return replica, model, hvdtrain.LoopState(backend, replica)
+
+    before, model, state = looped(compiled)
+    for step in range(3):
+        take_step(backend, before, step)
+    state.save(hvdtrain.Checkpoints(folder), 3)
+    after, other, state = looped(not compiled)
+    assert state.load(hvdtrain.Checkpoints(folder)) == 3
+    assert torch.equal(flat(model), flat(other))
+    for replica in (before, after):
+        take_step(backend, replica, 3)
+    assert torch.equal(flat(model), flat(other))
+
+
 def test_a_checkpoint_holds_the_common_weights_which_another_way_of_training_goes_on_from(backend, tmp_path):
     folder = backend.broadcast_object(str(tmp_path))
     _, result, trainer = fitted(backend, folder, 2, "local-sgd:5")
