@@ -94,7 +94,8 @@ class StepResult:
         gradient_norm: The L2 norm of the averaged gradient before clipping, the same on every rank; None if nothing
             asked for it.
         skipped: The optimizer did not step, because the gradient was not finite (GradScaler, or ``skip_nonfinite``).
-        samples: Of the global batch, over all ranks; None where ``total=`` was given and a GPU would have to be waited for.
+        samples: Of the global batch, over all ranks; None with ``sync=``, and where ``total=`` was given and a GPU would have to
+            be waited for.
     """
 
     gradient_norm: Tensor | None

@@ -62,6 +62,7 @@ class SeldomReplica(Replica):
         self._always = True  # this rank had samples in each of these steps
         self._looks = _LOOKS
         self._is_shared = False  # the model holds common weights for a while
+        self._aside: dict[nn.Parameter, Tensor] = {}  # and these are its own then
         super().__init__(backend, module, optimizer, options)
 
     # -- Replica ------------------------------------------------------------------------------------------------------
@@ -185,10 +186,10 @@ class SeldomReplica(Replica):
         try:
             for parameter, (new, _) in self._agreed(outer=False).items():
                 self._write(parameter, new)
-            self._is_shared = True
+            self._is_shared, self._aside = True, own
             yield
         finally:
-            self._is_shared = False
+            self._is_shared, self._aside = False, {}
             with torch.no_grad():
                 for parameter, value in own.items():
                     parameter.copy_(value)
@@ -214,9 +215,9 @@ class SeldomReplica(Replica):
         return {
             "sync": repr(self._sync),
             "since": [self._since, self._weight, self._total, self._always],
-            "own": {
-                name: p.detach().clone() for p, name in names.items()
-            },  # the model may hold others when it is written
+            "own": {  # copies: the model may hold others when it is written
+                name: self._aside.get(p, p.detach()).clone() for p, name in names.items()
+            },
             "common": {name: self._common[p] for p, name in names.items()},
             "momentum": {name: self._momentum[p] for p, name in names.items() if p in self._momentum},
             "optimizer": self.optimizer.state_dict(),

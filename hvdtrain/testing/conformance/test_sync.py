@@ -179,6 +179,15 @@ def test_shared_weights_are_the_ranks_average_and_go_again(backend, sync):
         assert torch.equal(flat(replica.module), shared)
 
 
+def test_a_ranks_own_weights_are_known_inside_a_block_of_shared_ones_too(backend):
+    replica = trained(backend, "local-sgd:3", "SGD", 4)
+    own = replica.rank_state()["own"]
+    with replica.shared_weights():
+        inside = replica.rank_state()["own"]
+    assert own.keys() == inside.keys()
+    assert all(torch.equal(inside[name], weights) for name, weights in own.items())
+
+
 def test_blocks_of_shared_weights_may_be_nested_and_train_nothing(backend):
     replica = trained(backend, "diloco:3", "AdamW", 2)
     own = flat(replica.module)
