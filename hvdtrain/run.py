@@ -23,6 +23,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import ASKED_BY, check_combination
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import whole
+from hvdtrain.backends.watched import without_compile
 from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.source import source_of
@@ -48,7 +49,7 @@ from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
 from hvdtrain.training import models
 from hvdtrain.training.async_checkpoints import AsyncCheckpoints
-from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened, without_compile
+from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt

@@ -17,6 +17,7 @@ from hvdtrain.backends.coded import Coded
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
 from hvdtrain.backends.replica import ReplicaOptions
 from hvdtrain.backends.unsent import Remembered, takes
+from hvdtrain.backends.watched import without_compile
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
 from hvdtrain.compression.base import Compression
@@ -76,7 +77,7 @@ class CompressedReplica(HookedReplica):
             flag = torch.stack([tensor.sum() for tensor in tensors]).sum().mul(0)  # NaN where a number is infinite
             exchanges = [
                 self._compression.exchange(
-                    tensor, self._memory(parameter), zlib.crc32(self._names[id(parameter)].encode())
+                    tensor, self._memory(parameter), zlib.crc32(without_compile(self._names[id(parameter)]).encode())
                 )
                 for parameter, tensor in zip(pack.parameters, tensors, strict=True)
             ]

@@ -38,7 +38,7 @@ from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.sparse import unexpected
 from hvdtrain.backends.units import state_for_rank_zero
 from hvdtrain.backends.unsent import Unsent, check_compression
-from hvdtrain.backends.watched import Watched
+from hvdtrain.backends.watched import Watched, plain_names
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
 from hvdtrain.settings.sync import Sync
@@ -94,7 +94,8 @@ class StepResult:
         gradient_norm: The L2 norm of the averaged gradient before clipping, the same on every rank; None if nothing
             asked for it.
         skipped: The optimizer did not step, because the gradient was not finite (GradScaler, or ``skip_nonfinite``).
-        samples: Of the global batch, over all ranks; None where ``total=`` was given and a GPU would have to be waited for.
+        samples: Of the global batch, over all ranks; None with ``sync=``, and where ``total=`` was given and a GPU would have to
+            be waited for.
     """
 
     gradient_norm: Tensor | None
@@ -438,7 +439,7 @@ class Replica(ABC):
 
     def rank_state(self) -> dict[str, Any]:
         """What only this rank knows between steps, as a loop must save it: tensors, numbers and text; {} for nothing."""
-        return {} if self._unsent is None else self._unsent.state(self.module.named_parameters())
+        return {} if self._unsent is None else self._unsent.state(plain_names(self.module).items())
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take what the ranks knew, at any number of ranks; every rank must call it.
@@ -448,9 +449,7 @@ class Replica(ABC):
         """
         states = [state for state in states if "rests" in state]
         if self._unsent is not None:
-            self._unsent.load(
-                states, self._backend.rank, dict(self.module.named_parameters()), self._backend.world_size
-            )
+            self._unsent.load(states, self._backend.rank, plain_names(self.module), self._backend.world_size)
         elif states:
             _log.warning(
                 "the checkpoint has gradients that compression %s had not sent yet; without a compression they are lost",

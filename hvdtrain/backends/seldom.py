@@ -21,6 +21,7 @@ from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.replica import Replica, ReplicaOptions, StepResult
+from hvdtrain.backends.watched import plain_names
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import SelfWire
 from hvdtrain.errors import ConfigError, TrainingError
@@ -61,6 +62,7 @@ class SeldomReplica(Replica):
         self._always = True  # this rank had samples in each of these steps
         self._looks = _LOOKS
         self._is_shared = False  # the model holds common weights for a while
+        self._aside: dict[nn.Parameter, Tensor] = {}  # and these are its own then
         super().__init__(backend, module, optimizer, options)
 
     # -- Replica ------------------------------------------------------------------------------------------------------
@@ -184,10 +186,10 @@ class SeldomReplica(Replica):
         try:
             for parameter, (new, _) in self._agreed(outer=False).items():
                 self._write(parameter, new)
-            self._is_shared = True
+            self._is_shared, self._aside = True, own
             yield
         finally:
-            self._is_shared = False
+            self._is_shared, self._aside = False, {}
             with torch.no_grad():
                 for parameter, value in own.items():
                     parameter.copy_(value)
@@ -209,13 +211,13 @@ class SeldomReplica(Replica):
 
     def rank_state(self) -> dict[str, Any]:
         """This rank's own weights and optimizer state, and what all have in common."""
-        names = {p: name for name, p in self.module.named_parameters() if p in self._common}
+        names = {p: name for name, p in plain_names(self.module).items() if p in self._common}
         return {
             "sync": repr(self._sync),
             "since": [self._since, self._weight, self._total, self._always],
-            "own": {
-                name: p.detach().clone() for p, name in names.items()
-            },  # the model may hold others when it is written
+            "own": {  # copies: the model may hold others when it is written
+                name: self._aside.get(p, p.detach()).clone() for p, name in names.items()
+            },
             "common": {name: self._common[p] for p, name in names.items()},
             "momentum": {name: self._momentum[p] for p, name in names.items() if p in self._momentum},
             "optimizer": self.optimizer.state_dict(),
@@ -223,13 +225,20 @@ class SeldomReplica(Replica):
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
-        named = dict(self.module.named_parameters())
+        named = plain_names(self.module)
         same = [state for state in states if state.get("sync") == repr(self._sync)]
+        if any("rests" in state for state in states):
+            _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
+        self._momentum = {}
         if not same or len(same) != len(states):
             self._begin_anew()
             return
         state = same[self._backend.rank] if len(same) == self._backend.world_size else same[0]
-        self._momentum = {named[name]: value.clone() for name, value in state["momentum"].items() if name in named}
+        self._momentum = {
+            named[name]: value.to(named[name].device, copy=True)
+            for name, value in state["momentum"].items()
+            if name in named
+        }
         if len(same) != self._backend.world_size:
             self._begin_anew()
             return

@@ -76,3 +76,17 @@ class Watched:
     def any_gradient(self) -> bool:
         """Whether any parameter that is trained has a gradient."""
         return not all(map(operator.is_, map(_GRADIENT, self.trained), repeat(None)))
+
+
+COMPILED = "_orig_mod"
+"""What `torch.compile` calls a module inside its wrapper."""
+
+
+def without_compile(name: str) -> str:
+    """A tensor's name without what `torch.compile` puts before it: its wrapper holds the module under a name of its own."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+def plain_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by the names that they have without `torch.compile`, as states hold them."""
+    return {without_compile(name): parameter for name, parameter in module.named_parameters()}

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import Tensor, nn
 
 from hvdtrain.backends.units import is_cut
+from hvdtrain.backends.watched import COMPILED, without_compile
 from hvdtrain.errors import CheckpointError, OutputError
 from hvdtrain.folder_lock import FolderInUse, FolderLock, take
 from hvdtrain.training import descent
@@ -35,7 +36,6 @@ from hvdtrain.training.mirror import Mirror
 
 _log = logging.getLogger(__name__)
 
-_COMPILED = "_orig_mod"
 _WAIT_S = 3.0  # for a job that is just ending
 T = TypeVar("T")
 
@@ -359,7 +359,7 @@ def model_state(model: nn.Module, *, cut: bool = False) -> dict[str, Tensor]:
     if len(plain) != len(state):
         twice = sorted(name for name in plain if sum(without_compile(other) == name for other in state) > 1)
         raise CheckpointError(
-            f"the model has several tensors named {twice[0]!r}, apart from {_COMPILED!r}; rename a module"
+            f"the model has several tensors named {twice[0]!r}, apart from {COMPILED!r}; rename a module"
         )
     return plain
 
@@ -450,8 +450,3 @@ def fitting(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict
             "with, another --run-dir, or --resume never"
         )
     return {name: tensors[without_compile(name)] for name in model.state_dict()}
-
-
-def without_compile(name: str) -> str:
-    """A tensor's name without what `torch.compile` puts before it: its wrapper holds the module under a name of its own."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)

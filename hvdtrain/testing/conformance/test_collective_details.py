@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 
 import pytest
 import torch
@@ -304,3 +305,11 @@ def test_a_single_number_travels_whatever_its_strides_are(backend):
     assert torch.equal(backend.scatter([odd] * size if backend.rank == 0 else None), everyone[0])
     assert torch.equal(backend.broadcast(odd), everyone[0])
     assert float(backend.all_reduce(odd, "sum")) == sum(range(size))
+
+
+def test_a_sum_that_overflows_is_infinite_and_nothing_is_said(backend):
+    big = torch.full((4,), 3e38)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        total = backend.all_reduce(big)
+    assert torch.equal(total, big * backend.world_size)

@@ -296,6 +296,32 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(backend, tmp_path, compressio
     assert same_everywhere(backend, [whole])
 
 
+@pytest.mark.parametrize("compression", KEEPS_REST)
+@pytest.mark.parametrize("compiled", [True, False], ids=["by compiled", "by plain"])
+def test_a_run_goes_on_whether_the_model_is_compiled_or_not(backend, tmp_path, compiled, compression):
+    folder = backend.broadcast_object(str(tmp_path))
+
+    def looped(wrapped):
+        torch.manual_seed(1)
+        model = made()
+        whole = torch.compile(model, backend="eager") if wrapped else model
+        replica = backend.replicate(whole, torch.optim.SGD(whole.parameters(), lr=0.1), compression=compression)
+        return replica, model, hvdtrain.LoopState(backend, replica)
+
+    before, model, state = looped(compiled)
+    for step in range(2):
+        exchange(backend, before, step)
+        before.step()
+    state.save(hvdtrain.Checkpoints(folder), 2)
+    after, other, state = looped(not compiled)
+    assert state.load(hvdtrain.Checkpoints(folder)) == 2
+    for replica in (before, after):
+        exchange(backend, replica, 2)
+        replica.step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("saved_by", [1, 2, 4])
 def test_rests_are_shared_out_on_another_number_of_ranks(backend, saved_by):
     replica = replicated(backend, "topk:0.1")

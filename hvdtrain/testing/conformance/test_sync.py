@@ -179,6 +179,15 @@ def test_shared_weights_are_the_ranks_average_and_go_again(backend, sync):
         assert torch.equal(flat(replica.module), shared)
 
 
+def test_a_ranks_own_weights_are_known_inside_a_block_of_shared_ones_too(backend):
+    replica = trained(backend, "local-sgd:3", "SGD", 4)
+    own = replica.rank_state()["own"]
+    with replica.shared_weights():
+        inside = replica.rank_state()["own"]
+    assert own.keys() == inside.keys()
+    assert all(torch.equal(inside[name], weights) for name, weights in own.items())
+
+
 def test_blocks_of_shared_weights_may_be_nested_and_train_nothing(backend):
     replica = trained(backend, "diloco:3", "AdamW", 2)
     own = flat(replica.module)
@@ -219,6 +228,28 @@ def test_a_run_goes_on_bit_for_bit_from_between_two_exchanges(backend, tmp_path,
     resumed, again, _ = fitted(backend, folder, 4, sync, resume=True)
     assert torch.equal(whole, resumed)
     assert again.eval_metrics == result.eval_metrics
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["by compiled", "by plain"])
+def test_a_run_goes_on_whether_the_model_is_compiled_or_not(backend, tmp_path, compiled):
+    folder = backend.broadcast_object(str(tmp_path))
+
+    def looped(wrapped):
+        model = made()
+        whole = torch.compile(model, backend="eager") if wrapped else model
+        replica = backend.replicate(whole, torch.optim.SGD(whole.parameters(), lr=0.1), sync="diloco:2")
+        return replica, model, hvdtrain.LoopState(backend, replica)
+
+    before, model, state = looped(compiled)
+    for step in range(3):
+        take_step(backend, before, step)
+    state.save(hvdtrain.Checkpoints(folder), 3)
+    after, other, state = looped(not compiled)
+    assert state.load(hvdtrain.Checkpoints(folder)) == 3
+    assert torch.equal(flat(model), flat(other))
+    for replica in (before, after):
+        take_step(backend, replica, 3)
+    assert torch.equal(flat(model), flat(other))
 
 
 def test_a_checkpoint_holds_the_common_weights_which_another_way_of_training_goes_on_from(backend, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hvdtrain.training.checkpoint import without_compile
+from hvdtrain.backends.watched import without_compile
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
