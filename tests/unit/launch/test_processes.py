@@ -27,7 +27,7 @@ def test_a_process_is_told_from_a_later_one_of_its_number():
     began = started(process.pid)
     assert began
     assert began == started(process.pid)
-    assert began >= started(os.getpid())
+    assert int(began) >= int(started(os.getpid()))
     assert process.stdin is not None
     process.stdin.close()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
