@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.voice import say
 from hvdtrain.doctor import hosts, launchers, machine, message_passing, software
 from hvdtrain.doctor.rows import WRONG, as_json, collected, text
-from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.settings.options import option, settle
-from hvdtrain.version import __version__
 
 _USAGE = "hvdtrain doctor [FLAG VALUE ...]"
 _INTRO = """\
@@ -48,18 +46,10 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: A flag is wrong.
     """
-    flags = read_flags(DoctorWishes, argv)
-    if "help" in flags.switches:
-        columns = min(max(shutil.get_terminal_size().columns, 80), 100)
-        say(help_text(DoctorWishes, usage=_USAGE, intro=_INTRO, epilog=_EPILOG, width=columns).rstrip())
-        return 0
-    if "version" in flags.switches:
-        say(f"hvdtrain {__version__}")
-        return 0
-    wishes: DoctorWishes = build(DoctorWishes, flags)
-    if "print_config" in flags.switches:
-        say(config_text(wishes).rstrip())
-        return 0
+    command = read(DoctorWishes, argv, ())
+    if command.config is None:
+        return say_help(DoctorWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
+    wishes: DoctorWishes = command.config
     inspections = [
         ("software", software.rows),
         ("MPI", message_passing.rows),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import sys
 import time
@@ -13,11 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hvdtrain.backends.hvd import stamp as horovod_stamp
+from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.voice import say
 from hvdtrain.horovod_build.installing import Outcome, ahead, install, look
 from hvdtrain.horovod_build.wishes import Wishes
-from hvdtrain.settings.flags import build, config_text, help_text, read_flags
-from hvdtrain.version import __version__
 
 _USAGE = "hvdtrain install-horovod [FLAG VALUE ...]"
 _INTRO = """\
@@ -100,18 +98,10 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         HvdtrainError: Something is missing or failed; its ``exit_code`` is the command's.
     """
-    flags = read_flags(Wishes, argv)
-    if "help" in flags.switches:
-        columns = min(max(shutil.get_terminal_size().columns, 80), 100)
-        say(help_text(Wishes, usage=_USAGE, intro=_INTRO, epilog=_EPILOG, width=columns).rstrip())
-        return 0
-    if "version" in flags.switches:
-        say(f"hvdtrain {__version__}")
-        return 0
-    wishes: Wishes = build(Wishes, flags)
-    if "print_config" in flags.switches:
-        say(config_text(wishes).rstrip())
-        return 0
+    command = read(Wishes, argv, ())
+    if command.config is None:
+        return say_help(Wishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
+    wishes: Wishes = command.config
     if wishes.check:
         return _check()
     if wishes.dry_run:

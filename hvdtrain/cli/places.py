@@ -1,4 +1,4 @@
-"""Subcommands that name files before or between their flags, such as ``hvdtrain export RUN OUT``."""
+"""How subcommands read their words: flags, and where they name files such as ``hvdtrain export RUN OUT``, those too."""
 
 from __future__ import annotations
 
