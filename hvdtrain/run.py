@@ -167,9 +167,6 @@ def _check_combination(config: TrainConfig, backend: Backend) -> None:
         "accumulate": config.accumulate > 1,
         "on_nan": config.on_nan == "skip",
         "bucket_bytes": config.bucket_mb is not None,
-        "reduce_dtype": config.reduce_dtype != "auto",
-        "compression": config.compression != "none",
-        "sync": config.sync != "every-step",
         "master_weights": config.precision == "bf16-pure",
         "scaler": config.precision == "fp16",
     }

@@ -30,6 +30,10 @@ ASKED_BY = {
 """Features that may meet, each with how it is asked for."""
 
 
+_UNASKED = ("none", "auto", "every-step")
+"""Options' values that ask for nothing, as None and False do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exclusion:
     """Two features, or a feature and an engine, that do not go together.
@@ -178,13 +182,13 @@ def check_combination(asked: Mapping[str, object], engine: str = "") -> None:
     """Refuse what does not go together.
 
     Args:
-        asked: Keys of `ASKED_BY`, and whether each is wanted.
+        asked: Keys of `ASKED_BY`, each with whether it is wanted, or with its option's value.
         engine: The backend's name, where that plays a part.
 
     Raises:
         ConfigError: Two of them, or one and the engine, exclude each other; says why and what to do.
     """
-    present = {engine, *(name for name, wanted in asked.items() if wanted)}
+    present = {engine, *(name for name, value in asked.items() if value and value not in _UNASKED)}
     for row in EXCLUSIONS:
         if {row.feature, row.other} <= present:
             raise ConfigError(row.sentence)

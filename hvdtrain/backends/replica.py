@@ -302,7 +302,8 @@ class Replica(ABC):
             TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
-        check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": scaler is not None})
+        if scaler is not None:
+            check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": True})
         self._exchange()
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:

@@ -107,7 +107,8 @@ class SeldomReplica(Replica):
         Raises:
             ConfigError: A GradScaler or ``skip_nonfinite`` would let a rank skip a step by itself.
         """
-        check_combination({"sync": True, "on_nan": skip_nonfinite})
+        if skip_nonfinite:
+            check_combination({"sync": True, "on_nan": True})
         if scaler is not None and scaler.is_enabled():
             _refuse_scaler()
         return super().step(clip_norm=clip_norm)

@@ -183,10 +183,7 @@ class Trainer:
             raise ConfigError(f"on_nan must be 'stop' or 'skip', got {on_nan!r}")
         check_combination(
             {
-                **{
-                    name: value not in (None, False, "none", "auto", "every-step")
-                    for name, value in replica_options.items()
-                },
+                **replica_options,
                 "accumulate": accumulate > 1,
                 "checkpoint_modules": checkpoint_modules is not None,
                 "compile": compile is not False,
