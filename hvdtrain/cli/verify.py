@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,9 +52,6 @@ def run(argv: Sequence[str]) -> int:
     own, rest = _own_flags(argv)
     ranks, steps = (_count(name, own[name]) for name in ("--ranks", "--steps"))
     config = _config(rest, ranks, steps)
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
     from hvdtrain.verify.comparing import Finding, between, tolerance, twice, uncompared  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.verify.notes import read  # noqa: PLC0415
 

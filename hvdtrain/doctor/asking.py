@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,12 +81,6 @@ def tell(**facts: Any) -> None:
     sys.stdout.flush()
 
 
-def beside(name: str) -> Path | None:
-    """A program of this Python's environment."""
-    path = Path(sysconfig.get_path("scripts")) / name
-    return path if os.access(path, os.X_OK) else None
-
-
 _TELL = f"""
 import json, sys
 def tell(**facts):
@@ -119,7 +112,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-NO_PROGRAM = 127
-"""Exit code of a program that cannot be started."""

