@@ -126,7 +126,7 @@ STAIRS = [
     ["cli"],
     ["horovod.__main__"],
     ["__main__"],
-    ["testing.features"],
+    ["testing.features", "testing.cutting"],
     ["testing.plugin", "testing.threads", "testing.__main__", "testing.conformance.test_collectives", "testing.conformance.test_groups", "testing.conformance.test_master",
      "testing.conformance.test_replica", "testing.conformance.test_collective_details", "testing.conformance.test_lifecycle",
      "testing.conformance.test_stop", "testing.conformance.test_beside", "testing.conformance.test_changes", "testing.conformance.test_checkpoints", "testing.conformance.test_forward",

@@ -5,16 +5,12 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.backends.units import torch_can_cut
 from hvdtrain.errors import CheckpointError, ConfigError, TrainingError
+from hvdtrain.testing import cutting
+from hvdtrain.testing.cutting import REFUSED_BY, UNITS
 from hvdtrain.training.checkpoint import model_state
 
-REFUSED_BY = {} if torch_can_cut() else dict.fromkeys(("local", "torch", "mpi"), "this torch is too old for it")
-REFUSED_BY["horovod"] = (
-    "torch's FSDP2 needs a process group of torch.distributed; cut the optimizer's state alone, or take `torch` or `mpi`"
-)
 pytestmark = pytest.mark.feature("sharded model", refused_by=REFUSED_BY)
-UNITS = "layers[.][^.]+"
 
 
 class Model(nn.Module):
@@ -47,17 +43,7 @@ def made(seed):
 
 
 def offered(backend):
-    """Skip nothing: an engine that cannot must say so, in a sentence with the way out."""
-    if backend.shards_models and torch_can_cut():
-        return True
-    wrong = (
-        "needs a newer torch than"
-        if backend.shards_models
-        else "does not go with the backend .*--backend torch .* or --backend mpi"
-    )
-    with pytest.raises(ConfigError, match=wrong):
-        backend.replicate(made(1), shard_modules=UNITS)
-    return False
+    return cutting.offered(backend, lambda: backend.replicate(made(1), shard_modules=UNITS))
 
 
 def optimizer_of(kind, model):
