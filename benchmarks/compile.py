@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import machine, missing, model_of, run_once
+from engines import missing, model_of, report, run_once
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -180,16 +180,7 @@ def main() -> None:
                     runs[way].append(measure(way, name, args.ranks, Path(temporary)))
             results[name] = figures(runs)
             print(name, json.dumps(results[name]), flush=True)
-    whole = {
-        "benchmark": "compile",
-        "world_size": args.ranks,
-        "machine": machine(),
-        "not_installed": [way for way in args.ways if missing(way)],
-        "results": results,
-    }
-    if args.out:
-        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(whole))
+    report("compile", args, args.ways, results)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,20 @@ def machine() -> dict[str, object]:
     }
 
 
+def report(benchmark: str, args: argparse.Namespace, tried: list[str], results: dict[str, Any]) -> None:
+    """Print what came out as one JSON object, and write it where ``--out`` says."""
+    whole = {
+        "benchmark": benchmark,
+        "world_size": args.ranks,
+        "machine": machine(),
+        "not_installed": [engine for engine in tried if missing(engine)],
+        "results": results,
+    }
+    if args.out:
+        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(whole))
+
+
 def missing(engine: str) -> str:
     for prefix, module in (("horovod", "horovod"), ("mpi", "mpi4py")):
         if engine.startswith(prefix) and importlib.util.find_spec(module) is None:
@@ -238,16 +252,7 @@ def main() -> None:
                 "steps": {engine: len(each) for engine, each in times.items()},
             }
             print(name, json.dumps(results[name]), flush=True)
-    whole = {
-        "benchmark": "engines",
-        "world_size": args.ranks,
-        "machine": machine(),
-        "not_installed": [engine for engine in args.engines if missing(engine)],
-        "results": results,
-    }
-    if args.out:
-        Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(whole))
+    report("engines", args, args.engines, results)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,24 @@ from torch import Tensor
 from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
 
 
-class TopK(Compression):
+class _Part(Compression):
+    """A part of a parameter's numbers.
+
+    Args:
+        ratio: The part that is sent, in (0, 1]; at least one number is.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.name = f"{self.kind}:{ratio:g}"
+
+    def _count(self, numel: int) -> int:
+        return min(numel, max(1, math.ceil(self.ratio * numel)))
+
+
+class TopK(_Part):
     """The numbers of the largest magnitude of each rank, and where they stand: 8 bytes each, sent to every rank.
 
     Lin et al. 2017, "Deep Gradient Compression", https://arxiv.org/abs/1712.01887, without its corrections of momentum.
@@ -20,14 +38,12 @@ class TopK(Compression):
         ratio: The part of a parameter's numbers that is sent, in (0, 1]; at least one is.
     """
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
-        self.name = f"topk:{ratio:g}"
+    kind = "topk"
 
     def exchange(self, tensor: Tensor, memory: Memory, seed: int) -> Exchange:
         """Collect every rank's largest numbers, and add them up where they belong."""
         flat = tensor.reshape(-1)
-        where = flat.abs().topk(_count(self.ratio, len(flat)), sorted=False).indices
+        where = flat.abs().topk(self._count(len(flat)), sorted=False).indices
         values = flat[where]
         all_where, all_values = yield (
             Gather(where.to(torch.int32 if len(flat) < 2**31 else torch.int64)),
@@ -41,7 +57,7 @@ class TopK(Compression):
         return Sent(total.view(tensor.shape), own.view(tensor.shape))
 
 
-class RandomK(Compression):
+class RandomK(_Part):
     """Numbers at random places, other ones in each step and the same on every rank, so that values alone travel and are summed.
 
     The places are an arithmetic sequence modulo the number of numbers, with a random start and a random step: every number is
@@ -51,15 +67,13 @@ class RandomK(Compression):
         ratio: The part of a parameter's numbers that is sent, in (0, 1]; at least one is.
     """
 
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
-        self.name = f"randomk:{ratio:g}"
+    kind = "randomk"
 
     def exchange(self, tensor: Tensor, memory: Memory, seed: int) -> Exchange:
         """Sum the numbers at this step's places."""
         flat = tensor.reshape(-1)
         count = int(memory["count"]) if "count" in memory else 0
-        where = places(len(flat), _count(self.ratio, len(flat)), f"{seed}:{count}").to(flat.device)
+        where = places(len(flat), self._count(len(flat)), f"{seed}:{count}").to(flat.device)
         values = flat[where]
         own, total = torch.zeros_like(flat), torch.zeros_like(flat)
         own[where] = values
@@ -74,7 +88,3 @@ def places(numel: int, count: int, seed: str) -> Tensor:
     while math.gcd(step, numel) != 1:
         step = numbers.randrange(1, numel + 1)
     return (torch.arange(count) * step + start) % numel
-
-
-def _count(ratio: float, numel: int) -> int:
-    return min(numel, max(1, math.ceil(ratio * numel)))
