@@ -33,9 +33,8 @@ class Mismatch(RuntimeError):
 
 def all_reduce_(comm: MPI.Intracomm, tensor: Tensor, op: Any, kind: Any, levels: Levels | None = None) -> None:
     """Reduce a tensor over the ranks, in place; with ``levels`` (see `MpiProcessGroup`) within each node first."""
-    tensor = (
-        tensor.data
-    )  # a replica may look meanwhile: what is written here is no change of its own, nor is what MPI writes
+    # A replica may look meanwhile: what is written here is no change of its own, nor is what MPI writes.
+    tensor = tensor.data
     mpi_op(kind, tensor.dtype)
     if comm.size > 1 and tensor.numel():
         if tensor.dtype in HALVES and levels is not None:
