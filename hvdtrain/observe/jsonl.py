@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class JsonlLogger:
 
     def log_step(self, record: StepRecord) -> None:
         """Append a step."""
-        self._append({"kind": "step", **asdict(record)})
+        self._append({"kind": "step", "time": round(time.time(), 3), **asdict(record)})
 
     def log_eval(self, record: EvalRecord) -> None:
         """Append an evaluation."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class Verdict:
         save: It is time for a checkpoint, by rank 0's clock.
         failed: Something failed on some rank that does not show itself.
         tally: The ranks' tallies since the last checkup, summed.
+        shared: What each rank gave to be known by all, in rank order.
     """
 
     stop: bool
@@ -51,6 +52,7 @@ class Verdict:
     save: bool
     failed: bool
     tally: Tally
+    shared: tuple[tuple[float, ...], ...] = ()
 
 
 class Checkup:
@@ -87,13 +89,13 @@ class Checkup:
         self._failed = failed
         self._save_every_s = save_every_s
         self._clock = clock
-        self._next = 0
+        self._next = self._next_norm = 0
         self._last_step, self._last_time = 0, clock()
         self._saved_at = self._last_time
 
     def begin(self, step: int) -> None:
         """Start counting at ``step``, the number of steps done; every rank must give the same."""
-        self._next = step + 1
+        self._next = self._next_norm = step + 1
         self._last_step, self._last_time = step, self._clock()
         self._saved_at = self._last_time
 
@@ -109,10 +111,18 @@ class Checkup:
         """Whether the ranks talk after ``step``, the number of steps done."""
         return step >= self._next or self.logs(step)
 
-    def hold(self, step: int, tally: Tally) -> Verdict:
-        """Exchange; every rank must call it after the same steps."""
+    def wants_norm(self, step: int) -> bool:
+        """Whether the gradient norm of the step after which ``step`` are done is worth computing only to be shown.
+
+        It is at steps after which the ranks talk, at most about twice a second: of a large model it takes milliseconds.
+        """
+        return self.due(step) and step >= self._next_norm
+
+    def hold(self, step: int, tally: Tally, shared: Sequence[float] = ()) -> Verdict:
+        """Exchange; every rank must call it after the same steps, with equally many numbers to be ``shared``."""
         now = self._clock()
-        step_s = (now - self._last_time) / max(1, step - self._last_step)
+        steps = step - self._last_step
+        step_s = (now - self._last_time) / steps if steps else math.inf  # how long one takes is not known yet
         self._last_step, self._last_time = step, now
         until_next = max(1, int(self._interval_s / max(step_s, 1e-9)))
         wire = self._communicator.wire
@@ -126,7 +136,13 @@ class Checkup:
             tally.weight,
             float(min(until_next, 10_000)) if decides else 0.0,
         ]
+        own = len(mine) + wire.rank * len(shared)
+        mine += [0.0] * (self._communicator.world_size * len(shared))
+        mine[own : own + len(shared)] = shared
         everyone = self._communicator.all_reduce(torch.tensor(mine, dtype=torch.float64)).tolist()
-        stop, finish, save, failed, loss_sum, weight, steps = everyone
-        self._next = step + int(steps)
-        return Verdict(stop > 0, finish > 0, save > 0, failed > 0, Tally(loss_sum, weight))
+        stop, finish, save, failed, loss_sum, weight, until_next, *rows = everyone
+        if self.wants_norm(step):
+            self._next_norm = step + max(1, int(until_next) // 2)
+        self._next = step + int(until_next)
+        by_rank = [tuple(rows[at : at + len(shared)]) for at in range(0, len(rows), len(shared) or 1)]
+        return Verdict(stop > 0, finish > 0, save > 0, failed > 0, Tally(loss_sum, weight), tuple(by_rank))

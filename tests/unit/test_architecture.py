@@ -40,7 +40,7 @@ STAIRS = [
     ["ranks.last_words"],
     ["ranks.watch", "ranks.exit"],
     ["ranks.everyone", "ranks.rendezvous"],
-    ["backends.traffic"],
+    ["backends.traffic", "backends.laps"],
     ["backends.wire", "backends.layout", "backends.optimizer_guard", "backends.units", "backends.loss_scale", "backends.watched", "backends.backward_graph", "backends.exclusions"],
     ["backends.keeper"],
     ["backends.forms", "backends.local_first"],
@@ -89,7 +89,7 @@ STAIRS = [
     ["horovod.elastic"],
     ["horovod.running", "horovod.stand_in.horovod"],
     ["horovod"],
-    ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file", "observe.quantities"],
+    ["data.named", "training.random_numbers", "training.plain_state", "training.plain_file", "observe.whole_file", "observe.quantities", "observe.log_lines", "observe.memory_use"],
     ["training.checkpoint_files", "training.host_copy", "training.dry_run", "optim.master_weights"],
     ["training.descent", "training.mirror", "optim.pieces"],
     ["training.checkpoint", "observe.logger", "observe.console", "observe.run_folder", "optim.schedule", "optim.sharded", "training.precision", "training.models", "training.stopping", "training.interrupt", "training.same_call", "training.lone_sample", "training.activation_checkpointing"],
@@ -133,7 +133,7 @@ STAIRS = [
      "testing.conformance.test_slips", "testing.conformance.test_sync_batch_norm", "testing.conformance.test_loader", "testing.conformance.test_rooted",
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_ahead", "testing.conformance.test_streams", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_weights_apart", "testing.conformance.test_several",
-     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_sharded_runs", "testing.conformance.test_reduce_dtype", "testing.conformance.test_compression", "testing.conformance.test_traffic", "testing.conformance.test_sync", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters"],
+     "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_sharded_runs", "testing.conformance.test_reduce_dtype", "testing.conformance.test_compression", "testing.conformance.test_traffic", "testing.conformance.test_sync", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters", "testing.conformance.test_laps"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",

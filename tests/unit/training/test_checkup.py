@@ -74,3 +74,29 @@ def test_no_time_between_checkpoints_is_refused(alone, minutes):
         hvdtrain.Trainer(
             alone, nn.Linear(1, 1), torch.optim.SGD([nn.Parameter(torch.ones(1))]), loss=len, checkpoint_minutes=minutes
         )
+
+
+def test_a_talk_before_the_first_step_says_nothing_of_how_long_steps_take():
+    def body(communicator):
+        checkup = Checkup(communicator, log_every=10**6, stop_requested=lambda: False)
+        checkup.begin(0)
+        checkup.hold(0, Tally())
+        return checkup.due(1), checkup.wants_norm(1)
+
+    assert run_ranks(2, body) == [(True, True)] * 2
+
+
+def test_the_norm_is_wanted_at_steps_where_ranks_talk_at_most_twice_a_second():
+    def body(communicator):
+        seconds = [0.0]
+        checkup = Checkup(communicator, log_every=1, stop_requested=lambda: False, clock=lambda: seconds[0])
+        checkup.begin(0)
+        wanted = []
+        for step in range(1, 100):
+            seconds[0] += 0.0625
+            if checkup.wants_norm(step):
+                wanted.append(step)
+            checkup.hold(step, Tally())
+        return wanted
+
+    assert run_ranks(2, body) == [[1, *range(9, 100, 8)]] * 2
