@@ -41,7 +41,7 @@ from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
-from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.checkup import Checkup, Tally, norm_seconds
 from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
@@ -245,6 +245,7 @@ class Trainer:
             finish_requested=lambda: bool(self._events.stop_reason),
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
+            norm_s=norm_seconds(model),
         )
         self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)

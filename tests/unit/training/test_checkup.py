@@ -86,10 +86,11 @@ def test_a_talk_before_the_first_step_says_nothing_of_how_long_steps_take():
     assert run_ranks(2, body) == [(True, True)] * 2
 
 
-def test_the_norm_is_wanted_at_steps_where_ranks_talk_at_most_twice_a_second():
+@pytest.mark.parametrize(("norm_s", "every"), [(0.0, 1), (0.0003, 1), (0.002, 7), (0.003, 10)])
+def test_the_norm_is_wanted_at_steps_where_ranks_talk_if_it_takes_half_a_percent_of_the_time(norm_s, every):
     def body(communicator):
         seconds = [0.0]
-        checkup = Checkup(communicator, log_every=1, stop_requested=lambda: False, clock=lambda: seconds[0])
+        checkup = Checkup(communicator, log_every=1, stop_requested=lambda: False, norm_s=norm_s, clock=lambda: seconds[0])
         checkup.begin(0)
         wanted = []
         for step in range(1, 100):
@@ -99,4 +100,4 @@ def test_the_norm_is_wanted_at_steps_where_ranks_talk_at_most_twice_a_second():
             checkup.hold(step, Tally())
         return wanted
 
-    assert run_ranks(2, body) == [[1, *range(9, 100, 8)]] * 2
+    assert run_ranks(2, body) == [[*range(1, 100, every)]] * 2
