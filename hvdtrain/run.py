@@ -36,6 +36,7 @@ from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
+from hvdtrain.observe.surroundings import place_of, surroundings
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.master_weights import MasterWeights, has_masters
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
@@ -102,7 +103,18 @@ def run_training(config: TrainConfig) -> Summary:
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
-        logger, progress = _loggers(config, backend, console, run_dir, resume_from)
+        environment = surroundings(
+            backend.all_gather_object(place_of(backend.device)),
+            backend=backend.name,
+            engine=backend.engine,
+            launcher=backend.topology.launcher,
+            world_size=backend.world_size,
+            num_nodes=backend.topology.num_nodes,
+            device=str(backend.device),
+            global_batch_size=batch,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        logger, progress = _loggers(config, backend, console, run_dir, resume_from, environment)
         interrupt = Interrupt(lambda text: console.print(text, highlight=False))
         trainer = Trainer(
             backend,
@@ -427,14 +439,19 @@ def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) 
 
 
 def _loggers(
-    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: Saved | None
+    config: TrainConfig,
+    backend: Backend,
+    console: Console,
+    run_dir: Path,
+    resume_from: Saved | None,
+    environment: dict[str, Any],
 ) -> tuple[Logger, Callable[[StepRecord], None] | None]:
     """Who listens to logged steps and evaluations, and who to what happens between them."""
     if backend.rank != 0:
         return NullLogger(), None
     resumed_step = resume_from.step if resume_from else 0
     progress = ProgressLogger(console, config.epochs)
-    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]
+    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step, environment)]
     tracked = [] if config.epochs == 0 else trackers.chosen(config.logger, run_dir, plain(config), resumed_step)
     return FanOut([*own, *tracked]), FanOut([progress]).log_step
 

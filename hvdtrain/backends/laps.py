@@ -8,8 +8,8 @@ that steps in between do not wait for the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,12 @@ def no_lap(phase: str) -> None:
     """Measure nothing."""
 
 
+class HasLap(Protocol):
+    """A `hvdtrain.Replica`, which says when its phases end."""
+
+    lap: Callable[[str], None]
+
+
 class Laps:
     """Measures phases of the steps of one rank.
 
@@ -40,6 +46,13 @@ class Laps:
         self._steps = 0
         self._last = 0.0
         self._events: list[tuple[str, Any]] = []
+
+    @classmethod
+    def of(cls, replica: HasLap, device: torch.device) -> Laps:
+        """Laps of a replica's steps, whose own it tells."""
+        laps = cls(device)
+        replica.lap = laps.lap
+        return laps
 
     def begin(self, *, timed: bool) -> None:
         """A step begins, right after the last one; on a GPU it is measured only if ``timed``."""
@@ -83,8 +96,8 @@ class Laps:
 
 
 def _event() -> Any:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
     return event
 
 

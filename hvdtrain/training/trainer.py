@@ -214,8 +214,7 @@ class Trainer:
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
-        self._laps = Laps(backend.device)
-        self.replica.lap = self._laps.lap
+        self._laps = Laps.of(self.replica, backend.device)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -253,8 +252,12 @@ class Trainer:
         self._gradient_norm: Tensor | None = None
         together = any(isinstance(module, SyncBatchNorm) for module in model.modules())
         self._in_step = together or self.replica.is_cut  # every rank's every pass
-        self._train_seconds, self._samples = 0.0, 0
-        self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
+        self._train_seconds, self._samples, self._sent_bytes, self._steps = (
+            0.0,
+            0,
+            0.0,
+            0,
+        )  # in this object's training steps
         self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 

@@ -13,7 +13,7 @@ from hvdtrain.observe.logger import NullLogger
 
 pytestmark = pytest.mark.feature("trainer")
 
-DELAY_S = 0.04
+DELAY_S = 0.1
 STEPS = 6
 
 
@@ -98,8 +98,8 @@ def test_the_phase_and_the_rank_that_are_slow_are_told_and_the_others_wait_in_th
     assert seconds[phase][slow_rank] > 0.95 * DELAY_S
     for rank in range(backend.world_size):
         if rank != slow_rank:
-            assert seconds[phase][rank] < 0.5 * DELAY_S
-            assert seconds["exchange"][rank] > 0.5 * DELAY_S
+            assert seconds[phase][rank] < seconds[phase][slow_rank] - 0.4 * DELAY_S
+            assert seconds["exchange"][rank] > 0.4 * DELAY_S
         assert sum(of[rank] for of in seconds.values()) * STEPS < wall_s * 1.5
     everyone = backend.all_gather_object(seconds)
     assert all(theirs == seconds for theirs in everyone)
@@ -140,4 +140,4 @@ def test_an_exchange_of_weights_is_an_exchange(backend):
     seconds = records[-1].phase_seconds
     if backend.world_size > 1:  # the others wait for it in every third step, for three delays
         assert seconds["exchange"][0] > 0.5 * DELAY_S
-        assert seconds["optimizer"][0] < 0.5 * DELAY_S
+        assert seconds["optimizer"][0] < seconds["exchange"][0]

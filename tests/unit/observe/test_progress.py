@@ -80,7 +80,12 @@ def test_no_line_is_longer_than_the_terminal(width):
     assert lines
     assert max(map(len, lines)) <= width
     assert said.getvalue().count("\n") <= 1
-    expected = {200: ("━", "sent", "mem"), 132: ("sent", "epoch"), 80: ("loss", "step", "lr", "grad", "samples/s"), 10: ("loss",)}
+    expected = {
+        200: ("━", "sent", "mem"),
+        132: ("sent", "epoch"),
+        80: ("loss", "step", "lr", "grad", "samples/s"),
+        10: ("loss",),
+    }
     assert all(word in lines[-1] for word in expected.get(width, ()))
 
 

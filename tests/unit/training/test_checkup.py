@@ -90,7 +90,9 @@ def test_a_talk_before_the_first_step_says_nothing_of_how_long_steps_take():
 def test_the_norm_is_wanted_at_steps_where_ranks_talk_if_it_takes_half_a_percent_of_the_time(norm_s, every):
     def body(communicator):
         seconds = [0.0]
-        checkup = Checkup(communicator, log_every=1, stop_requested=lambda: False, norm_s=norm_s, clock=lambda: seconds[0])
+        checkup = Checkup(
+            communicator, log_every=1, stop_requested=lambda: False, norm_s=norm_s, clock=lambda: seconds[0]
+        )
         checkup.begin(0)
         wanted = []
         for step in range(1, 100):
