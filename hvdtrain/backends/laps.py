@@ -37,6 +37,9 @@ class Laps:
 
     Args:
         device: Where the model is.
+
+    Attributes:
+        listeners: Called with each phase when it ends, in every step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,6 +49,7 @@ class Laps:
         self._steps = 0
         self._last = 0.0
         self._events: list[tuple[str, Any]] = []
+        self.listeners: list[Callable[[str], None]] = []
 
     @classmethod
     def of(cls, replica: HasLap, device: torch.device) -> Laps:
@@ -68,6 +72,8 @@ class Laps:
 
     def lap(self, phase: str) -> None:
         """A phase ends, and the next begins."""
+        for listener in self.listeners:
+            listener(phase)
         if not self._on:
             return
         if self._queued:

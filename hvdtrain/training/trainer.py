@@ -214,7 +214,7 @@ class Trainer:
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
-        self._laps = Laps.of(self.replica, backend.device)
+        self.laps = Laps.of(self.replica, backend.device)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -388,9 +388,9 @@ class Trainer:
     def _train_epoch(self, batches: Batches, total_steps: float) -> None:
         position, whole_epoch = self.position, True
         self.replica.module.train()
-        self._laps.skip()
+        self.laps.skip()
         for step in batches.steps(position.epoch, position.samples):
-            self._laps.begin(timed=self._checkup.logs(position.steps + 1))
+            self.laps.begin(timed=self._checkup.logs(position.steps + 1))
             began, sent = time.perf_counter(), self.backend.traffic.sent_bytes
             self._train_step(step)
             self._sent_bytes += self.backend.traffic.sent_bytes - sent
@@ -407,7 +407,7 @@ class Trainer:
             if (self._finishing or position.steps >= total_steps) and not batches.is_over(position.samples):
                 whole_epoch = False
                 break
-            self._laps.lap("other")
+            self.laps.lap("other")
         self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
@@ -423,7 +423,7 @@ class Trainer:
         replica, precision = self.replica, self.precision
         for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
-            self._laps.lap("data")
+            self.laps.lap("data")
             share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), batches_without_samples_explained(indices), lone_samples_explained():
@@ -431,9 +431,9 @@ class Trainer:
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
-                self._laps.lap("forward")
+                self.laps.lap("forward")
                 replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
-                self._laps.lap("exchange" if number == len(step.sizes) else "backward")
+                self.laps.lap("exchange" if number == len(step.sizes) else "backward")
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
         result = replica.step(
@@ -449,7 +449,7 @@ class Trainer:
         else:
             self._pacemaker.after_step()
         self._gradient_norm = result.gradient_norm
-        self._laps.lap("optimizer")
+        self.laps.lap("optimizer")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -600,7 +600,7 @@ class Trainer:
         self._pending_loss.look()
         position = self.position
         logged = self._checkup.logs(position.steps)
-        seconds = self._laps.take() if logged else ()
+        seconds = self.laps.take() if logged else ()
         verdict = self._checkup.hold(position.steps, position.take_recent(), seconds)
         if verdict.failed:
             self._settle()
