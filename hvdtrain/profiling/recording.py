@@ -96,7 +96,8 @@ class Recording:
         input_s, exchange_s = self._seconds["data"], self._seconds["exchange"]
         rest = sum(self._seconds.values()) - input_s - exchange_s
         if self._on_gpu:
-            busy = sum(end - begin for begin, end in spans_of(self.events, _ON_GPU)) / 1e6 / steps
+            own = [event for event in self.events if not str(event.get("name")).startswith("nccl")]  # that is exchange
+            busy = sum(end - begin for begin, end in spans_of(own, _ON_GPU)) / 1e6 / steps
             compute = min(rest, max(0.0, busy))
         else:
             outside = union(span for phase, span in self._phases if phase not in ("data", "exchange"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +166,10 @@ def _record(line: str) -> dict[str, Any] | None:
     return record
 
 
-def _row(ranks: list[Any]) -> list[float]:
+def _row(ranks: list[Any]) -> array[float]:
+    """Four bytes a number: there may be thousands of ranks."""
     numbers = [_number(value) for value in ranks]
-    return [0.0 if number is None or not math.isfinite(number) else max(0.0, number) for number in numbers]
+    return array("f", [0.0 if number is None or not 0 <= number < 1e9 else number for number in numbers])
 
 
 def _number(value: Any) -> float | None:

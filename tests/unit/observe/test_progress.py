@@ -110,3 +110,30 @@ def test_times_are_said_in_units_that_fit():
     assert [in_duration(s) for s in (0.4, 119, 120, 7000, 7200, 90000)] == [
         "0 s", "119 s", "2 min", "117 min", "2 h 00 min", "25 h 00 min",
     ]  # fmt: skip
+
+
+NOTEBOOK = """
+from rich.console import Console
+from hvdtrain.observe.logger import EvalRecord, StepRecord
+from hvdtrain.observe.progress import ProgressLogger
+
+progress = ProgressLogger(Console(), 2)
+for number in range(1, 21):
+    progress.log_step(StepRecord(step=number, total_steps=20, epoch=0, loss=1 / number, lr=0.1, samples_per_second=10.0))
+progress.log_eval(EvalRecord(step=20, epoch=1, metrics={"loss": 0.5}))
+progress.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the kernel's libraries
+def test_a_notebook_has_one_output_that_is_replaced():
+    notebooks = pytest.importorskip("nbformat", reason="nbclient and ipykernel are not installed").v4
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = notebooks.new_notebook(cells=[notebooks.new_code_cell(NOTEBOOK)])
+    client.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    shown = [output["data"]["text/plain"].strip() for output in notebook.cells[0].outputs]
+    assert len(shown) == 2
+    assert shown[0].startswith("step 20/20  epoch 1/2  loss 0.0500  10 samples/s  lr 0.1  ")
+    assert shown[1] == "epoch 1/2 evaluated: loss 0.5000"
