@@ -88,6 +88,7 @@ def trained(backend, phase, *, slow_rank, log_every=3, **options):
     return logger.records, time.perf_counter() - began
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("phase", ["data", "forward", "backward", "optimizer", "other"])
 def test_the_phase_and_the_rank_that_are_slow_are_told_and_the_others_wait_in_the_exchange(backend, phase):
     slow_rank = backend.world_size - 1
@@ -115,6 +116,9 @@ def test_between_logged_steps_no_phases_are_told(backend):
 def test_a_logged_step_has_the_norm_of_the_averaged_gradient_without_being_asked_to_clip(backend):
     records, _ = trained(backend, "none", slow_rank=0, log_every=STEPS)
     (record,) = records
+    assert set(record.phase_seconds) >= {"data", "forward", "backward", "optimizer"}
+    assert all(len(ranks) == backend.world_size for ranks in record.phase_seconds.values())
+    assert all(theirs == record.phase_seconds for theirs in backend.all_gather_object(record.phase_seconds))
     clipped, _ = trained(backend, "none", slow_rank=0, log_every=STEPS, clip_norm=1e9)
     assert record.gradient_norm is not None
     assert record.gradient_norm == pytest.approx(clipped[0].gradient_norm, rel=1e-6)
@@ -135,6 +139,7 @@ def test_an_epoch_of_ranks_without_samples_is_measured_too(backend):
     assert all(min(map(min, record.phase_seconds.values())) >= 0 for record in logger.records)
 
 
+@pytest.mark.timing
 def test_an_exchange_of_weights_is_an_exchange(backend):
     records, _ = trained(backend, "other", slow_rank=backend.world_size - 1, sync="local-sgd:3")
     seconds = records[-1].phase_seconds

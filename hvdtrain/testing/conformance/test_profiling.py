@@ -83,10 +83,11 @@ def profiled(backend, folder, planted, *, steps=(3, 6), max_steps=10):
     return said, json.loads(file.read_text()) if file.exists() else None
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("planted", ["input", "Python", "compute", "exchange"])
 def test_what_binds_the_step_is_named(backend, folder, planted):
     if planted == "exchange" and backend.world_size == 1:
-        pytest.skip("nothing is exchanged in a world of one")
+        return  # nothing is exchanged
     said, verdict = profiled(backend, folder, planted)
     assert verdict["binds"] == planted, verdict
     assert verdict["shares"][planted] > 0.4
@@ -101,6 +102,7 @@ def test_what_binds_the_step_is_named(backend, folder, planted):
         assert said == []
 
 
+@pytest.mark.timing
 def test_the_rank_for_which_the_others_wait_is_looked_at(backend, folder):
     said, verdict = profiled(backend, folder, "a slow rank")
     assert verdict["binds"] == "Python"
@@ -111,7 +113,7 @@ def test_the_rank_for_which_the_others_wait_is_looked_at(backend, folder):
 
 
 def test_the_trace_has_a_process_for_every_rank_on_one_clock(backend, folder):
-    _, verdict = profiled(backend, folder, "Python")
+    _, verdict = profiled(backend, folder, "none")
     trace = json.loads((folder / "trace.json").read_text())
     events = trace["traceEvents"]
     names = {
@@ -127,23 +129,24 @@ def test_the_trace_has_a_process_for_every_rank_on_one_clock(backend, folder):
         assert len([event for event in phases if event["name"] == "forward"]) == 4
     assert min(event["ts"] for event in events if "ts" in event and event["ph"] != "M") == 0
     assert all(error["error_us"] < 1e5 for error in trace["clocks"].values())
-    # Every rank sleeps in the loss, inside the forward phase, and none can leave an exchange before all have come to it.
-    begun = {
-        pid: [event["ts"] for event in events if event["pid"] == pid and event["name"] == "backward" and event.get("cat") == "phase"]
-        for pid in names
-    }  # fmt: skip
-    ended = {
-        pid: [
-            event["ts"] + event["dur"]
-            for event in events
-            if event["pid"] == pid and event["name"] == "optimizer" and event.get("cat") == "phase"
-        ]
-        for pid in names
-    }
-    for pid in names:
-        late = [max(others[step] for others in begun.values()) - ended[pid][step] for step in range(4)]
-        assert median(late) < 2e4 + sum(error["error_us"] for error in trace["clocks"].values())
     assert verdict["clock_error_us"] < 1e5
+
+
+@pytest.mark.timing
+def test_no_rank_leaves_an_exchange_before_all_have_come_to_it_on_the_common_clock(backend, folder):
+    profiled(backend, folder, "Python")
+    trace = json.loads((folder / "trace.json").read_text())
+    begun, ended = {}, {}
+    for event in trace["traceEvents"]:
+        if event.get("cat") == "phase" and event["name"] == "backward":
+            begun.setdefault(event["pid"], []).append(event["ts"])
+        elif event.get("cat") == "phase" and event["name"] == "optimizer":
+            ended.setdefault(event["pid"], []).append(event["ts"] + event["dur"])
+    assert len(begun) == len(ended) == backend.world_size
+    error_us = sum(error["error_us"] for error in trace["clocks"].values())
+    for steps in ended.values():
+        early = [max(others[step] for others in begun.values()) - steps[step] for step in range(4)]
+        assert median(early) < error_us
 
 
 def test_tables_of_operators_and_of_python_are_there(backend, folder):
