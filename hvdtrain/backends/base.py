@@ -14,6 +14,7 @@ import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +56,7 @@ from hvdtrain.launch.siblings import Siblings
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
+from hvdtrain.ranks.clocks import ClockOffset, clock_offset
 from hvdtrain.ranks.everyone import assemble, exchange, software
 from hvdtrain.ranks.exit import end_anyway, prepare
 from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
@@ -526,6 +528,21 @@ class Backend(Communicator):
         for rank, theirs in enumerate(texts):
             if theirs != texts[0]:
                 raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
+
+    def clock_offset(self) -> ClockOffset:
+        """How far this host's clock is from one that all ranks share; see `hvdtrain.ranks.clocks`. Not a collective."""
+        return ClockOffset(0, 0) if self._meeting is None else clock_offset(self._meeting.store)
+
+    def begin_engine_trace(self, path: Path) -> bool:
+        """Let the engine itself write what it does into a file of rank 0's, where it can; every rank must call it.
+
+        Returns:
+            Whether it does. `end_engine_trace` completes the file.
+        """
+        return False
+
+    def end_engine_trace(self) -> None:
+        """Complete what `begin_engine_trace` began; every rank must call it."""
 
     def ahead(self, number: int) -> Ahead:
         """Begin to sum a number over the ranks that is wanted later; every rank must call it at the same place.

@@ -122,6 +122,7 @@ class HookedReplica(Replica):
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         self._expect(tally)
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
         self._send_rest(False)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:

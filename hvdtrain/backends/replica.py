@@ -31,6 +31,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.laps import no_lap
 from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
@@ -121,6 +122,8 @@ class Replica(ABC):
     Attributes:
         module: The user's own model.
         optimizer: The user's own optimizer; its hooks, state_dict and schedulers work as ever. None if there is none.
+        lap: Called with a phase of `hvdtrain.backends.laps.PHASES` when it ends: "backward" when this rank's gradients are
+            complete, "exchange" when all ranks' are here.
     """
 
     _suitable_bucket_bytes = 25 * 2**20
@@ -136,6 +139,7 @@ class Replica(ABC):
     ) -> None:
         self.module = module
         self.options = options
+        self.lap: Callable[[str], None] = no_lap
         self._optimizer = optimizer
         self._backend = backend
         if optimizer is not None:
@@ -284,6 +288,7 @@ class Replica(ABC):
         scaler: GradScaler | None = None,
         update: bool = True,
         skip_nonfinite: bool = False,
+        want_norm: bool = False,
     ) -> StepResult:
         """Exchange what is left, clip, update the parameters, and clear the gradients.
 
@@ -294,6 +299,7 @@ class Replica(ABC):
             update: False to leave ``scaler.update()`` to the caller.
             skip_nonfinite: Do not update when the averaged gradient has a NaN or an infinity. All ranks see the same
                 gradient, so all skip.
+            want_norm: Compute the gradient norm in any case, the same on every rank.
 
         Returns:
             The gradient norm, if it was computed, whether the update was skipped, and the samples of the step.
@@ -305,6 +311,7 @@ class Replica(ABC):
         if scaler is not None:
             check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": True})
         self._exchange()
+        self.lap("exchange")
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
             raise TrainingError(_WEIGHTLESS)
@@ -317,7 +324,7 @@ class Replica(ABC):
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
-        elif skip_nonfinite:
+        elif skip_nonfinite or want_norm:
             norm = self.gradient_norm()
         skipped = self._weightless or (skip_nonfinite and norm is not None and not bool(torch.isfinite(norm)))
         if not skipped:

@@ -101,6 +101,7 @@ class SeldomReplica(Replica):
         scaler: GradScaler | None = None,
         update: bool = True,
         skip_nonfinite: bool = False,
+        want_norm: bool = False,
     ) -> StepResult:
         """As of every replica; clipping acts on this rank's own gradient, whose norm it returns.
 
@@ -111,7 +112,7 @@ class SeldomReplica(Replica):
             check_combination({"sync": True, "on_nan": True})
         if scaler is not None and scaler.is_enabled():
             _refuse_scaler()
-        return super().step(clip_norm=clip_norm)
+        return super().step(clip_norm=clip_norm, want_norm=want_norm)
 
     def expect_scaler(self, scaler: GradScaler | None) -> None:
         """Refuse it."""
@@ -120,6 +121,7 @@ class SeldomReplica(Replica):
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
         pass
@@ -160,7 +162,9 @@ class SeldomReplica(Replica):
             self._weight += self._own
             self._since += 1
             if self._since >= self._sync.steps:
+                self.lap("optimizer")
                 self._exchange_weights(outer=True)
+                self.lap("exchange")
 
     # -- common weights -----------------------------------------------------------------------------------------------
 

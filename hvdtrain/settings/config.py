@@ -15,6 +15,7 @@ from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
+from hvdtrain.settings.profiling import steps_of
 from hvdtrain.settings.sync import FORMS as SYNC_FORMS
 from hvdtrain.settings.sync import sync_of
 from hvdtrain.settings.wording import did_you_mean, one_of, shown
@@ -378,6 +379,14 @@ class TrainConfig:
         metavar="NAMES",
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl", group=_RUN, metavar="STEPS", at_least=1)
+    profile: str | None = option(
+        None,
+        "profile these optimizer steps on every rank, the first and the last one, as in 10:20; into profile/ of the run's folder "
+        "(docs/observing.md)",
+        group=_RUN,
+        metavar="FIRST:LAST",
+        default_text="none",
+    )
     seed: int = option(
         0, "seed of weights, data order and augmentation", group=_RUN, metavar="N", at_least=0, at_most=2**32 - 1
     )
@@ -423,6 +432,7 @@ class TrainConfig:
                     f"--task {self.task.name} brings its own {name}, so --{name} {value.name} would have no effect; "
                     f"leave one out (arguments for the task: --task.NAME VALUE)"
                 )
+        steps_of(self.profile)
         self._check_warmup()
         self._check_reduce_dtype()
         self._check_compression()

@@ -95,6 +95,7 @@ RULES: dict[str, Rule] = {
     "eval_every": Rule(TAKEN),
     "logger": Rule(FREE),
     "log_every": Rule(FREE),
+    "profile": Rule(FREE),
     "seed": Rule(TAKEN, "for the order of the samples; random numbers go on as they were"),
     "deterministic": Rule(TAKEN),
     "on_nan": Rule(TAKEN),

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.laps import Laps, by_phase
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
@@ -34,12 +35,13 @@ from hvdtrain.data.source import Source, source_of
 from hvdtrain.data.streams import is_stream
 from hvdtrain.errors import ConfigError, Preempted
 from hvdtrain.observe.logger import EvalRecord, Logger, NullLogger, StepRecord
+from hvdtrain.observe.memory_use import memory_in_use
 from hvdtrain.optim.sharded import ShardedOptimizer
 from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
-from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.checkup import Checkup, Tally, norm_seconds
 from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
@@ -212,6 +214,7 @@ class Trainer:
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
+        self.laps = Laps.of(self.replica, backend.device)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -241,6 +244,7 @@ class Trainer:
             finish_requested=lambda: bool(self._events.stop_reason),
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
+            norm_s=norm_seconds(model),
         )
         self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
@@ -248,8 +252,12 @@ class Trainer:
         self._gradient_norm: Tensor | None = None
         together = any(isinstance(module, SyncBatchNorm) for module in model.modules())
         self._in_step = together or self.replica.is_cut  # every rank's every pass
-        self._train_seconds, self._samples = 0.0, 0
-        self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
+        self._train_seconds, self._samples, self._sent_bytes, self._steps = (
+            0.0,
+            0,
+            0.0,
+            0,
+        )  # in this object's training steps
         self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
@@ -380,7 +388,9 @@ class Trainer:
     def _train_epoch(self, batches: Batches, total_steps: float) -> None:
         position, whole_epoch = self.position, True
         self.replica.module.train()
+        self.laps.skip()
         for step in batches.steps(position.epoch, position.samples):
+            self.laps.begin(timed=self._checkup.logs(position.steps + 1))
             began, sent = time.perf_counter(), self.backend.traffic.sent_bytes
             self._train_step(step)
             self._sent_bytes += self.backend.traffic.sent_bytes - sent
@@ -397,6 +407,7 @@ class Trainer:
             if (self._finishing or position.steps >= total_steps) and not batches.is_over(position.samples):
                 whole_epoch = False
                 break
+            self.laps.lap("other")
         self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
@@ -412,6 +423,7 @@ class Trainer:
         replica, precision = self.replica, self.precision
         for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
+            self.laps.lap("data")
             share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), batches_without_samples_explained(indices), lone_samples_explained():
@@ -419,10 +431,17 @@ class Trainer:
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
+                self.laps.lap("forward")
                 replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
+                self.laps.lap("exchange" if number == len(step.sizes) else "backward")
         lr = replica.optimizer.param_groups[0]["lr"]
         self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
-        result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
+        result = replica.step(
+            clip_norm=self._clip_norm,
+            scaler=precision.scaler,
+            skip_nonfinite=self._skip_nonfinite,
+            want_norm=self._checkup.wants_norm(self.position.steps + 1),
+        )
         self._skipped = result.skipped
         if result.skipped:
             self.position.skipped_steps += 1
@@ -430,6 +449,7 @@ class Trainer:
         else:
             self._pacemaker.after_step()
         self._gradient_norm = result.gradient_norm
+        self.laps.lap("optimizer")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -579,10 +599,12 @@ class Trainer:
         """Log, stop if asked, and return whether it is time for a checkpoint."""
         self._pending_loss.look()
         position = self.position
-        verdict = self._checkup.hold(position.steps, position.take_recent())
+        logged = self._checkup.logs(position.steps)
+        seconds = self.laps.take() if logged else ()
+        verdict = self._checkup.hold(position.steps, position.take_recent(), seconds)
         if verdict.failed:
             self._settle()
-        report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
+        report = self._logger.log_step if logged else self._progress
         if report is not None:
             rate = self._samples / self._train_seconds if self._train_seconds else math.nan
             report(
@@ -595,6 +617,9 @@ class Trainer:
                     samples_per_second=rate,
                     gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
                     sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else 0.0,
+                    memory_bytes=memory_in_use(self.backend.device),
+                    train_seconds=self._train_seconds,
+                    phase_seconds=by_phase(verdict.shared) if logged else None,
                 )
             )
         if verdict.stop:
