@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint docs docs-serve clean
+.PHONY: help train test test-all lint docs docs-serve dist clean
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,10 @@ docs: $(SITE)  ## build the site of the documentation: build/site/index.html
 
 docs-serve: $(SITE)  ## show it, and build anew what is edited
 	$(MKDOCS) serve --strict
+
+dist: $(READY)  ## build what is published: a wheel and a source archive, in dist/
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist .
 
 clean:  ## remove what the above made
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
