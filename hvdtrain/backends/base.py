@@ -132,6 +132,7 @@ class Backend(Communicator):
         self._agreements = itertools.count()
         self._siblings: Siblings | None = None
         self._ahead: Ahead | None = None
+        self._beside: Group | None = None
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -220,6 +221,9 @@ class Backend(Communicator):
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
         with groups_turn:
             self._disconnect()
         leash.release()
@@ -297,10 +301,10 @@ class Backend(Communicator):
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
             compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
-                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
-                for all of them.
+                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), a `hvdtrain.Compression` or the import path of
+                one; None or "none" for all of them. With ``sync`` of the weights' way from the last common ones.
             sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
-                "diloco:100", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
+                "diloco:100", "diloco:100,delay=10,fragments=4", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -317,6 +321,11 @@ class Backend(Communicator):
             {
                 "compression": compressed,
                 "reduce_dtype": reduce_dtype not in (None, "auto"),
+            }
+        )
+        check_combination(
+            {
+                "reduce_dtype": reduced is not None or reduce_dtype not in (None, "auto"),
                 "sync": seldom is not None,
             }
         )
@@ -450,6 +459,18 @@ class Backend(Communicator):
             group._forbidden, group._key = self._forbidden, self._key
             self._count(group)
         return group
+
+    def beside(self) -> Communicator:
+        """All ranks once more, for messages that are under way for long and must not keep others waiting.
+
+        Every rank must call it for the first time at the same place. There is one of it, until `stop`.
+        """
+        if self.world_size == 1:
+            return self
+        if self._beside is None:
+            self._beside = self.group(range(self.world_size))
+        assert self._beside is not None
+        return self._beside
 
     @contextmanager
     def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:

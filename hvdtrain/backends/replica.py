@@ -145,7 +145,8 @@ class Replica(ABC):
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
-        self._unsent = None if options.compression is None else Unsent(options.compression)
+        seldom = options.sync is not None  # then it is weights that are compressed
+        self._unsent = None if options.compression is None or seldom else Unsent(options.compression)
         self._loss_scaler: GradScaler | None = None
         self._loss_scale = 1.0  # as it was thought to be when gradients were compressed
         self._number = next(backend.replica_numbers)

@@ -2,8 +2,9 @@
 
 In between each rank follows the mean over its own samples. An exchange weighs each rank with what its losses were means
 over since the last one, so that with one step between exchanges plain SGD comes out, whatever shares the ranks had.
-Between exchanges evaluations and checkpoints mean the average of the ranks' weights. An outer optimizer takes its step only when
-an exchange is due: its momentum is that of whole rounds, and would carry the weights too far after a part of one.
+Between exchanges evaluations and checkpoints mean the average of the ranks' weights, as they will be once an exchange that is under
+way has arrived. An outer optimizer takes its step only when an exchange is due: its momentum is that of whole rounds, and would
+carry the weights too far after a part of one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +21,12 @@ from torch import Tensor, nn
 from hvdtrain.backends.backward_graph import ranks_meet
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.fragments import Fragment, cut
 from hvdtrain.backends.layout import lay_out_states
+from hvdtrain.backends.outer import outer_step, summable, write_
 from hvdtrain.backends.replica import Replica, ReplicaOptions, StepResult
+from hvdtrain.backends.rounds import Round, Way, Window
+from hvdtrain.backends.unsent import Unsent
 from hvdtrain.backends.watched import plain_names
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import SelfWire
@@ -58,12 +64,15 @@ class SeldomReplica(Replica):
         self._sync: Sync = options.sync
         self._common: dict[nn.Parameter, Tensor] = {}  # the weights of the last exchange, as they are summed
         self._momentum: dict[nn.Parameter, Tensor] = {}
-        self._since, self._weight, self._total = 0, 0.0, 0.0  # since that
-        self._always = True  # this rank had samples in each of these steps
+        self._fragments = [Fragment(self._sync.first_due(number)) for number in range(self._sync.fragments)]
+        self._names: dict[nn.Parameter, str] = {}
+        self._not_sent = None if options.compression is None else Unsent(options.compression)
+        self._total, self._counts = 0.0, True  # of this step, which counts for this rank
         self._looks = _LOOKS
         self._is_shared = False  # the model holds common weights for a while
         self._aside: dict[nn.Parameter, Tensor] = {}  # and these are its own then
         super().__init__(backend, module, optimizer, options)
+        self._beside = backend.beside() if self._sync.delay else backend
 
     # -- Replica ------------------------------------------------------------------------------------------------------
 
@@ -71,9 +80,22 @@ class SeldomReplica(Replica):
         return Communicator(SelfWire(self._backend.device))  # this rank alone
 
     def _set_up(self) -> None:
-        for parameter in self._parameters:  # new ones are alike on all ranks
-            if parameter not in self._common:
-                self._common[parameter] = _summable(parameter).clone()
+        new = [parameter for parameter in self._parameters if parameter not in self._common]  # alike on all ranks
+        self._names |= {parameter: name for name, parameter in plain_names(self.module).items()}
+        if not self._common:
+            if len(new) < len(self._fragments):
+                raise ConfigError(
+                    f"sync's fragments={len(self._fragments)} (--sync) needs as many parameters at least, and this model trains "
+                    f"{len(new)}; give fewer fragments"
+                )
+            for parameter, part in zip(new, cut([p.numel() for p in new], len(self._fragments)), strict=True):
+                self._fragments[part].parameters.append(parameter)
+        else:
+            for parameter in new:
+                smallest = min(self._fragments, key=lambda one: sum(p.numel() for p in one.parameters))
+                smallest.parameters.append(parameter)
+        for parameter in new:
+            self._common[parameter] = summable(parameter).clone()
 
     def backward(self, loss: Tensor, **how: Any) -> None:
         """As of every replica, for the mean over this rank's own samples.
@@ -132,9 +154,8 @@ class SeldomReplica(Replica):
 
     def _scale(self, summed: Tally) -> None:
         own, total = self._weighting.own_weight, self._weighting.total
-        counts = bool(summed.ranks) and own > 0
-        self._always &= counts
-        if not counts:
+        self._counts, self._total = bool(summed.ranks) and own > 0, 0.0
+        if not self._counts:
             for parameter in self._watched.trained:
                 parameter.grad = None
             self._own = 0.0
@@ -149,44 +170,50 @@ class SeldomReplica(Replica):
             assert total is not None
             for gradient in self._gradients():
                 gradient.mul_(total / own)
-            self._total += total
+            self._total = total
         self._own, self._samples = own, None
 
     def note_step(self) -> None:
         """The optimizer has stepped; this may be the last step before an exchange."""
         counts = self._is_exchanged
         super().note_step()
-        if counts:
-            self._weight += self._own
-            self._since += 1
-            if self._since >= self._sync.steps:
-                self._exchange_weights(outer=True)
+        if not counts:
+            return
+        for fragment in self._fragments:
+            fragment.count(self._own, self._total, self._counts)
+            if fragment.under_way is not None:
+                fragment.under_way.move_on()
+                self._take_in(fragment)
+            if fragment.left <= 0:
+                self._send_weights(fragment)
+                self._take_in(fragment)
 
     # -- common weights -----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
-        if self._since:
-            self._exchange_weights(outer=False)
-
-    def _exchange_weights(self, *, outer: bool) -> None:
-        for parameter, (new, momentum) in self._agreed(outer=outer).items():
-            self._write(parameter, new)
+        if not self._apart:
+            return
+        agreed = self._average()
+        for fragment in self._fragments:
+            for parameter, landed in self._landed(fragment).items():
+                self._keep(parameter, landed)
+            fragment.under_way = None
+        for parameter, new in agreed.items():
+            write_(parameter, new)
             self._common[parameter] = new
-            if momentum is not None:
-                self._momentum[parameter] = momentum
-        self._since, self._weight, self._total, self._always = 0, 0.0, 0.0, True
+        self._count_anew()
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
         """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit."""
-        if not self._since or self._is_shared:
+        if not self._apart or self._is_shared:
             yield
             return
         own = {parameter: parameter.detach().clone() for parameter in self._common}
         try:
-            for parameter, (new, _) in self._agreed(outer=False).items():
-                self._write(parameter, new)
+            for parameter, new in self._average().items():
+                write_(parameter, new)
             self._is_shared, self._aside = True, own
             yield
         finally:
@@ -211,118 +238,176 @@ class SeldomReplica(Replica):
         self._begin_anew()
 
     def rank_state(self) -> dict[str, Any]:
-        """This rank's own weights and optimizer state, and what all have in common."""
+        """This rank's own weights and optimizer state, and what all have in common; every rank must call it.
+
+        An exchange that is under way is waited for, and not taken in before its step.
+        """
         names = {p: name for name, p in plain_names(self.module).items() if p in self._common}
+        arrived = {
+            str(number): {
+                "left": one.under_way.left,
+                "sent": {names[p]: value for p, value in one.under_way.own.items() if p in names},
+                "ways": {names[p]: way for p, way in one.under_way.ways().items() if p in names},
+            }
+            for number, one in enumerate(self._fragments)
+            if one.under_way is not None
+        }
         return {
             "sync": repr(self._sync),
-            "since": [self._since, self._weight, self._total, self._always],
             "own": {  # copies: the model may hold others when it is written
                 name: self._aside.get(p, p.detach()).clone() for p, name in names.items()
             },
             "common": {name: self._common[p] for p, name in names.items()},
             "momentum": {name: self._momentum[p] for p, name in names.items() if p in self._momentum},
+            "counts": [one.counts for one in self._fragments],
+            "fragments": [[names[p] for p in one.parameters if p in names] for one in self._fragments],
+            "arrived": arrived,
+            "unsent": {} if self._not_sent is None else self._not_sent.state((n, p) for p, n in names.items()),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
         named = plain_names(self.module)
-        same = [state for state in states if state.get("sync") == repr(self._sync)]
         if any("rests" in state for state in states):
             _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
+        self._take_unsent([state["unsent"] for state in states if state.get("unsent")], named)
         self._momentum = {}
+        same = [state for state in states if state.get("sync") == repr(self._sync)]
         if not same or len(same) != len(states):
             self._begin_anew()
             return
-        state = same[self._backend.rank] if len(same) == self._backend.world_size else same[0]
-        self._momentum = {
-            named[name]: value.to(named[name].device, copy=True)
-            for name, value in state["momentum"].items()
-            if name in named
-        }
-        if len(same) != self._backend.world_size:
+        everyone_is_here = len(same) == self._backend.world_size
+        state = same[self._backend.rank] if everyone_is_here else same[0]
+
+        def placed(values: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+            known = {named[name]: value for name, value in values.items() if name in named}
+            return {parameter: value.to(parameter.device, copy=True) for parameter, value in known.items()}
+
+        self._momentum = placed(state["momentum"])
+        if not everyone_is_here:
             self._begin_anew()
+            for one in state["arrived"].values():  # the common weights have come to that already
+                for parameter, way in placed(one["ways"]).items():
+                    self._keep_momentum(parameter, self._outer(parameter, way)[1])
             return
-        self._since, self._weight, self._total, self._always = state["since"]
         with torch.no_grad():
             for name, value in state["own"].items():
                 named[name].copy_(value)
-        self._common = {named[name]: value.to(named[name].device, copy=True) for name, value in state["common"].items()}
+        self._common = placed(state["common"])
+        for number, fragment in enumerate(self._fragments):
+            fragment.take(state["counts"][number])
+            fragment.parameters = [named[name] for name in state["fragments"][number]]
+            one = state["arrived"].get(str(number))
+            fragment.under_way = (
+                Round.arrived(placed(one["sent"]), placed(one["ways"]), one["left"], self._sync.delay) if one else None
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         lay_out_states(self.optimizer)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _apart(self) -> bool:
+        """Whether the ranks' weights differ; the same on every rank."""
+        return any(one.since or one.under_way is not None for one in self._fragments)
+
+    def _count_anew(self) -> None:
+        for number, fragment in enumerate(self._fragments):
+            fragment.begin(self._sync.first_due(number))
+
     def _begin_anew(self) -> None:
-        self._since, self._weight, self._total, self._always = 0, 0.0, 0.0, True
-        self._common = {parameter: _summable(parameter).clone() for parameter in {**self._common}}
+        for fragment in self._fragments:
+            if fragment.under_way is not None:
+                fragment.under_way.ways()  # its messages must not be left behind
+            fragment.under_way = None
+        self._count_anew()
+        self._common = {parameter: summable(parameter).clone() for parameter in {**self._common}}
+
+    def _take_unsent(self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> None:
+        if self._not_sent is not None:
+            self._not_sent.load(states, self._backend.rank, named, self._backend.world_size)
+        elif any(state["rests"] for state in states):
+            _log.warning(
+                "the checkpoint has weights that compression %s had not sent yet; without a compression they are lost",
+                states[0]["name"],
+            )
+
+    def _way(self, *, beside: bool = False, exactly: bool = False) -> Way:
+        return Way(
+            wire=(self._beside if beside else self._backend).wire,
+            region=lambda: self._backend.region("weights", f"exchange of weights after step {self._steps}"),
+            names=self._names,
+            compression=None if exactly else self.options.compression,
+            unsent=None if exactly else self._not_sent,
+            number=self._number,
+        )
 
     @torch.no_grad()
-    def _agreed(self, *, outer: bool) -> dict[nn.Parameter, tuple[Tensor, Tensor | None]]:
-        """The ranks' average, or what the outer optimizer makes of it and its new momentum; every rank must call it."""
-        whole = self._sum_of_weights()
-        share = self._weight / whole if whole else 0.0
-        parts = {p: (_summable(p) - common).mul_(share) for p, common in self._common.items()}
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter, part in parts.items():
-            by_dtype.setdefault(part.dtype, []).append(parameter)
-        agreed: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
-        for parameters in by_dtype.values():
-            flat = torch.cat([parts[p].reshape(-1) for p in parameters])
-            self._backend.all_reduce_(flat)
-            for parameter, row in zip(parameters, flat.split([parts[p].numel() for p in parameters]), strict=True):
-                way = row.view(parts[parameter].shape)
-                agreed[parameter] = self._outer_step(parameter, way) if outer else (self._common[parameter] + way, None)
-        return agreed
+    def _send_weights(self, fragment: Fragment) -> None:
+        """Begin to exchange a fragment as it is now."""
+        own = {p: summable(p) for p in fragment.parameters}
+        if self._sync.delay:  # steps are taken before it is needed for the last time
+            own = {p: value.clone() for p, value in own.items()}
+        window = Window(tuple(fragment.parameters), fragment.said)
+        fragment.under_way = Round(self._way(beside=True), [window], own, self._common, self._sync.delay)
+        fragment.begin(self._sync.steps)
 
-    def _outer_step(self, parameter: nn.Parameter, way: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From the common weights on the way to the average, by SGD with Nesterov's momentum as torch.optim has it."""
-        common, sync = self._common[parameter], self._sync
-        if sync.averages:
-            return common + way, None
-        before = self._momentum.get(parameter)
-        momentum = way.clone() if before is None else before * sync.outer_momentum + way
-        return common + (way + momentum * sync.outer_momentum) * sync.outer_lr, momentum
+    def _take_in(self, fragment: Fragment) -> None:
+        """Let what was under way be this rank's weights, if it is due."""
+        if fragment.under_way is None or fragment.under_way.left > 0:
+            return
+        for parameter, landed in self._landed(fragment).items():
+            write_(parameter, landed.own)
+            self._keep(parameter, landed)
+        fragment.under_way = None
 
-    def _sum_of_weights(self) -> float:
-        """What the losses of all ranks were means over since the last exchange.
+    def _keep(self, parameter: nn.Parameter, landed: _Landed) -> None:
+        self._common[parameter] = landed.common
+        self._keep_momentum(parameter, landed.momentum)
 
-        Raises:
-            TrainingError: On every rank: the ranks did not do the same, or losses are no means over samples.
-        """
-        mine = [self._weight, self._total if self._always else 0.0, float(self._since), float(self._number)]
-        everyone = torch.stack(self._backend.all_gather(torch.tensor(mine, dtype=torch.float64)))
-        weights, totals, steps, numbers = everyone.unbind(1)
-        if bool((numbers != numbers[0]).any()):
-            raise TrainingError(
-                "the ranks exchange weights of different replicas; step several replicas in the same order on every rank"
-            )
-        if bool((steps != steps[0]).any()):
-            counts = ", ".join(f"rank {rank}: {int(count)}" for rank, count in enumerate(steps.tolist()))
-            raise TrainingError(f"the ranks have taken different numbers of steps since the last exchange ({counts})")
-        whole, most = float(weights.sum()), float(totals.max())
-        if most and abs(whole - most) > 1e-3 * most:
-            raise TrainingError(
-                f"the weights of the losses since the last exchange add up to {whole:g} over the ranks, and their total= to {most:g}: they are "
-                "not means over parts of one global batch, which sync= (--sync) needs"
-            )
-        return whole
+    def _keep_momentum(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
+        if momentum is not None:
+            self._momentum[parameter] = momentum
 
-    @staticmethod
+    def _outer(self, parameter: nn.Parameter, way: Tensor) -> tuple[Tensor, Tensor | None]:
+        return outer_step(self._sync, self._common[parameter], way, self._momentum.get(parameter))
+
     @torch.no_grad()
-    def _write(parameter: nn.Parameter, value: Tensor) -> None:
-        _real(parameter).copy_(value)
+    def _landed(self, fragment: Fragment) -> dict[nn.Parameter, _Landed]:
+        """What this rank's weights are with what is under way, for which it waits; every rank must call it."""
+        landed: dict[nn.Parameter, _Landed] = {}
+        if fragment.under_way is None:
+            return landed
+        for parameter, way in fragment.under_way.ways().items():
+            new, momentum = self._outer(parameter, way)
+            moved = fragment.since > 0  # since it was sent
+            own = summable(parameter) + (new - fragment.under_way.own[parameter]) if moved else new
+            landed[parameter] = _Landed(own, new, momentum)
+        return landed
+
+    @torch.no_grad()
+    def _average(self) -> dict[nn.Parameter, Tensor]:
+        """The average of the ranks' weights, with what is under way; every rank must call it."""
+        own: dict[nn.Parameter, Tensor] = {}
+        common, windows = {**self._common}, []
+        for fragment in self._fragments:
+            landed = self._landed(fragment)
+            common |= {parameter: one.common for parameter, one in landed.items()}
+            if fragment.since:
+                own |= {p: landed[p].own if p in landed else summable(p) for p in fragment.parameters}
+                windows.append(Window(fragment.parameters, fragment.said))
+        ways = Round(self._way(exactly=True), windows, own, common).ways() if windows else {}
+        return {parameter: at + ways[parameter] if parameter in ways else at for parameter, at in common.items()}
 
 
-def _real(parameter: nn.Parameter) -> Tensor:
-    plain = parameter.detach()
-    return torch.view_as_real(plain) if plain.is_complex() else plain
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """A parameter after an exchange: this rank's own weights, the common ones, and the outer optimizer's momentum."""
 
-
-def _summable(parameter: nn.Parameter) -> Tensor:
-    """A parameter's numbers in a type in which they can be summed."""
-    real = _real(parameter)
-    return real.float() if real.dtype in (torch.float16, torch.bfloat16) else real
+    own: Tensor
+    common: Tensor
+    momentum: Tensor | None
 
 
 def _check(optimizer: Optimizer | None) -> None:

@@ -293,16 +293,17 @@ class TrainConfig:
     )
     compression: str = option(
         "none",
-        f"for slow networks, send less of the gradients: {', '.join(FORMS)} (docs/slow_networks.md)",
+        f"for slow networks, send less of the gradients: {', '.join(FORMS)}, or one of your own by import path; with --sync of what is "
+        "exchanged then (docs/slow_networks.md)",
         group=_DISTRIBUTED,
-        metavar="NAME[:NUMBER]",
+        metavar="NAME[:NUMBER]|PATH",
     )
     sync: str = option(
         "every-step",
-        f"for slow networks, exchange weights every so many steps instead of gradients in each: {', '.join(SYNC_FORMS)} "
-        "(docs/slow_networks.md)",
+        f"for slow networks, exchange weights every so many steps instead of gradients in each: {', '.join(SYNC_FORMS)}; "
+        ",delay=STEPS and ,fragments=NUMBER may follow (docs/slow_networks.md)",
         group=_DISTRIBUTED,
-        metavar="NAME[:STEPS]",
+        metavar="NAME[:STEPS[,...]]",
     )
     all_reduce: str = option(
         "auto",
@@ -470,7 +471,7 @@ class TrainConfig:
             return
         asked = f"--sync {self.sync}"
         others = {
-            f"--compression {self.compression}": self.compression != "none",
+            f"--compression {self.compression}": self.compression in TYPES,
             f"--reduce-dtype {self.reduce_dtype}": self.reduce_dtype != "auto",
             "--shard-optimizer": self.shard_optimizer,
             "--on-nan skip": self.on_nan == "skip",
