@@ -7,18 +7,20 @@ is the same on all ranks, and what arrives depends on none of it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded
+from hvdtrain.backends.coded import Coded, as_it_is
+from hvdtrain.backends.communicator import Communicator
+from hvdtrain.backends.forms import as_bytes
+from hvdtrain.backends.groups import Groups
 from hvdtrain.backends.unsent import Remembered, Unsent, takes
 from hvdtrain.backends.watched import without_compile
 from hvdtrain.backends.wire import Wire, Work
-from hvdtrain.compression.base import Compression, Exchange, Memory, Sent, Sum
+from hvdtrain.compression.base import Compression, Exchange, Memory
 from hvdtrain.errors import TrainingError
 
 _PIECE_BYTES = 256 * 2**20  # of weights in one message
@@ -29,20 +31,38 @@ class Way:
     """How weights travel.
 
     Attributes:
-        wire: The ranks that exchange them.
-        region: What to do it in, so that an engine's error is named.
+        everyone: All ranks.
+        groups: Of ranks with the same weights, of which one speaks; None if each speaks for itself.
+        what: The exchange, for messages.
         names: Of the parameters.
         compression: None for as they are.
         unsent: What a compression has not sent.
         number: The replica's.
     """
 
-    wire: Wire
-    region: Callable[[], AbstractContextManager[None]]
+    everyone: Communicator
+    groups: Groups | None
+    what: str
     names: Mapping[nn.Parameter, str]
     compression: Compression | None
     unsent: Unsent | None
     number: int
+
+    @property
+    def between(self) -> Communicator | None:
+        """Those that exchange weights; None where this rank is none of them."""
+        return self.everyone if self.groups is None else self.groups.between
+
+    def pass_on_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors of one type with those of the rank that speaks for this group."""
+        if self.groups is None or self.groups.within.wire.size == 1 or not tensors:
+            return
+        wire = self.groups.within.wire
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(wire.device)
+        with self.groups.within.region("weights within groups", self.what):
+            wire.broadcast_(as_bytes(flat, wire.device), 0).wait()
+        for tensor, row in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(row.view(tensor.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +105,14 @@ class Round:
         self._way, self._windows, self._common, self._delay = way, windows, common, delay
         self._ways: dict[nn.Parameter, Tensor] = {}
         self._stage = 0
+        self._is_everywhere = False  # in this rank's group
         self._coded: list[tuple[list[nn.Parameter], list[Tensor], Coded]] = []
         mine = torch.tensor([[*window.said, float(way.number)] for window in windows], dtype=torch.float64)
-        self._said = mine.to(way.wire.device)
-        self._everyones = torch.empty((way.wire.size, *mine.shape), dtype=torch.float64, device=way.wire.device)
-        with way.region():
-            self._work: Work = way.wire.all_gather_into(self._everyones, self._said)
+        wire = way.everyone.wire
+        self._said = mine.to(wire.device)
+        self._everyones = torch.empty((wire.size, *mine.shape), dtype=torch.float64, device=wire.device)
+        with way.everyone.region("weights", way.what):
+            self._work: Work = wire.all_gather_into(self._everyones, self._said)
 
     @classmethod
     def arrived(
@@ -99,13 +121,8 @@ class Round:
         """One of which everything is here already, as a checkpoint holds it."""
         one = cls.__new__(cls)
         one.own, one.left, one._delay = own, left, delay
-        one._ways, one._stage, one._coded = dict(ways), _OVER, []
+        one._ways, one._stage, one._coded, one._is_everywhere = dict(ways), _OVER, [], True
         return one
-
-    @property
-    def is_delayed(self) -> bool:
-        """Whether steps were to be taken meanwhile."""
-        return self._delay > 0
 
     def move_on(self) -> None:
         """One more step has been taken: begin what is due by now."""
@@ -126,6 +143,9 @@ class Round:
         """
         while self._stage != _OVER:
             self._next()
+        if not self._is_everywhere:
+            self._pass_on()
+            self._is_everywhere = True
         return self._ways
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -133,20 +153,37 @@ class Round:
     @torch.no_grad()
     def _next(self) -> None:
         """Wait for what is under way, and begin what follows."""
-        with self._way.region():
-            if self._stage == 0:
+        everyone, between = self._way.everyone, self._way.between
+        if self._stage == 0:
+            with everyone.region("weights", self._way.what):
                 self._work.wait()
-                self._begin(_shares(self._everyones.cpu(), self._way.wire.rank, self._way.wire.ranks))
-                self._stage = 1
-                return
-            for _, _, coded in self._coded:
-                coded.advance()
+            shares = _shares(self._everyones.cpu(), everyone.rank, everyone.ranks)
+            if between is not None:
+                with between.region(_BETWEEN, self._way.what):
+                    self._begin(shares, between.wire)
+            self._stage = 1
+            return
+        if between is not None:
+            with between.region(_BETWEEN, self._way.what):
+                for _, _, coded in self._coded:
+                    coded.advance()
         self._stage += 1
         if all(coded.is_completed() for _, _, coded in self._coded):
             self._end()
             self._stage = _OVER
 
-    def _begin(self, shares: Sequence[float]) -> None:
+    @torch.no_grad()
+    def _pass_on(self) -> None:
+        """Give the ranks of this group what the one has got that speaks for it."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for window in self._windows:
+            for parameter in window.parameters:
+                way = self._ways.setdefault(parameter, torch.empty_like(self.own[parameter]))
+                by_dtype.setdefault(way.dtype, []).append(way)
+        for tensors in by_dtype.values():
+            self._way.pass_on_(tensors)
+
+    def _begin(self, shares: Sequence[float], wire: Wire) -> None:
         piece: list[tuple[nn.Parameter, Tensor]] = []
         filled = 0
         for window, share in zip(self._windows, shares, strict=True):
@@ -156,29 +193,31 @@ class Round:
                 if rest is not None:
                     part.add_(rest.view_as(part))
                 if piece and filled + part.nbytes > _PIECE_BYTES:
-                    self._send(piece)
+                    self._send(piece, wire)
                     piece, filled = [], 0
                 piece.append((parameter, part))
                 filled += part.nbytes
-        self._send(piece)
+        self._send(piece, wire)
 
-    def _send(self, piece: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    def _send(self, piece: Sequence[tuple[nn.Parameter, Tensor]], wire: Wire) -> None:
         parameters, parts = [p for p, _ in piece], [part.contiguous() for _, part in piece]
         flag = torch.stack([part.sum().double() for part in parts]).sum().mul(0) if parts else torch.zeros(())
         exchanges = [self._exchange(p, part) for p, part in zip(parameters, parts, strict=True)]
-        self._coded.append((parameters, parts, Coded(self._way.wire, exchanges, flag)))
+        self._coded.append((parameters, parts, Coded(wire, exchanges, flag)))
 
     def _exchange(self, parameter: nn.Parameter, part: Tensor) -> Exchange:
         if not self._compresses(parameter):
-            return _as_it_is(part)
+            return as_it_is(part)
         assert self._way.compression is not None
         memory: Memory = {} if self._way.unsent is None else dict(self._way.unsent.of(parameter).memory)
         seed = zlib.crc32(without_compile(self._way.names[parameter]).encode())
         return self._way.compression.exchange(part, memory, seed)
 
     def _compresses(self, parameter: nn.Parameter) -> bool:
-        compression = self._way.compression
-        return compression is not None and self._way.wire.size > 1 and takes(compression, parameter)
+        compression, between = self._way.compression, self._way.between
+        return (
+            compression is not None and between is not None and between.wire.size > 1 and takes(compression, parameter)
+        )
 
     def _end(self) -> None:
         unsent = self._way.unsent
@@ -198,11 +237,7 @@ class Round:
 
 
 _OVER = -1
-
-
-def _as_it_is(part: Tensor) -> Exchange:
-    total = yield Sum(part)
-    return Sent(total)
+_BETWEEN = "weights between ranks that speak"
 
 
 def _shares(everyones: Tensor, rank: int, ranks: Sequence[int]) -> list[float]:

@@ -1,144 +1,36 @@
-"""The replica whose ranks train apart and exchange weights every so many steps, the same on every engine.
-
-In between each rank follows the mean over its own samples. An exchange weighs each rank with what its losses were means
-over since the last one, so that with one step between exchanges plain SGD comes out, whatever shares the ranks had.
-Between exchanges evaluations and checkpoints mean the average of the ranks' weights, as they will be once an exchange that is under
-way has arrived. An outer optimizer takes its step only when an exchange is due: its momentum is that of whole rounds, and would
-carry the weights too far after a part of one.
-"""
+"""The replicas whose ranks, or groups of ranks, train apart and exchange weights every so many steps."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.backward_graph import ranks_meet
+from hvdtrain.backends.apart import Apart
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.backends.exclusions import check_combination
-from hvdtrain.backends.fragments import Fragment, cut
-from hvdtrain.backends.layout import lay_out_states
-from hvdtrain.backends.outer import outer_step, summable, write_
-from hvdtrain.backends.replica import Replica, ReplicaOptions, StepResult
-from hvdtrain.backends.rounds import Round, Way, Window
-from hvdtrain.backends.unsent import Unsent
-from hvdtrain.backends.watched import plain_names
+from hvdtrain.backends.groups import Groups, groups_of
+from hvdtrain.backends.hooked import HookedReplica, Pack
+from hvdtrain.backends.replica import ReplicaOptions
 from hvdtrain.backends.weighting import Tally
-from hvdtrain.backends.wire import SelfWire
-from hvdtrain.errors import ConfigError, TrainingError
-from hvdtrain.settings.sync import Sync
+from hvdtrain.backends.wire import SelfWire, Together, Work
 
 if TYPE_CHECKING:
-    from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
     from hvdtrain.backends.base import Backend
 
-_log = logging.getLogger(__name__)
-_LOOKS = 3  # backward passes in which it is seen whether ranks meet in them
+_SENT_AS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
-class SeldomReplica(Replica):
-    """Exchanges weights and no gradients.
-
-    Args:
-        options: As for `Replica`; they say a sync.
-
-    Raises:
-        ConfigError: Something was asked for that needs the same gradients on every rank in each step.
-    """
+class SeldomReplica(Apart):
+    """Exchanges weights and no gradients."""
 
     _reuses_gradients = False
-    _engine_averages = False
-
-    def __init__(
-        self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
-    ) -> None:
-        assert options.sync is not None
-        _check(optimizer)
-        self._sync: Sync = options.sync
-        self._common: dict[nn.Parameter, Tensor] = {}  # the weights of the last exchange, as they are summed
-        self._momentum: dict[nn.Parameter, Tensor] = {}
-        self._fragments = [Fragment(self._sync.first_due(number)) for number in range(self._sync.fragments)]
-        self._names: dict[nn.Parameter, str] = {}
-        self._not_sent = None if options.compression is None else Unsent(options.compression)
-        self._total, self._counts = 0.0, True  # of this step, which counts for this rank
-        self._looks = _LOOKS
-        self._is_shared = False  # the model holds common weights for a while
-        self._aside: dict[nn.Parameter, Tensor] = {}  # and these are its own then
-        super().__init__(backend, module, optimizer, options)
-        self._beside = backend.beside() if self._sync.delay else backend
-
-    # -- Replica ------------------------------------------------------------------------------------------------------
 
     def _weighed_over(self) -> Communicator:
         return Communicator(SelfWire(self._backend.device))  # this rank alone
-
-    def _set_up(self) -> None:
-        new = [parameter for parameter in self._parameters if parameter not in self._common]  # alike on all ranks
-        self._names |= {parameter: name for name, parameter in plain_names(self.module).items()}
-        if not self._common:
-            if len(new) < len(self._fragments):
-                raise ConfigError(
-                    f"sync's fragments={len(self._fragments)} (--sync) needs as many parameters at least, and this model trains "
-                    f"{len(new)}; give fewer fragments"
-                )
-            for parameter, part in zip(new, cut([p.numel() for p in new], len(self._fragments)), strict=True):
-                self._fragments[part].parameters.append(parameter)
-        else:
-            for parameter in new:
-                smallest = min(self._fragments, key=lambda one: sum(p.numel() for p in one.parameters))
-                smallest.parameters.append(parameter)
-        for parameter in new:
-            self._common[parameter] = summable(parameter).clone()
-
-    def backward(self, loss: Tensor, **how: Any) -> None:
-        """As of every replica, for the mean over this rank's own samples.
-
-        Raises:
-            TrainingError: Also if ranks meet in the backward pass, or inside `shared_weights`.
-        """
-        if self._is_shared:
-            raise TrainingError(
-                "a backward pass inside replica.shared_weights() would train weights that are put back at its end; end the block first"
-            )
-        if self._looks and isinstance(loss, Tensor) and loss.requires_grad:
-            self._looks -= 1
-            if self._backend.world_size > 1 and ranks_meet(loss):
-                raise TrainingError(
-                    "sync= (--sync) lets each rank train by itself, and in this model's backward pass the ranks exchange gradients (as batch "
-                    "normalisation over all ranks does); leave one of them out"
-                )
-        super().backward(loss, **how)
-
-    def step(
-        self,
-        *,
-        clip_norm: float | None = None,
-        scaler: GradScaler | None = None,
-        update: bool = True,
-        skip_nonfinite: bool = False,
-    ) -> StepResult:
-        """As of every replica; clipping acts on this rank's own gradient, whose norm it returns.
-
-        Raises:
-            ConfigError: A GradScaler or ``skip_nonfinite`` would let a rank skip a step by itself.
-        """
-        if skip_nonfinite:
-            check_combination({"sync": True, "on_nan": True})
-        if scaler is not None and scaler.is_enabled():
-            _refuse_scaler()
-        return super().step(clip_norm=clip_norm)
-
-    def expect_scaler(self, scaler: GradScaler | None) -> None:
-        """Refuse it."""
-        if scaler is not None and scaler.is_enabled():
-            _refuse_scaler()
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         loss.backward(weight, retain_graph=retain_graph)
@@ -149,283 +41,55 @@ class SeldomReplica(Replica):
     def _finish(self, empty: bool) -> Tensor:
         return torch.tensor(self._weighting.tally.values(), dtype=torch.float64)
 
-    def _board(self) -> None:
-        self._aboard = None  # no gradients go anywhere
+    def _own_weight(self, summed: Tally) -> tuple[float, float | None]:
+        return self._weighting.own_weight, self._weighting.total
 
-    def _scale(self, summed: Tally) -> None:
-        own, total = self._weighting.own_weight, self._weighting.total
-        self._counts, self._total = bool(summed.ranks) and own > 0, 0.0
-        if not self._counts:
-            for parameter in self._watched.trained:
-                parameter.grad = None
-            self._own = 0.0
-            return
-        if summed.counted and total is None:
-            raise TrainingError(
-                "the losses of this step gave different total=; with sync= (--sync) each rank follows the mean over its own samples: "
-                "give every loss the same total=, or none"
-            )
-        super()._scale(summed)
-        if summed.counted:
-            assert total is not None
-            for gradient in self._gradients():
-                gradient.mul_(total / own)
-            self._total = total
-        self._own, self._samples = own, None
 
-    def note_step(self) -> None:
-        """The optimizer has stepped; this may be the last step before an exchange."""
-        counts = self._is_exchanged
-        super().note_step()
-        if not counts:
-            return
-        for fragment in self._fragments:
-            fragment.count(self._own, self._total, self._counts)
-            if fragment.under_way is not None:
-                fragment.under_way.move_on()
-                self._take_in(fragment)
-            if fragment.left <= 0:
-                self._send_weights(fragment)
-                self._take_in(fragment)
+class SeldomOfGroups(Apart, HookedReplica):
+    """Exchanges gradients within a group of ranks, and weights between groups.
 
-    # -- common weights -----------------------------------------------------------------------------------------------
+    Args:
+        options: As for `Replica`; they say a sync and groups.
+    """
 
-    def settle(self) -> None:
-        """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
-        if not self._apart:
-            return
-        agreed = self._average()
-        for fragment in self._fragments:
-            for parameter, landed in self._landed(fragment).items():
-                self._keep(parameter, landed)
-            fragment.under_way = None
-        for parameter, new in agreed.items():
-            write_(parameter, new)
-            self._common[parameter] = new
-        self._count_anew()
+    _by_order = True
 
-    @contextmanager
-    def shared_weights(self) -> Iterator[None]:
-        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit."""
-        if not self._apart or self._is_shared:
-            yield
-            return
-        own = {parameter: parameter.detach().clone() for parameter in self._common}
-        try:
-            for parameter, new in self._average().items():
-                write_(parameter, new)
-            self._is_shared, self._aside = True, own
-            yield
-        finally:
-            self._is_shared, self._aside = False, {}
-            with torch.no_grad():
-                for parameter, value in own.items():
-                    parameter.copy_(value)
+    def __init__(
+        self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
+    ) -> None:
+        self._said = torch.zeros(2)
+        self._said_by_all: list[list[float]] = []
+        super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
 
-    def copy_from_rank_zero(self) -> None:
-        """As of every replica; the next exchange is due as if this had been one."""
-        super().copy_from_rank_zero()
-        self._begin_anew()
+    def _find_groups(self) -> Groups | None:
+        return groups_of(self._backend, self.options.sync_group, beside=self._sync.delay > 0)
 
-    def whole_state(self) -> dict[str, Any]:
-        """As of every replica, with the ranks' average."""
-        with self.shared_weights():
-            return super().whole_state()
-
-    def load_whole_state(self, state: dict[str, Any]) -> None:
-        """As of every replica; the next exchange is due as if this had been one."""
-        super().load_whole_state(state)
-        self._begin_anew()
-
-    def rank_state(self) -> dict[str, Any]:
-        """This rank's own weights and optimizer state, and what all have in common; every rank must call it.
-
-        An exchange that is under way is waited for, and not taken in before its step.
-        """
-        names = {p: name for name, p in plain_names(self.module).items() if p in self._common}
-        arrived = {
-            str(number): {
-                "left": one.under_way.left,
-                "sent": {names[p]: value for p, value in one.under_way.own.items() if p in names},
-                "ways": {names[p]: way for p, way in one.under_way.ways().items() if p in names},
-            }
-            for number, one in enumerate(self._fragments)
-            if one.under_way is not None
-        }
-        return {
-            "sync": repr(self._sync),
-            "own": {  # copies: the model may hold others when it is written
-                name: self._aside.get(p, p.detach()).clone() for p, name in names.items()
-            },
-            "common": {name: self._common[p] for p, name in names.items()},
-            "momentum": {name: self._momentum[p] for p, name in names.items() if p in self._momentum},
-            "counts": [one.counts for one in self._fragments],
-            "fragments": [[names[p] for p in one.parameters if p in names] for one in self._fragments],
-            "arrived": arrived,
-            "unsent": {} if self._not_sent is None else self._not_sent.state((n, p) for p, n in names.items()),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
-        named = plain_names(self.module)
-        if any("rests" in state for state in states):
-            _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
-        self._take_unsent([state["unsent"] for state in states if state.get("unsent")], named)
-        self._momentum = {}
-        same = [state for state in states if state.get("sync") == repr(self._sync)]
-        if not same or len(same) != len(states):
-            self._begin_anew()
-            return
-        everyone_is_here = len(same) == self._backend.world_size
-        state = same[self._backend.rank] if everyone_is_here else same[0]
-
-        def placed(values: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
-            known = {named[name]: value for name, value in values.items() if name in named}
-            return {parameter: value.to(parameter.device, copy=True) for parameter, value in known.items()}
-
-        self._momentum = placed(state["momentum"])
-        if not everyone_is_here:
-            self._begin_anew()
-            for one in state["arrived"].values():  # the common weights have come to that already
-                for parameter, way in placed(one["ways"]).items():
-                    self._keep_momentum(parameter, self._outer(parameter, way)[1])
-            return
-        with torch.no_grad():
-            for name, value in state["own"].items():
-                named[name].copy_(value)
-        self._common = placed(state["common"])
-        for number, fragment in enumerate(self._fragments):
-            fragment.take(state["counts"][number])
-            fragment.parameters = [named[name] for name in state["fragments"][number]]
-            one = state["arrived"].get(str(number))
-            fragment.under_way = (
-                Round.arrived(placed(one["sent"]), placed(one["ways"]), one["left"], self._sync.delay) if one else None
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
-        lay_out_states(self.optimizer)
-
-    # -- inside -------------------------------------------------------------------------------------------------------
+    def _weighed_over(self) -> Communicator:
+        assert self._together is not None
+        return self._together.within
 
     @property
-    def _apart(self) -> bool:
-        """Whether the ranks' weights differ; the same on every rank."""
-        return any(one.since or one.under_way is not None for one in self._fragments)
+    def _over(self) -> Communicator:
+        return self._weighed_over()
 
-    def _count_anew(self) -> None:
-        for number, fragment in enumerate(self._fragments):
-            fragment.begin(self._sync.first_due(number))
+    def _set_up(self) -> None:
+        super()._set_up()
+        HookedReplica._set_up(self)
 
-    def _begin_anew(self) -> None:
-        for fragment in self._fragments:
-            if fragment.under_way is not None:
-                fragment.under_way.ways()  # its messages must not be left behind
-            fragment.under_way = None
-        self._count_anew()
-        self._common = {parameter: summable(parameter).clone() for parameter in {**self._common}}
+    def _send(self, pack: Pack) -> Work:
+        wire = self._weighed_over().wire
+        flat = [torch.view_as_real(t).view(-1) if t.is_complex() else t.view(-1) for t in pack.tensors]
+        return Together([wire.all_reduce_(tensor, "sum") for tensor in flat])
 
-    def _take_unsent(self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> None:
-        if self._not_sent is not None:
-            self._not_sent.load(states, self._backend.rank, named, self._backend.world_size)
-        elif any(state["rests"] for state in states):
-            _log.warning(
-                "the checkpoint has weights that compression %s had not sent yet; without a compression they are lost",
-                states[0]["name"],
-            )
+    def _send_tally(self, tensor: Tensor) -> Work:
+        wire, weighting = self._weighed_over().wire, self._weighting
+        differ = weighting.own_weight > 0 and weighting.tally.counted > 0 and weighting.total is None
+        mine = [weighting.own_weight, math.nan if differ else weighting.total or 0.0]
+        self._said = torch.tensor(mine, dtype=torch.float64, device=wire.device)
+        self._everyones = torch.empty((wire.size, 2), dtype=torch.float64, device=wire.device)
+        return Together([wire.all_reduce_(tensor, "sum"), wire.all_gather_into(self._everyones, self._said)])
 
-    def _way(self, *, beside: bool = False, exactly: bool = False) -> Way:
-        return Way(
-            wire=(self._beside if beside else self._backend).wire,
-            region=lambda: self._backend.region("weights", f"exchange of weights after step {self._steps}"),
-            names=self._names,
-            compression=None if exactly else self.options.compression,
-            unsent=None if exactly else self._not_sent,
-            number=self._number,
-        )
-
-    @torch.no_grad()
-    def _send_weights(self, fragment: Fragment) -> None:
-        """Begin to exchange a fragment as it is now."""
-        own = {p: summable(p) for p in fragment.parameters}
-        if self._sync.delay:  # steps are taken before it is needed for the last time
-            own = {p: value.clone() for p, value in own.items()}
-        window = Window(tuple(fragment.parameters), fragment.said)
-        fragment.under_way = Round(self._way(beside=True), [window], own, self._common, self._sync.delay)
-        fragment.begin(self._sync.steps)
-
-    def _take_in(self, fragment: Fragment) -> None:
-        """Let what was under way be this rank's weights, if it is due."""
-        if fragment.under_way is None or fragment.under_way.left > 0:
-            return
-        for parameter, landed in self._landed(fragment).items():
-            write_(parameter, landed.own)
-            self._keep(parameter, landed)
-        fragment.under_way = None
-
-    def _keep(self, parameter: nn.Parameter, landed: _Landed) -> None:
-        self._common[parameter] = landed.common
-        self._keep_momentum(parameter, landed.momentum)
-
-    def _keep_momentum(self, parameter: nn.Parameter, momentum: Tensor | None) -> None:
-        if momentum is not None:
-            self._momentum[parameter] = momentum
-
-    def _outer(self, parameter: nn.Parameter, way: Tensor) -> tuple[Tensor, Tensor | None]:
-        return outer_step(self._sync, self._common[parameter], way, self._momentum.get(parameter))
-
-    @torch.no_grad()
-    def _landed(self, fragment: Fragment) -> dict[nn.Parameter, _Landed]:
-        """What this rank's weights are with what is under way, for which it waits; every rank must call it."""
-        landed: dict[nn.Parameter, _Landed] = {}
-        if fragment.under_way is None:
-            return landed
-        for parameter, way in fragment.under_way.ways().items():
-            new, momentum = self._outer(parameter, way)
-            moved = fragment.since > 0  # since it was sent
-            own = summable(parameter) + (new - fragment.under_way.own[parameter]) if moved else new
-            landed[parameter] = _Landed(own, new, momentum)
-        return landed
-
-    @torch.no_grad()
-    def _average(self) -> dict[nn.Parameter, Tensor]:
-        """The average of the ranks' weights, with what is under way; every rank must call it."""
-        own: dict[nn.Parameter, Tensor] = {}
-        common, windows = {**self._common}, []
-        for fragment in self._fragments:
-            landed = self._landed(fragment)
-            common |= {parameter: one.common for parameter, one in landed.items()}
-            if fragment.since:
-                own |= {p: landed[p].own if p in landed else summable(p) for p in fragment.parameters}
-                windows.append(Window(fragment.parameters, fragment.said))
-        ways = Round(self._way(exactly=True), windows, own, common).ways() if windows else {}
-        return {parameter: at + ways[parameter] if parameter in ways else at for parameter, at in common.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Landed:
-    """A parameter after an exchange: this rank's own weights, the common ones, and the outer optimizer's momentum."""
-
-    own: Tensor
-    common: Tensor
-    momentum: Tensor | None
-
-
-def _check(optimizer: Optimizer | None) -> None:
-    if optimizer is None:
-        raise ConfigError(
-            "sync= (--sync) exchanges weights after the optimizer's steps, and this replica was made without one; give "
-            "backend.replicate(model, optimizer, sync=...) one"
-        )
-    check_combination({"sync": True, "shard_optimizer": getattr(optimizer, "spreads_state", False)})
-    if getattr(optimizer, "keeps_masters", False):
-        raise ConfigError(
-            "sync= (--sync) does not go with MasterWeights (--precision bf16-pure), whose float32 copies an exchange of the 16-bit weights would "
-            "round; use --precision bf16"
-        )
-
-
-def _refuse_scaler() -> None:
-    raise ConfigError(
-        "sync= (--sync) does not go with a GradScaler (--precision fp16): each rank would skip steps by itself; use --precision bf16, which "
-        "needs none"
-    )
+    def _own_weight(self, summed: Tally) -> tuple[float, float | None]:
+        weights, totals = self._everyones.t().tolist()
+        said = {total for total in totals if total}
+        return sum(weights), said.pop() if len(said) == 1 and not math.isnan(next(iter(said))) else None

@@ -36,15 +36,17 @@ def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | N
             f"compression= takes a name or a hvdtrain.Compression, got {asked!r:.80} of {type(asked).__name__}"
         )
     name, number = parsed(asked)
+    return (None, name) if name in TYPES else (_made(name, number), None)
+
+
+def _made(name: str, number: float) -> Compression:
     if is_import_path(name):
-        return _imported(name), None
-    if name in TYPES:
-        return None, name
+        return _imported(name)
     if name == "powersgd":
-        return PowerSGD(int(number)), None
+        return PowerSGD(int(number))
     if name in ("topk", "randomk"):
-        return (TopK if name == "topk" else RandomK)(number), None
-    return {"int8": Int8, "fp8": Float8, "1bit": OneBit}[name](), None  # type: ignore[abstract]
+        return (TopK if name == "topk" else RandomK)(number)
+    return {"int8": Int8, "fp8": Float8, "1bit": OneBit}[name]()  # type: ignore[abstract]
 
 
 def _imported(path: str) -> Compression:

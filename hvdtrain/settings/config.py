@@ -16,7 +16,7 @@ from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
 from hvdtrain.settings.sync import FORMS as SYNC_FORMS
-from hvdtrain.settings.sync import sync_of
+from hvdtrain.settings.sync import group_of, sync_of
 from hvdtrain.settings.wording import did_you_mean, one_of, shown
 
 __all__ = [
@@ -305,6 +305,13 @@ class TrainConfig:
         group=_DISTRIBUTED,
         metavar="NAME[:STEPS[,...]]",
     )
+    sync_group: str = option(
+        "none",
+        "with --sync or --compression: inside each node, or each so many ranks that follow one another, gradients are exchanged in every "
+        "step and as they are; groups send less to each other",
+        group=_DISTRIBUTED,
+        metavar="none|node|RANKS",
+    )
     all_reduce: str = option(
         "auto",
         "algorithm of all-reduces: ring, tree, rabenseifner, hierarchical (within each node first), where the engine has "
@@ -428,6 +435,12 @@ class TrainConfig:
         self._check_reduce_dtype()
         self._check_compression()
         self._check_sync()
+        less = sync_of(self.sync) is not None or self.compression not in ("none", *TYPES)
+        if group_of(self.sync_group, "--sync-group") is not None and not less:
+            raise ConfigError(
+                f"--sync-group {self.sync_group} says inside which groups of ranks nothing is sent less, and nothing is said to be: give "
+                "--sync or --compression too, fp16 and bf16 excepted, or leave it out"
+            )
         if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
             raise ConfigError(
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "

@@ -105,6 +105,24 @@ def sync_of(asked: str | Sync | None, asked_by: str = "sync") -> Sync | None:
     return Sync(int(number), *outer, **_more(asked, more, asked_by))
 
 
+def group_of(asked: str | int | None, asked_by: str = "sync_group") -> str | int | None:
+    """What kind of groups of ranks was asked for: "node", a number of ranks, or None for none.
+
+    Args:
+        asked: That, also in text, and "none".
+        asked_by: How messages call it.
+
+    Raises:
+        ConfigError: There is no such thing.
+    """
+    if asked is None or asked in ("none", "node"):
+        return None if asked == "none" else asked
+    number = int(asked) if isinstance(asked, str) and _is_number(asked) else asked
+    if not _whole(number) or int(number) < 1:
+        raise ConfigError(f"{asked_by} must be none, node or a number of ranks from 1, got {shown(asked)}")
+    return int(number)
+
+
 def _more(asked: str, words: list[str], asked_by: str) -> dict[str, int]:
     """What follows the steps, by name."""
     found: dict[str, int] = {}
