@@ -74,6 +74,7 @@ class Apart(Replica):
         self._not_sent = None if options.compression is None else Unsent(options.compression)
         self._total, self._counts = 0.0, True  # of this step, which counts for this rank
         self._looks = _LOOKS
+        self._exchanges = 0
         self._is_shared = False  # the model holds common weights for a while
         self._aside: dict[nn.Parameter, Tensor] = {}  # and these are its own then
         super().__init__(backend, module, optimizer, options, **more)
@@ -194,6 +195,18 @@ class Apart(Replica):
                 self._take_in(fragment)
 
     # -- common weights -----------------------------------------------------------------------------------------------
+
+    @property
+    def exchanges(self) -> int:
+        """How often the ranks' common weights have changed."""
+        return self._exchanges
+
+    def common_weights(self) -> Mapping[Tensor, Tensor]:
+        """By parameter, what all ranks had in common last, in the type in which it is summed; not to be written into."""
+        return {
+            parameter: torch.view_as_complex(value) if parameter.is_complex() else value
+            for parameter, value in self._common.items()
+        }
 
     def settle(self) -> None:
         """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
@@ -380,6 +393,7 @@ class Apart(Replica):
             write_(parameter, landed.own)
             self._keep(parameter, landed)
         fragment.under_way = None
+        self._exchanges += 1
 
     def _keep(self, parameter: nn.Parameter, landed: _Landed) -> None:
         self._common[parameter] = landed.common

@@ -431,6 +431,15 @@ class Replica(ABC):
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
         self._loss_scaler = scaler
 
+    @property
+    def exchanges(self) -> int:
+        """How often the ranks' common weights have changed; it counts where ranks train apart."""
+        return 0
+
+    def common_weights(self) -> Mapping[Tensor, Tensor] | None:
+        """By parameter, what all ranks had in common last, where they train apart; None where they have it after each step."""
+        return None
+
     def settle(self) -> None:  # noqa: B027 - most ranks are equal after each step
         """Make the ranks equal where they train apart for some steps; every rank must call it after the same step."""
 

@@ -357,12 +357,6 @@ def test_what_needs_equal_steps_is_refused(backend):
         replica.step(scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ConfigError, match="exclude each other: a rank would skip a step by itself"):
         replica.step(skip_nonfinite=True)
-    averaged = hvdtrain.ExponentialMovingAverage()
-    trainer = hvdtrain.Trainer(
-        backend, model, replica.optimizer, loss=nn.functional.cross_entropy, sync="local-sgd:2", callbacks=[averaged]
-    )
-    with pytest.raises(ConfigError, match="ExponentialMovingAverage averages the weights that all ranks have"):
-        trainer.fit(ArrayDataset(torch.ones(8, 6), torch.arange(8) % 3), batch_size=2)
 
 
 def test_ranks_that_ask_for_different_ones_are_told(backend):

@@ -342,6 +342,47 @@ def test_a_fit_ends_and_goes_on_with_an_exchange_under_way(backend, tmp_path):
     assert again.eval_metrics == result.eval_metrics
 
 
+class Watching:
+    def __init__(self):
+        self.weights = []
+
+    def on_step(self, trainer, event):
+        self.weights.append(flat(trainer.replica.module))
+
+
+@pytest.mark.parametrize("sync", ["local-sgd:2", "diloco:2", "diloco:4,delay=2"])
+def test_an_average_over_the_steps_is_of_the_weights_that_the_ranks_have_in_common(backend, tmp_path, sync):
+    folder = backend.broadcast_object(str(tmp_path))
+    data = hvdtrain.data.arrays.ArrayDataset(
+        torch.randn(28, 6, generator=torch.Generator().manual_seed(2)).double(), torch.arange(28) % 3
+    )
+
+    def fitted(place, steps, resume=False):
+        average, watching = hvdtrain.ExponentialMovingAverage(0.9), Watching()
+        model = made()
+        checkpoints = None if place is None else hvdtrain.Checkpoints(place)
+        trainer = hvdtrain.Trainer(
+            backend, model, torch.optim.SGD(model.parameters(), lr=0.3), loss=nn.functional.cross_entropy, sync=sync,
+            callbacks=[average, watching], checkpoints=checkpoints, precision="fp64",
+        )  # fmt: skip
+        start = checkpoints.find(backend) if resume else None
+        result = trainer.fit(data, data, epochs=3, max_steps=steps, global_batch_size=7, resume_from=start)
+        with average.applied(trainer):
+            return flat(model), watching.weights, result.eval_metrics
+
+    whole, weights, metrics = fitted(None, 9)
+    assert all(torch.equal(whole, other) for other in backend.all_gather(whole))
+    expected = flat(made())
+    if "delay" not in sync:
+        for after in weights[1::2]:
+            expected = 0.9**2 * expected + (1 - 0.9**2) * after
+        torch.testing.assert_close(whole, expected, rtol=1e-11, atol=1e-13)
+    fitted(folder, 5)
+    resumed, _, again = fitted(folder, 9, resume=True)
+    assert torch.equal(whole, resumed)
+    assert again == metrics
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
