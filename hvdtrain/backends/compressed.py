@@ -8,6 +8,7 @@ and the rest of earlier steps: for that the ranks' counts, which leave before th
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from hvdtrain.backends.unsent import Remembered, takes
 from hvdtrain.backends.watched import without_compile
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Wire, Work
+from hvdtrain.backends.worth import Worth
 from hvdtrain.compression.base import Compression
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class CompressedReplica(HookedReplica):
         self._coded: set[Pack] = set()
         self._encoded: dict[Pack, list[Tensor]] = {}
         self._latest: OfGroups | None = None
+        self._worth = Worth(backend, self._compression.name)
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
 
     def _make_alike(self) -> None:
@@ -110,7 +113,8 @@ class CompressedReplica(HookedReplica):
             self._tally_work.wait()
             self._to_mean = self._unit_of(Tally.of(self._summed.tolist()))
             self._counted = True
-        super()._dispatch(pack)
+        with self._worth.timed() if pack in self._coded else nullcontext():
+            super()._dispatch(pack)
         if isinstance(pack.work, OfGroups):
             if self._latest is not None:  # its sum within the group has had a pack's time
                 self._latest.advance()
@@ -125,7 +129,9 @@ class CompressedReplica(HookedReplica):
         super()._expect(tally)
 
     def _finish(self, empty: bool) -> Tensor:
-        summed = super()._finish(empty)
+        with self._worth.timed():
+            summed = super()._finish(empty)
+        self._worth.end_step(sum(p.numel() * pack.dtype.itemsize for pack in self._coded for p in pack.parameters))
         if self._unsent is not None:
             for parameter in self._parameters:
                 if id(parameter) in self._nobody:

@@ -49,7 +49,7 @@ STAIRS = [
     ["backends.messages"],
     ["backends.communicator"],
     ["backends.group", "backends.lingering"],
-    ["backends.agreement", "backends.ahead", "backends.weighting", "backends.sparse", "backends.reduce_dtype", "backends.unsent", "backends.coded", "backends.outer"],
+    ["backends.agreement", "backends.ahead", "backends.weighting", "backends.sparse", "backends.reduce_dtype", "backends.unsent", "backends.coded", "backends.outer", "backends.worth"],
     ["backends.groups"],
     ["backends.rounds", "backends.grouped"],
     ["backends.fragments"],
