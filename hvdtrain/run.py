@@ -156,6 +156,7 @@ def run_training(config: TrainConfig) -> Summary:
             reduce_dtype=config.reduce_dtype,
             compression=config.compression,
             sync=config.sync,
+            sync_group=config.sync_group,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:

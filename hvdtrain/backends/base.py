@@ -31,7 +31,7 @@ from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.seldom import SeldomReplica
+from hvdtrain.backends.seldom import SeldomOfGroups, SeldomReplica
 from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import cannot_be_cut, units_of
 from hvdtrain.compression.base import Compression
@@ -63,7 +63,7 @@ from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcemen
 from hvdtrain.ranks.store import Store
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
 from hvdtrain.settings.options import MOST_SECONDS
-from hvdtrain.settings.sync import Sync, sync_of
+from hvdtrain.settings.sync import Sync, group_of, sync_of
 from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ class Backend(Communicator):
         self._agreements = itertools.count()
         self._siblings: Siblings | None = None
         self._ahead: Ahead | None = None
+        self._lasting: dict[tuple[int, ...], Group | None] = {}
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -222,6 +223,10 @@ class Backend(Communicator):
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
+        for group in self._lasting.values():
+            if group is not None:
+                group.close()
+        self._lasting = {}
         with groups_turn:
             self._disconnect()
         leash.release()
@@ -284,6 +289,7 @@ class Backend(Communicator):
         reduce_dtype: str | None = None,
         compression: str | Compression | None = None,
         sync: str | Sync | None = None,
+        sync_group: str | int | None = None,
         shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
@@ -299,10 +305,12 @@ class Backend(Communicator):
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
             compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
-                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
-                for all of them.
+                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), a `hvdtrain.Compression` or the import path of
+                one; None or "none" for all of them. With ``sync`` of the weights' way from the last common ones.
             sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
-                "diloco:100", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
+                "diloco:100", "diloco:100,delay=10,fragments=4", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
+            sync_group: With ``sync`` or ``compression``: inside each "node", or each so many ranks that follow one another,
+                gradients are exchanged in every step and as they are; groups send less to each other. None or "none" for no groups.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -319,9 +327,20 @@ class Backend(Communicator):
             {
                 "compression": compressed,
                 "reduce_dtype": reduce_dtype not in (None, "auto"),
+            }
+        )
+        check_combination(
+            {
+                "reduce_dtype": reduced is not None or reduce_dtype not in (None, "auto"),
                 "sync": seldom is not None,
             }
         )
+        group = group_of(sync_group)
+        if group is not None and how is None and seldom is None:
+            raise ConfigError(
+                f"sync_group={sync_group} (--sync-group) says inside which groups of ranks nothing is sent less, and nothing is said to be: give "
+                "sync= (--sync) or compression= (--compression) too, fp16 and bf16 excepted, or leave it out"
+            )
         if compressed:
             self._check_exchange("compression= (--compression)")
         options = ReplicaOptions(
@@ -331,6 +350,7 @@ class Backend(Communicator):
             reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
             compression=how,
             sync=seldom,
+            sync_group=group,
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
@@ -349,7 +369,8 @@ class Backend(Communicator):
             units_of(model, shard_modules)
         if seldom is not None:
             self._check_exchange("sync= (--sync)")
-            return SeldomReplica(self, model, optimizer, options)
+            kind = SeldomReplica if group is None else SeldomOfGroups
+            return kind(self, model, optimizer, options)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
         if how is not None:
@@ -452,6 +473,17 @@ class Backend(Communicator):
             group._forbidden, group._key = self._forbidden, self._key
             self._count(group)
         return group
+
+    def lasting_group(self, ranks: Sequence[int]) -> Group | None:
+        """A group as of `group`, one for each list of ranks, that is there until `stop`; every rank must call it alike."""
+        key = tuple(ranks)
+        if key not in self._lasting:
+            self._lasting[key] = self.group(ranks)
+        return self._lasting[key]
+
+    def beside(self) -> Communicator:
+        """All ranks once more, for messages that are under way for long and must not keep others waiting; as `lasting_group`."""
+        return self if self.world_size == 1 else self.lasting_group(self.ranks) or self
 
     @contextmanager
     def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:
