@@ -75,7 +75,7 @@ STAIRS = [
     ["workers", "data.vision", "sync_batch_norm", "nn.partitioned"],
     ["nn.feature_partitioned_linear"],
     ["nn"],
-    ["horovod.streams", "horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum"],
+    ["horovod.streams", "horovod.reductions", "horovod.process_sets", "horovod.compression", "horovod.scaling", "horovod.adasum", "horovod.packing", "horovod.halves"],
     ["horovod.requests", "horovod.passing_through"],
     ["horovod.ledger", "horovod.performing", "horovod.timeline"],
     ["horovod.surroundings"],
