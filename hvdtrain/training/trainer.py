@@ -28,7 +28,7 @@ from hvdtrain.backends.laps import Laps, by_phase
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
-from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
+from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
@@ -45,13 +45,13 @@ from hvdtrain.training.checkup import Checkup, Tally, norm_seconds
 from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
-from hvdtrain.training.evaluation import evaluate
+from hvdtrain.training.evaluator import Evaluator
 from hvdtrain.training.events import Events
 from hvdtrain.training.lone_sample import batches_without_samples_explained, lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
-from hvdtrain.training.predicting import destination, predict
+from hvdtrain.training.predicting import destination
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import go_on, resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -246,6 +246,7 @@ class Trainer:
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
             norm_s=norm_seconds(model),
         )
+        self._evaluator = Evaluator(backend, self.replica, self.precision, seed=seed)
         self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
         self._lr: float | Tensor = math.nan  # of the last step
@@ -510,35 +511,11 @@ class Trainer:
         self.backend.assemble(f"a prediction after step {self.position.steps}")
         arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
         check_same_call(self.backend, "predict", arguments)
-        if source.partition != "batch":
-            raise ConfigError(
-                f"predictions come in the order of one data set that every rank is given, and this loader cuts it by partition="
-                f"{source.partition!r}; pass the data set itself"
-            )
-        check_same_data(source, self.backend, seed=self._seed, name="the data")
-        last = source.length % (size * self.backend.world_size)
-        short = self.replica.is_cut and 0 < last < self.backend.world_size  # some rank would have no sample of it
-        source = replace(source, batch_size=size, shuffle=False, last_batch="merge" if short else "keep")
-        batches = batches_of(source, self.backend, seed=self._seed, equal_passes=self.replica.is_cut)
-        assert isinstance(batches, RankBatches)
-        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
-            return predict(self.backend, self.replica, self.task, self.precision, batches, to)
+        return self._evaluator.outputs(self.task, source, size, to, self._events.inference(self))
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
-            count = self._counting.trusts_indices
-            batches = evaluation_of(
-                source,
-                self.backend,
-                batch_size=batch_size,
-                seed=self._seed,
-                count=count,
-                equal_passes=self.replica.is_cut,
-            )
-            metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
-        if not metrics:
-            raise ConfigError("the evaluation data set is empty; give one with samples, or none")
-        return metrics
+        inside = self._events.inference(self)
+        return self._evaluator.metrics(self.task, self._counting, source, batch_size, seen, inside)
 
     def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None, *, regular: bool) -> None:
         """Evaluate at this position, and say it; an evaluation only because the run ends here steps no schedule."""
