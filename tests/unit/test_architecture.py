@@ -100,7 +100,7 @@ STAIRS = [
      "training.schedules", "training.metric_state", "training.metric_value", "training.inference", "training.outputs", "training.events"],
     ["training.async_checkpoints", "training.counting", "training.epoch_metrics", "training.prediction_store"],
     ["training.position", "training.loop_state", "training.evaluation", "training.predicting"],
-    ["training.resume", "training.compiling", "training.evaluator", "training.callbacks.goal", "training.callbacks.weights"],
+    ["training.resume", "training.compiling", "training.evaluator", "training.ledger", "training.callbacks.goal", "training.callbacks.weights"],
     ["training.trainer", "tasks.byte_language_model", "training.callbacks.early_stopping", "training.callbacks.best_checkpoint", "training.callbacks.averaging"],
     ["exchange.content", "exchange.files"],
     ["exchange.dcp"],
