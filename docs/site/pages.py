@@ -15,7 +15,15 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 FIRST = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]  # pages of the site, whether linked to or not
-LANGUAGES = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cfg": "ini", ".json": "json"}
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "sh",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".cfg": "ini",
+    ".json": "json",
+}
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 OTHER_SITE = re.compile(r"[a-z]+:")
 

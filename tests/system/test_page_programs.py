@@ -19,7 +19,7 @@ NEEDS = {"horovodrun": ("horovodrun-gloo", "horovod"), "mpirun": ("mpirun", "mpi
 
 def reasons(command: str) -> str:
     """Why a command cannot be tried here; "" if it can."""
-    return missing(*NEEDS[command.split()[0]]) if command.split()[0] in NEEDS else ""
+    return missing(*NEEDS[command.split(maxsplit=1)[0]]) if command.split(maxsplit=1)[0] in NEEDS else ""
 
 
 def follow(page: Path, folder: Path) -> int:
@@ -40,7 +40,9 @@ def follow(page: Path, folder: Path) -> int:
                 assert ended.code == 0, f"{where}: {command}\n{ended.output}"
                 output, ran = output + ended.output, ran + 1
         elif block.language == "text" and output is not None:
-            assert pattern_of(block.text).fullmatch(output), f"{where}: the page shows\n{block.text}and the output is\n{output}"
+            assert pattern_of(block.text).fullmatch(output), (
+                f"{where}: the page shows\n{block.text}and the output is\n{output}"
+            )
             output = None
     return ran
 
@@ -61,7 +63,10 @@ def test_every_page_with_programs_is_followed():
     [
         ("```sh\nexit 3\n```\n", "page.md:1: exit 3"),
         ("```sh\necho loss 2 up\n```\n\n```text\nloss 1 down\n```\n", "page.md:5: the page shows"),
-        ('```python title="a.py"\nprint(7)\n```\n```sh\npython a.py\n```\n```text\nx\n```\n', "page.md:7: the page shows"),
+        (
+            '```python title="a.py"\nprint(7)\n```\n```sh\npython a.py\n```\n```text\nx\n```\n',
+            "page.md:7: the page shows",
+        ),
     ],
 )
 def test_a_page_that_is_wrong_is_found(tmp_path, page, message):

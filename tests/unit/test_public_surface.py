@@ -84,8 +84,10 @@ def surface() -> list[str]:
 def test_the_public_surface_is_what_is_written_down():
     written = WRITTEN.read_text().splitlines()
     gone, new = sorted(set(written) - set(surface())), sorted(set(surface()) - set(written))
-    remedy = f"docs/api_stability.md says what may change; python {Path(__file__).relative_to(ROOT)} --write writes it down"
-    assert not gone and not new, "\n".join([*(f"- {line}" for line in gone), *(f"+ {line}" for line in new), remedy])
+    remedy = (
+        f"docs/api_stability.md says what may change; python {Path(__file__).relative_to(ROOT)} --write writes it down"
+    )
+    assert gone == new == [], "\n".join([*(f"- {line}" for line in gone), *(f"+ {line}" for line in new), remedy])
 
 
 def test_the_reference_has_every_public_name_once():
