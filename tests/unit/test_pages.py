@@ -52,7 +52,7 @@ def test_programs_parse_and_use_public_names(page):
 
 def test_flags_that_commands_have_exist():
     known = {entry.flag for entry in options_of(TrainConfig)} | {"--config", "--print-config", "--help"}
-    sections = (*(f"{flag}." for flag in known), "--horovod.")
+    sections = tuple(f"{flag}." for flag in known)
     found = 0
     for page in PAGES:
         for command in re.findall(r"-m hvdtrain((?: [^`#|&\n]+)?)", page.read_text()):

@@ -87,7 +87,7 @@ def test_the_public_surface_is_what_is_written_down():
     remedy = (
         f"docs/api_stability.md says what may change; python {Path(__file__).relative_to(ROOT)} --write writes it down"
     )
-    assert not gone + new, "\n".join([*(f"- {line}" for line in gone), *(f"+ {line}" for line in new), remedy])
+    assert gone == new == [], "\n".join([*(f"- {line}" for line in gone), *(f"+ {line}" for line in new), remedy])
 
 
 def test_the_reference_has_every_public_name_once():
