@@ -60,6 +60,7 @@ STAIRS = [
     ["mpi.library", "mpi.lane", "mpi.dtypes"],
     ["mpi.operations", "mpi.staging"],
     ["mpi.agreement", "mpi.messages"],
+    ["mpi.submitting"],
     ["mpi.group"],
     ["mpi.registration"],
     ["mpi"],
@@ -171,7 +172,7 @@ PUBLIC_DOORS = {
 }  # no code of their own
 HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
-    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.agreement", "mpi.operations", "mpi.messages", "mpi.group"},
+    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.agreement", "mpi.operations", "mpi.messages", "mpi.group", "mpi.submitting"},
 }
 ENVIRONMENT = {"launch.detect", "launch.environment", "memory", "run", "workers"}  # of what runs on ranks
 
