@@ -22,8 +22,9 @@ def outer_step(sync: Sync, common: Tensor, way: Tensor, before: Tensor | None) -
     """
     if sync.averages:
         return common + way, None
-    momentum = way.clone() if before is None else before * sync.outer_momentum + way
-    return common + (way + momentum * sync.outer_momentum) * sync.outer_lr, momentum
+    momentum = way.clone() if before is None else torch.add(way, before, alpha=sync.outer_momentum)
+    step = torch.add(way, momentum, alpha=sync.outer_momentum)
+    return torch.add(common, step, alpha=sync.outer_lr), momentum
 
 
 def summable(parameter: nn.Parameter) -> Tensor:

@@ -131,7 +131,8 @@ class Round:
             return
         taken, compression = self._delay - self.left, self._way.compression
         rounds = 1 if compression is None else compression.rounds
-        due = 1 + (taken - 1) * rounds // max(1, self._delay - 1)
+        first = 1 + self._delay // 8  # until then a rank that is ahead waits for no other's word
+        due = 0 if taken < first else 1 + (taken - first) * rounds // max(1, self._delay - first)
         while self._stage != _OVER and self._stage < min(due, rounds):
             self._next()
 
@@ -201,7 +202,8 @@ class Round:
 
     def _send(self, piece: Sequence[tuple[nn.Parameter, Tensor]], wire: Wire) -> None:
         parameters, parts = [p for p, _ in piece], [part.contiguous() for _, part in piece]
-        flag = torch.stack([part.sum().double() for part in parts]).sum().mul(0) if parts else torch.zeros(())
+        coded = [part.sum().double() for p, part in piece if self._compresses(p)]
+        flag = torch.stack(coded).sum().mul(0) if coded else torch.zeros((), device=wire.device)
         exchanges = [self._exchange(p, part) for p, part in zip(parameters, parts, strict=True)]
         self._coded.append((parameters, parts, Coded(wire, exchanges, flag)))
 

@@ -13,7 +13,7 @@ from hvdtrain.testing.conformance.test_sync import INNER, batch, flat, loss_of, 
 pytestmark = pytest.mark.feature("sync")
 
 KEEPS_REST = ["1bit", "topk:0.1", "randomk:0.1", "powersgd:1"]
-FORMS = [(4, 1, 1), (4, 3, 1), (4, 0, 2), (5, 2, 3), (3, 2, 3)]
+FORMS = [(4, 1, 1), (4, 3, 1), (4, 0, 2), (5, 2, 3), (3, 2, 3), (10, 9, 1)]
 """Steps between exchanges, delay, fragments."""
 OUTER = {"local-sgd": (1.0, 0.0), "diloco": (0.7, 0.9)}
 
@@ -80,9 +80,9 @@ def named(kind, form):
 @pytest.mark.parametrize(("kind", "inner"), [("local-sgd", "momentum"), ("diloco", "AdamW")])
 def test_what_arrives_later_or_in_parts_is_the_documented_equation(backend, kind, inner, form):
     replica = replicated(backend, named(kind, form), inner)
-    for step in range(11):
+    for step in range(21):
         take_step(backend, replica, step)
-    modules, common = by_hand(backend.world_size, kind, form, inner, 11)
+    modules, common = by_hand(backend.world_size, kind, form, inner, 21)
     torch.testing.assert_close(flat(replica.module), flat(modules[backend.rank]), rtol=1e-10, atol=1e-12)
     have = torch.cat([value.flatten() for value in replica.rank_state()["common"].values()])
     torch.testing.assert_close(have, torch.cat([p.flatten() for p in common]), rtol=1e-10, atol=1e-12)
