@@ -86,7 +86,20 @@ def missing(engine: str) -> str:
     return f"{module} is not installed" if module and importlib.util.find_spec(module) is None else ""
 
 
-def plot(results: dict[str, Any], file: str) -> None:
+def bus_gb_s(size: int, seconds: float, ranks: int) -> float:
+    """What each rank sends at least, by its time, to four digits: small sizes are millionths of large ones."""
+    return float(f"{size / seconds * 2 * (ranks - 1) / ranks / 1e9:.4g}")
+
+
+def named(size: float) -> str:
+    """As people say it: 4 B, 16 KB, 128 MB."""
+    unit = 0
+    while size >= 1024:
+        size, unit = size / 1024, unit + 1
+    return f"{size:g} {('B', 'KB', 'MB', 'GB')[unit]}"
+
+
+def plot(whole: dict[str, Any], file: str) -> None:
     """Bus bandwidth over size."""
     import matplotlib  # noqa: PLC0415  (only with --plot)
 
@@ -94,11 +107,13 @@ def plot(results: dict[str, Any], file: str) -> None:
     from matplotlib import pyplot  # noqa: PLC0415
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for engine in next(iter(results.values()))["bus_gb_s"]:
-        axes.plot(
-            [int(size) for size in results], [each["bus_gb_s"][engine] for each in results.values()], "o-", label=engine
-        )
-    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="bus bandwidth, GB/s", title="all-reduce")
+    medians = {int(size): each["median_us"] for size, each in whole["results"].items()}
+    for engine in next(iter(medians.values())):
+        rates = [bus_gb_s(size, each[engine] / 1e6, whole["world_size"]) for size, each in medians.items()]
+        axes.plot(list(medians), rates, "o-", label=engine)
+    axes.set(xscale="log", yscale="log", xlabel="size", ylabel="bus bandwidth, GB/s", title="all-reduce")
+    axes.set_xticks(list(medians), [named(size) for size in medians], rotation=45)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -116,7 +131,11 @@ def main() -> None:
     parser.add_argument("--plot", help="file for a picture (needs matplotlib)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--to", help=argparse.SUPPRESS)
+    parser.add_argument("--of", help="with --plot: a file that --out wrote, instead of measuring")
     args = parser.parse_args()
+    if args.of:
+        plot(json.loads(Path(args.of).read_text()), args.plot)
+        return
     if args.worker:
         worker(args.worker, args.to, args.budget, getattr(torch, args.dtype))
         return
@@ -137,10 +156,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     for size in SIZES:
         medians = {engine: statistics.median(times[engine][size]) for engine in engines if times[engine][size]}
-        bus = {engine: size / value * 2 * (args.ranks - 1) / args.ranks / 1e9 for engine, value in medians.items()}
+        bus = {engine: bus_gb_s(size, value, args.ranks) for engine, value in medians.items()}
         results[str(size)] = {
             "median_us": {engine: round(value * 1e6, 1) for engine, value in medians.items()},
-            "bus_gb_s": {engine: round(value, 5) for engine, value in bus.items()},
+            "bus_gb_s": bus,
         }
         print(f"{size:>10}", results[str(size)]["median_us"], flush=True)
     whole = {
@@ -151,7 +170,7 @@ def main() -> None:
         "results": results,
     }
     if args.plot:
-        plot(results, args.plot)
+        plot(whole, args.plot)
     if args.out:
         Path(args.out).write_text(json.dumps(whole, indent=2) + "\n")
     print(json.dumps(whole))

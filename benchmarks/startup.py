@@ -33,6 +33,7 @@ def commands(ranks: int) -> dict[str, list[str]]:
     ]  # fmt: skip
     return {
         "python": [sys.executable, "-c", "pass"],
+        "import hvdtrain": [sys.executable, "-c", "import hvdtrain"],
         "import torch": [sys.executable, "-c", "import torch"],
         "--help": [sys.executable, "-m", "hvdtrain", "--help"],
         "python -m hvdtrain": [sys.executable, *job],
@@ -78,9 +79,9 @@ def main() -> None:
                 found.setdefault(name, []).append(seconds(argv))
             except (RuntimeError, OSError) as error:
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
-    medians = {name: round(statistics.median(times), 2) for name, times in found.items() if times}
+    medians = {name: round(statistics.median(times), 3) for name, times in found.items() if times}
     for name, value in medians.items():
-        print(f"{name:<20}{value:6.2f} s")
+        print(f"{name:<20}{value:7.3f} s")
     whole = {"benchmark": "startup", "world_size": args.ranks, "machine": machine(), "median_s": medians}
     if args.out:
         Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")

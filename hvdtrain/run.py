@@ -58,12 +58,13 @@ from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt
+from hvdtrain.training.ledger import FitResult
 from hvdtrain.training.mirror import Mirror
 from hvdtrain.training.precision import lie_channels_last
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
-from hvdtrain.training.trainer import FitResult, Trainer
+from hvdtrain.training.trainer import Trainer
 from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ def run_training(config: TrainConfig) -> Summary:
             reduce_dtype=config.reduce_dtype,
             compression=config.compression,
             sync=config.sync,
+            sync_group=config.sync_group,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 from hvdtrain.horovod_build.failure import BuildError
-from hvdtrain.launch.processes import descendants
+from hvdtrain.launch.processes import descendants, started
 
 OUT_OF_TIME = 124
 """Exit code of a program that was ended because its time was up, as `timeout` has it."""
 _LAST_LINES_S = 5.0
+_BEGINS_S = 10.0
+_ENDS_S = 10.0  # after a SIGKILL
 
 
 class Reporter(Protocol):
@@ -78,23 +83,25 @@ def run(
     """
     log.write(f"$ {' '.join(command)}")
     lines: list[str] = []
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        log.write(str(error))
-        return 127, [str(error)]
+    beginning: Future[subprocess.Popen[str]] = Future()
 
-    def read() -> None:
+    def begin_and_read() -> None:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except BaseException as error:
+            beginning.set_exception(error)
+            return
+        beginning.set_result(process)
         assert process.stdout is not None
         with process.stdout, contextlib.suppress(ValueError):  # the log is closed: what outlives its parent writes on
             for line in process.stdout:
@@ -102,32 +109,43 @@ def run(
                 lines.append(line.rstrip("\n"))
                 watch(line)
 
-    reader = threading.Thread(target=read, name="build-output", daemon=True)
+    # Signals interrupt the main thread alone: begun in another, no process can be left behind by one that comes meanwhile.
+    reader = threading.Thread(target=begin_and_read, name="build-output", daemon=True)
     try:
         reader.start()
-        code = process.wait(timeout=limit_s)
+        code = beginning.result().wait(timeout=limit_s)
+    except OSError as error:
+        log.write(str(error))
+        return 127, [str(error)]
     except subprocess.TimeoutExpired:
-        _end(process)
+        _end(beginning)
         reader.join(_LAST_LINES_S)
         log.write(f"ended after {limit_s:.0f} s")
         return OUT_OF_TIME, [*lines, f"it was ended after {limit_s:.0f} s"]
     except BaseException:  # Ctrl-C: a session of its own does not hear it
-        _end(process)
+        _end(beginning)
         raise
     reader.join(_LAST_LINES_S)  # not longer: a daemon that the build started may hold the pipe open
     return code, list(lines)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a process that still runs, with its children, also those that it gave sessions of their own (torchrun's ranks)."""
-    started = descendants(process.pid)
+def _end(beginning: Future[subprocess.Popen[str]]) -> None:
+    """End a process that has begun or is about to, with its children, also those with sessions of their own (torchrun's ranks)."""
+    try:
+        process = beginning.result(_BEGINS_S)
+    except (OSError, FutureTimeout):  # it never began
+        return
+    below = {pid: started(pid) for pid in descendants(process.pid)}
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
-    for child in started:
+        process.wait(timeout=_ENDS_S)
+    for pid in below:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + _ENDS_S
+    while time.monotonic() < end and any(began and started(pid) == began for pid, began in below.items()):
+        time.sleep(0.01)
 
 
 def pip() -> list[str]:

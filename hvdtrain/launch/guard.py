@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 from hvdtrain.errors import Preempted
 from hvdtrain.launch.environment import given, settle
@@ -57,10 +58,10 @@ def run(command: Sequence[str], wait_s: float = WAIT_S) -> int:
         OSError: The command cannot be started.
     """
     guard = _Guard(wait_s)
+    guard.listen()
     # A session of its own: Ctrl-C on a terminal comes to this process alone.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL if _terminal(0) else None, start_new_session=True)
-    guard.begin(child.pid, lambda: _as_shells(child.poll()))
-    return guard.wait()
+    return guard.wait(child.pid, lambda: _as_shells(child.poll()))
 
 
 def fork_under() -> None:
@@ -71,8 +72,11 @@ def fork_under() -> None:
     if told() is not None:
         return
     guard = _Guard(float(given(WAIT_VARIABLE) or WAIT_S))
+    unguarded = guard.listen()
     child = os.fork()
     if not child:
+        for number, handler in unguarded.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.setsid()
         if _terminal(0):
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -82,8 +86,7 @@ def fork_under() -> None:
         pid, status = os.waitpid(child, os.WNOHANG)
         return _as_shells(os.waitstatus_to_exitcode(status)) if pid else None
 
-    guard.begin(child, poll)
-    os._exit(guard.wait())
+    os._exit(guard.wait(child, poll))
 
 
 def tell_saved() -> None:
@@ -119,17 +122,20 @@ class _Guard:
         if self._file >= 0:
             settle({VARIABLE: f"{os.getpid()}:{self._file}:{name}"})
 
-    def begin(self, child: int, poll: Callable[[], int | None]) -> None:
-        self._child, self._poll = child, poll
+    def listen(self) -> dict[signal.Signals, Any]:
+        """Hear signals from here on, before there is a child that one could leave behind; return who heard them."""
+        heard = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-                signal.signal(number, self._note)
+                heard[number] = signal.signal(number, self._note)
+        return heard
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(number)
 
-    def wait(self) -> int:
+    def wait(self, child: int, poll: Callable[[], int | None]) -> int:
         """Wait for the child, through whatever comes: its exit code, or 75."""
+        self._child, self._poll = child, poll
         while (code := self._poll()) is None and not self._asked:
             time.sleep(_POLL_S)
         if code is None and self._ask_to_stop():

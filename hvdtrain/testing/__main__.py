@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 from hvdtrain.launch.detect import detect
+
+try:
+    import pytest
+except ImportError as missing:
+    raise SystemExit(f"hvdtrain.testing needs pytest ({missing}); pip install 'hvdtrain[testing]'") from missing
 
 
 def main() -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +22,14 @@ def accuracy(output: str) -> float:
     return float(re.search(r"accuracy (\d\.\d+)", output)[1])
 
 
-@pytest.mark.parametrize("name", ["own_loop", "one_process", "data_parallel", "mnist_files"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own_loop",
+        "data_parallel",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one_process", "mnist_files")),
+    ],
+)
 def test_an_example_learns(name):
     if name == "mnist_files":
         pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
@@ -59,8 +68,17 @@ LAUNCHES = {
     "horovodrun --mpi": (horovodrun_mpi, 2),
     "horovodrun --gloo": (horovodrun_gloo, 2),
 }
-OTHERS = [
-    pytest.param(name, marks=() if name == "torchrun" else pytest.mark.slow) for name in LAUNCHES if name != "python"
+EXAMPLE_LAUNCHES = [  # each example under one launcher, and under all in `make test-all`
+    pytest.param(example, launcher, marks=() if launcher == first else pytest.mark.slow)
+    for example, first in {
+        "gan": "torchrun",
+        "contrastive": "mpirun",
+        "wide_features": "",
+        "metrics": "horovodrun --mpi",
+        "dict_batches": "",
+    }.items()
+    for launcher in LAUNCHES
+    if launcher != "python"
 ]
 
 
@@ -74,14 +92,40 @@ def last_words(example: str, launcher: str) -> str:
     return words
 
 
-@pytest.mark.parametrize("launcher", OTHERS)
-@pytest.mark.parametrize("example", ["gan", "contrastive", "wide_features", "metrics"])
+@pytest.mark.parametrize(("example", "launcher"), EXAMPLE_LAUNCHES)
 def test_an_example_ends_alike_under_every_launcher(example, launcher):
     if launcher.startswith("horovodrun"):
         pytest.importorskip("horovod", reason="Horovod is not installed")
     if example == "metrics":
         pytest.importorskip("torchmetrics", reason="needs torchmetrics")
     assert last_words(example, launcher) == last_words(example, "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_an_autoencoder_learns_by_its_methods(launcher):
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / "vae.py")))
+    assert ended.code == 0, ended.output
+    before, after = map(float, re.search(r"from (\d+\.\d) to (\d+\.\d) nats", ended.output).groups())
+    assert before > 40
+    assert after < 26
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_the_best_of_a_run_is_kept_and_predicts(tmp_path: Path, launcher):
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / "best_of_a_run.py"), str(tmp_path)))
+    assert ended.code == 0, ended.output
+    assert int(re.search(r"ended after (\d+) epochs: accuracy has not been better", ended.output)[1]) < 40
+    best, predicted = re.search(r"best (\S+), of its predictions (\S+) right", ended.output).groups()
+    assert best == predicted
+    assert float(best) > 0.95
 
 
 @pytest.mark.slow
@@ -108,6 +152,23 @@ def test_a_custom_task_runs_as_a_script_and_by_name(tmp_path: Path):
     assert "eval distance" in ended.output
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_backend_of_ones_own_passes_the_conformance_suite(tmp_path: Path, ranks):
+    package = tmp_path / "package"
+    about = package / "own_backend-1.0.dist-info"  # what pip writes for a package that registers it
+    about.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "own_backend.py", package)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own-backend\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[hvdtrain.backends]\ngloo = own_backend:GlooBackend\n")
+    path = os.pathsep.join([str(package), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    how = ["--backend", "gloo", "-q", "--log-dir", str(tmp_path / "logs")]
+    ended = run(torchrun(ranks, "-m", "hvdtrain.testing", *how), timeout_s=1800, PYTHONPATH=path)
+    shown = "\n\n".join([ended.output, *(log.read_text()[-6000:] for log in sorted((tmp_path / "logs").iterdir()))])
+    assert ended.code == 0, shown
+
+
 def test_every_example_is_run_here():
     tried = {
         "own_loop",
@@ -122,5 +183,9 @@ def test_every_example_is_run_here():
         "contrastive",
         "detection",
         "metrics",
+        "dict_batches",
+        "vae",
+        "best_of_a_run",
+        "own_backend",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
+import venv
 
 import pytest
 
@@ -73,9 +76,6 @@ def test_an_interrupt_ends_what_was_started(tmp_path):
         "run(['sh', '-c', 'echo $$ > pid; sleep 60'], log=Log(Path('log')), environment=os.environ,"
         " folder=Path('.'), limit_s=60)"
     )
-    import signal
-    import subprocess
-
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -107,9 +107,6 @@ def test_the_environment_is_exactly_the_one_given(tmp_path, log):
 
 def test_pip_runs_also_where_the_environment_has_none(tmp_path, log):
     """ensurepip's own wheel serves: uv makes environments without pip."""
-    import subprocess
-    import venv
-
     venv.create(tmp_path / "bare", with_pip=False)
     python = tmp_path / "bare" / "bin" / "python"
     code = "from hvdtrain.horovod_build.running import pip; import subprocess; subprocess.run([*pip(), '--version'], check=True)"
@@ -120,3 +117,25 @@ def test_pip_runs_also_where_the_environment_has_none(tmp_path, log):
     assert answer.returncode == 0, answer.stderr
     assert ".whl" in answer.stdout
     assert pip()[:3] == [sys.executable, "-m", "pip"]
+
+
+def test_an_interrupt_at_any_moment_leaves_nothing_behind(tmp_path):
+    """The moments around fork and exec too, in which nobody holds the process yet."""
+    program = (
+        "import os, random, signal, sys, time; from pathlib import Path\n"
+        "from hvdtrain.horovod_build.running import Log, run; from hvdtrain.launch.processes import descendants\n"
+        "log = Log(Path('log')); interrupted = 0\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+        "for _ in range(200):\n"
+        "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 4e-3))\n"
+        "        run(['sleep', '600'], log=log, environment=os.environ, folder=Path('.'), limit_s=60)\n"
+        "    except KeyboardInterrupt:\n"
+        "        interrupted += 1\n"
+        "print(interrupted, descendants(os.getpid()))\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert answer.stdout == "200 []\n", answer.stdout + answer.stderr
