@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, str] = {
     "guard": "hvdtrain.cli.guard",
     "verify": "hvdtrain.cli.verify",
     "report": "hvdtrain.cli.report",
+    "bench": "hvdtrain.cli.bench",
     "migrate": "hvdtrain.cli.migrate",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hvdtrain.cli.trials import count, own_flags, starters
 from hvdtrain.cli.voice import say
 from hvdtrain.doctor.asking import ask
-from hvdtrain.doctor.launchers import here_with_horovod
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.starting import Starter, surroundings
 from hvdtrain.settings.config import TrainConfig
@@ -49,15 +49,15 @@ def run(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         say(_HELP)
         return 0
-    own, rest = _own_flags(argv)
-    ranks, steps = (_count(name, own[name]) for name in ("--ranks", "--steps"))
+    own, rest = own_flags(argv, _OWN)
+    ranks, steps = (count(name, own[name]) for name in ("--ranks", "--steps"))
     config = _config(rest, ranks, steps)
     from hvdtrain.verify.comparing import Finding, between, tolerance, twice, uncompared  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.verify.notes import read  # noqa: PLC0415
 
     close = tolerance(config.precision)
     with tempfile.TemporaryDirectory(prefix="hvdtrain-verify-") as place:
-        alone, *others = _starters(own["--engines"])
+        alone, others = starters(own["--engines"])
         for name in ("one", "again"):
             failed = _trained(alone, 1, config, Path(place) / name)
             if failed:
@@ -93,28 +93,6 @@ def run(argv: Sequence[str]) -> int:
     return int(wrong)
 
 
-def _own_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    own, rest, words = dict(_OWN), [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in own:
-            rest.append(word)
-        elif equals:
-            own[name] = value
-        else:
-            found = next(words, None)
-            if found is None:
-                raise UsageError(f"{name} needs a value; --help shows which")
-            own[name] = found
-    return own, rest
-
-
-def _count(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:6]) <= 1024 or len(text) > 4:
-        raise UsageError(f"{name} {text}: give a number from 1 to 1024")
-    return int(text)
-
-
 def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
     flags = read_flags(TrainConfig, rest)
     config: TrainConfig = build(TrainConfig, flags)
@@ -133,20 +111,6 @@ def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
         config, precision=precision, global_batch_size=batch, batch_size=None, epochs=10**6, max_steps=steps, device="cpu",
         checkpoint_every=0, resume="never", backend="auto", workers=0,
     )  # fmt: skip
-
-
-def _starters(engines: str) -> list[Starter]:
-    """One process, and a launcher for each engine: Horovod's first."""
-    here: dict[str, Starter] = {}
-    for starter in here_with_horovod():
-        here.setdefault(starter.backend, starter)
-    wanted = [name.strip() for name in engines.split(",") if name.strip()] or [name for name in here if name != "local"]
-    unknown = [name for name in wanted if name not in here or name == "local"]
-    if unknown:
-        raise UsageError(
-            f"--engines {unknown[0]}: those that are here are {', '.join(n for n in here if n != 'local')}; hvdtrain doctor says why"
-        )
-    return [here["local"], *(here[name] for name in wanted)]
 
 
 def _trained(starter: Starter, ranks: int, config: TrainConfig, folder: Path) -> str:
