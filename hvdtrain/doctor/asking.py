@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from hvdtrain.horovod_build.running import OUT_OF_TIME, Log, run
 
 LIMIT_S = 60.0
 _MARK = "hvdtrain doctor: "
+_WHO = re.compile(r"^\s*\[(rank)?\d+\](<std(out|err)>)?:\s?")  # what torch and horovodrun put before a rank's lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +48,10 @@ class Answer:
         return f"{said} ({ended})" if said else ended
 
     def _telling(self) -> str:
-        lines = [line.strip() for line in self.lines if line.strip() and _MARK not in line]
-        errors = [line for line in lines if "rror" in line.partition(":")[0]]
+        said = (_WHO.sub("", line).strip(" \t\0") for line in self.lines if _MARK not in line)
+        lines = [line for line in said if line]
+        heads = ((line, line.partition(":")[0]) for line in lines)
+        errors = [line for line, head in heads if "rror" in head and head != "Errorcode"]  # which mpirun says last
         return (errors or lines or [""])[-1]
 
 

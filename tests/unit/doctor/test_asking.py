@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.doctor.asking import ask, ask_python
+from hvdtrain.doctor.asking import Answer, ask, ask_python
 from hvdtrain.horovod_build.running import OUT_OF_TIME
 
 
@@ -64,3 +64,16 @@ def test_what_is_asked_ends_by_the_signal_that_ends_who_asks(tmp_path):
     assert asker.wait(30) == 128 + signal.SIGTERM
     state = Path(f"/proc/{file.read_text().strip()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["[rank1]: ValueError: planted", "---", "  Errorcode: 1", "\0"], "ValueError: planted"),
+        (["[1]<stderr>:RuntimeError: planted", "ended"], "RuntimeError: planted"),
+        (["something", "\0"], "something"),
+        (["[1, 2, 3] is no error"], "[1, 2, 3] is no error"),
+    ],
+)
+def test_the_line_that_says_most_is_a_ranks_and_no_launchers(lines, told):
+    assert Answer(code=1, lines=tuple(lines)).how == f"{told} (exit code 1)"
