@@ -11,6 +11,7 @@ from hvdtrain.backends.exclusions import ASKED_BY, exclusion
 from hvdtrain.backends.units import is_cut
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
+from hvdtrain.testing.cutting import offered
 
 ASKED = {
     "static_graph": {"static_graph": True},
