@@ -1,6 +1,9 @@
 # `make train` and `make test` set up everything they need in .venv; nothing else is touched.
 PYTHON ?= python3
 RANKS ?= 2
+# Tests that run at a time; most of them wait for launchers, or compute on one core. Files stay together, and the longest come first.
+WORKERS ?= 2
+AT_ONCE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 VENV := .venv
 # What training needs, and what the tests need besides: a first run does not wait for linters.
 TRAINS := $(VENV)/.trains
@@ -51,11 +54,11 @@ $(SITE): $(TRAINS)
 train: $(TRAINS)  ## train on the built-in digits under horovodrun, two ranks
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" horovodrun -np $(RANKS) python -m hvdtrain --run-dir runs/digits --resume never
 
-test: $(READY)  ## run the tests (conformance on 1 to 3 ranks included); each is named when it starts
-	$(VENV)/bin/python -m pytest -v -m "not slow" $(PYTEST_ARGS)
+test: $(READY)  ## run the tests (conformance on 1 to 3 ranks included); each is named when it ends
+	$(VENV)/bin/python -m pytest -v $(AT_ONCE) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(READY)  ## run the slow tests too
-	$(VENV)/bin/python -m pytest -v $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -v $(AT_ONCE) $(PYTEST_ARGS)
 
 lint: $(READY) $(SITE)  ## style, types, and whether the site of the documentation can be built
 	$(VENV)/bin/ruff check .

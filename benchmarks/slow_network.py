@@ -5,6 +5,11 @@ python benchmarks/slow_network.py --backend torch --rate 100mbit
 Needs root, iproute2 and sshd (see tests/cluster/hosts.py). The ways take turns in one job of one rank a host, on an MLP of 8.5
 million parameters that learns what a random teacher says. Held-out losses are taken off the clock, of the weights that all
 ranks have in common. The last line of the output is one JSON object.
+
+python benchmarks/slow_network.py --hides 40 35
+
+How much of DiLoCo's exchange after every 40 steps is hidden where it has 35 steps' time: by how much the calls of `replica.step`
+that send weights or take them in are longer than the median one, with an exchange that is waited for and with one that is not.
 """
 
 from __future__ import annotations
@@ -38,6 +43,9 @@ WAYS: dict[str, dict[str, str]] = {
     "compression powersgd:2": {"compression": "powersgd:2"},
     "sync local-sgd:8": {"sync": "local-sgd:8"},
     "sync diloco:20": {"sync": "diloco:20"},
+    "sync diloco:20, int8": {"sync": "diloco:20", "compression": "int8"},
+    "sync diloco:20,delay=15,fragments=2": {"sync": "diloco:20,delay=15,fragments=2"},
+    "sync diloco:500": {"sync": "diloco:500"},
 }
 LAUNCHERS = {"torch": "torchrun", "mpi": "mpirun", "horovod": "horovodrun-gloo"}
 WIDTH, INPUTS, CLASSES, BATCH = 2048, 64, 10, 32
@@ -63,16 +71,17 @@ def measure(backend: Backend, steps: int, every: int, lr: float, options: dict[s
     replica = backend.replicate(model, torch.optim.AdamW(model.parameters(), lr=lr), **options)  # type: ignore[arg-type]
     x, y = samples(BATCH * steps, seed=100 + backend.rank)
     held_x, held_y = samples(1000, seed=2)
-    seconds, curve, sent = [], [], 0.0
+    seconds, steps_s, curve, sent = [], [], [], 0.0
     for step in range(steps):
-        backend.barrier()
+        if "sync" not in options:  # else ranks do not wait for each other
+            backend.barrier()
         began, before = time.perf_counter(), backend.traffic.sent_bytes
         rows = slice(BATCH * step, BATCH * (step + 1))
         loss = nn.functional.cross_entropy(replica.model(x[rows]), y[rows])
         replica.backward(loss, samples=BATCH, total=BATCH * backend.world_size)
+        stepped = time.perf_counter()
         replica.step()
-        if step == steps - 1:
-            replica.settle()
+        steps_s.append(time.perf_counter() - stepped)
         sent += backend.traffic.sent_bytes - before
         seconds.append(time.perf_counter() - began)
         if (step + 1) % every == 0:
@@ -81,6 +90,7 @@ def measure(backend: Backend, steps: int, every: int, lr: float, options: dict[s
                 held = float(nn.functional.cross_entropy(out, held_y))
                 accuracy = float((out.argmax(1) == held_y).float().mean())
             curve.append((round(sum(seconds), 3), round(held, 4), round(accuracy, 4)))
+    replica.settle()
     return {
         "ms_per_step": round(1000 * sum(seconds) / steps, 1),
         "median_ms": round(1000 * statistics.median(seconds), 1),
@@ -88,6 +98,7 @@ def measure(backend: Backend, steps: int, every: int, lr: float, options: dict[s
         "loss": curve[-1][1],
         "accuracy": curve[-1][2],
         "curve": curve,
+        "step_s": [round(one, 4) for one in steps_s],
     }
 
 
@@ -96,13 +107,14 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with hvdtrain.init(args.backend) as backend:
         found = {}
-        for way in args.ways:
-            found[way] = measure(backend, args.steps, args.every, args.lr, WAYS[way])
+        for turn, way in enumerate(args.ways):
+            name = way if args.ways.count(way) == 1 else f"{way} ({turn})"
+            found[name] = measure(backend, args.steps, args.every, args.lr, WAYS.get(way) or {"sync": way})
             if backend.rank == 0:
                 args.results.write_text(json.dumps(found))
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="torch", choices=list(LAUNCHERS))
     parser.add_argument("--rate", default="100mbit", help="what each host can send, as tc has it")
@@ -111,10 +123,21 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between held-out losses")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--target", type=float, default=1.0, help="the held-out loss to which the seconds are said")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), help=f"of {', '.join(WAYS)}, or what --sync takes")
+    parser.add_argument("--hides", nargs=2, type=int, metavar=("STEPS", "DELAY"), help="measure what a delay hides")
+    parser.add_argument("--turns", type=int, default=3, help="of --hides; medians are shown")
     parser.add_argument("--limit-s", type=float, default=1800)
     parser.add_argument("--results", type=Path, default=None, help=argparse.SUPPRESS)  # given to ranks
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    if args.hides:
+        every, delay = args.hides
+        args.steps = 2 * every + delay  # two exchanges, both taken in
+        args.every = args.steps
+        args.ways = [f"diloco:{every}", f"diloco:{every},delay={delay}"] * args.turns
     if args.results is not None:
         work(args)
         return
@@ -139,19 +162,47 @@ def main() -> None:
                 if process.returncode:
                     sys.exit(said)
         found = json.loads(results.read_text())
+    if args.hides:
+        said = hidden(found, *args.hides)
+        print(json.dumps({**facts(args), **said}))
+        return
     shown = [
         f"| {args.backend}, {args.rate} | ms a step | bytes a step | s to loss {args.target:g} | last loss | accuracy |"
     ]
     shown.append("|---|---|---|---|---|---|")
     for way, one in found.items():
         reached = next((f"{seconds:.1f}" for seconds, loss, _ in one["curve"] if loss <= args.target), "")
+        del one["step_s"]
         one["seconds_to_target"] = float(reached) if reached else None
         shown.append(
             f"| {way} | {one['ms_per_step']:.0f} | {one['sent_bytes_per_step']:,} | {reached} | {one['loss']:.3f} | {one['accuracy']:.3f} |"
         )
     print("\n".join(shown))
-    facts = {name: getattr(args, name) for name in ("backend", "rate", "hosts", "steps", "lr", "target")}
-    print(json.dumps({**facts, "torch": torch.__version__, "machine": platform.machine(), "ways": found}))
+    print(json.dumps({**facts(args), "ways": found}))
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What was run, and where."""
+    asked = {name: getattr(args, name) for name in ("backend", "rate", "hosts", "steps", "lr", "target")}
+    return {**asked, "torch": torch.__version__, "machine": platform.machine()}
+
+
+def hidden(found: dict[str, Any], every: int, delay: int) -> dict[str, Any]:
+    """Seconds that an exchange holds training up, waited for and not, in each turn, and the part that is hidden, by medians."""
+    held_up: dict[str, list[float]] = {}
+    for name, one in found.items():
+        taken = one["step_s"]
+        usual = statistics.median(taken)
+        touched = (
+            (every, every + 1, every + delay) if "delay" in name else (every,)
+        )  # sent, weighed and begun, taken in
+        extra = [[round(taken[begin + at - 1] - usual, 3) for at in touched] for begin in (0, every)]
+        print(f"{name}: {extra} s")
+        held_up.setdefault(name.partition(" (")[0], []).append(round(statistics.mean(map(sum, extra)), 3))
+    waited, beside = (statistics.median(turns) for turns in held_up.values())
+    print("\n".join(f"| {way} | {', '.join(map(str, turns))} s an exchange |" for way, turns in held_up.items()))
+    print(f"hidden: {100 * (1 - beside / waited):.1f} %")
+    return {"held_up_s": held_up, "hidden": round(1 - beside / waited, 4)}
 
 
 if __name__ == "__main__":

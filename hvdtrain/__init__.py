@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from hvdtrain.training.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from hvdtrain.training.checkpoint import Checkpoints as Checkpoints
     from hvdtrain.training.events import Callback as Callback
+    from hvdtrain.training.ledger import FitResult as FitResult
     from hvdtrain.training.loop_state import LoopState as LoopState
     from hvdtrain.training.random_numbers import OwnRandomNumbers as OwnRandomNumbers
     from hvdtrain.training.random_numbers import seed_everything as seed_everything
     from hvdtrain.training.task import Task as Task
-    from hvdtrain.training.trainer import FitResult as FitResult
     from hvdtrain.training.trainer import Trainer as Trainer
     from hvdtrain.workers import spawn as spawn
 
@@ -66,7 +66,7 @@ _PUBLIC = {
     "EarlyStopping": "hvdtrain.training.callbacks.early_stopping:EarlyStopping",
     "EvalRecord": "hvdtrain.observe.logger:EvalRecord",
     "ExponentialMovingAverage": "hvdtrain.training.callbacks.averaging:ExponentialMovingAverage",
-    "FitResult": "hvdtrain.training.trainer:FitResult",
+    "FitResult": "hvdtrain.training.ledger:FitResult",
     "Logger": "hvdtrain.observe.logger:Logger",
     "Gather": "hvdtrain.compression.base:Gather",
     "LoopState": "hvdtrain.training.loop_state:LoopState",

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,14 +37,18 @@ from hvdtrain.observe.jsonl import JsonlLogger
 from hvdtrain.observe.logger import FanOut, Logger, NullLogger, StepRecord
 from hvdtrain.observe.progress import ProgressLogger
 from hvdtrain.observe.summary import Summary, parameters_norm, parameters_sha256, show_summary, write_summary
+from hvdtrain.observe.surroundings import place_of, surroundings
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.optim.master_weights import MasterWeights, has_masters
 from hvdtrain.optim.schedule import make_schedule, scaled_lr
 from hvdtrain.optim.sharded import ShardedOptimizer
+from hvdtrain.profiling.profiler import Profiler
 from hvdtrain.settings.components import resolve
 from hvdtrain.settings.config import HorovodConfig, TrainConfig
+from hvdtrain.settings.horovod_config import DYNAMIC_TIMELINE
 from hvdtrain.settings.layers import plain
 from hvdtrain.settings.options import Component
+from hvdtrain.settings.profiling import steps_of
 from hvdtrain.settings.record import record_text, what_stays
 from hvdtrain.settings.resuming import compare, recorded
 from hvdtrain.sync_batch_norm import convert_sync_batch_norm
@@ -53,12 +58,13 @@ from hvdtrain.training.checkpoint import Checkpoints, agree, model_state, opened
 from hvdtrain.training.checkpoint_files import Saved, name_of
 from hvdtrain.training.dry_run import check_model, check_optimizer, check_schedule
 from hvdtrain.training.interrupt import Interrupt
+from hvdtrain.training.ledger import FitResult
 from hvdtrain.training.mirror import Mirror
 from hvdtrain.training.precision import lie_channels_last
 from hvdtrain.training.random_numbers import seed_everything
 from hvdtrain.training.stopping import StopRequest
 from hvdtrain.training.task import Classification, Task
-from hvdtrain.training.trainer import FitResult, Trainer
+from hvdtrain.training.trainer import Trainer
 from hvdtrain.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -77,6 +83,10 @@ def run_training(config: TrainConfig) -> Summary:
     began = time.monotonic()
     if config.deterministic:
         _be_deterministic()
+    if config.profile is not None:
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "6"
+        )  # it tells of every start and stop, and of GPUs that are not there
     with StopRequest() as stop, _backend(config) as backend:
         _check_combination(config, backend)
         console = _console(backend)
@@ -102,7 +112,19 @@ def run_training(config: TrainConfig) -> Summary:
         schedule, interval = _schedule(config, optimizer, backend, steps_per_epoch)
         checkpoints = _checkpoints(config, backend, run_dir)
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
-        logger, progress = _loggers(config, backend, console, run_dir, resume_from)
+        environment = surroundings(
+            backend.all_gather_object(place_of(backend.device)),
+            backend=backend.name,
+            engine=backend.engine,
+            launcher=backend.topology.launcher,
+            world_size=backend.world_size,
+            num_nodes=backend.topology.num_nodes,
+            device=str(backend.device),
+            global_batch_size=batch,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        logger, progress = _loggers(config, backend, console, run_dir, resume_from, environment)
+        profiler = _profiler(config, backend, console, run_dir)
         interrupt = Interrupt(lambda text: console.print(text, highlight=False))
         trainer = Trainer(
             backend,
@@ -125,7 +147,7 @@ def run_training(config: TrainConfig) -> Summary:
             checkpoint_every=config.checkpoint_every,
             checkpoint_minutes=config.checkpoint_minutes,
             stop_requested=lambda: stop() or interrupt(),
-            callbacks=getattr(task, "build_callbacks", list)(),
+            callbacks=[*getattr(task, "build_callbacks", list)(), *profiler],
             compile=config.compile,
             checkpoint_modules=config.checkpoint_modules,
             checkpoint_policy=config.checkpoint_policy,
@@ -135,6 +157,7 @@ def run_training(config: TrainConfig) -> Summary:
             reduce_dtype=config.reduce_dtype,
             compression=config.compression,
             sync=config.sync,
+            sync_group=config.sync_group,
             bucket_bytes=None if config.bucket_mb is None else int(config.bucket_mb * 2**20),
         )
         try:
@@ -151,6 +174,8 @@ def run_training(config: TrainConfig) -> Summary:
                     partition=config.partition,
                     resume_from=resume_from,
                 )
+            for each in profiler:
+                each.finish(trainer)
         finally:
             logger.close()
         summary = _summary(config, backend, trainer.replica, result, batch, time.monotonic() - began)
@@ -195,6 +220,8 @@ def _backend(config: TrainConfig) -> Backend:
         options["all_reduce"] = config.all_reduce
     if name == "horovod":
         options.update(asdict(config.horovod))
+        if config.profile is not None and config.horovod.timeline is None:
+            options["timeline"] = DYNAMIC_TIMELINE
     elif config.horovod != HorovodConfig():
         raise ConfigError(
             f"--horovod.* settings are for backend horovod, but backend {name} was chosen for {detection.reason}; leave them out, "
@@ -427,16 +454,30 @@ def _keep_record(config: TrainConfig, run_dir: Path, resume_from: Saved | None) 
 
 
 def _loggers(
-    config: TrainConfig, backend: Backend, console: Console, run_dir: Path, resume_from: Saved | None
+    config: TrainConfig,
+    backend: Backend,
+    console: Console,
+    run_dir: Path,
+    resume_from: Saved | None,
+    environment: dict[str, Any],
 ) -> tuple[Logger, Callable[[StepRecord], None] | None]:
     """Who listens to logged steps and evaluations, and who to what happens between them."""
     if backend.rank != 0:
         return NullLogger(), None
     resumed_step = resume_from.step if resume_from else 0
     progress = ProgressLogger(console, config.epochs)
-    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step)]
+    own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step, environment)]
     tracked = [] if config.epochs == 0 else trackers.chosen(config.logger, run_dir, plain(config), resumed_step)
     return FanOut([*own, *tracked]), FanOut([progress]).log_step
+
+
+def _profiler(config: TrainConfig, backend: Backend, console: Console, run_dir: Path) -> list[Profiler]:
+    """What profiles the steps that were asked for, if there are some."""
+    steps = steps_of(config.profile)
+    if steps is None:
+        return []
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    return [Profiler(backend, steps, run_dir / "profile", tell)]
 
 
 def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console: Console, run_dir: Path) -> None:

@@ -48,6 +48,7 @@ class LocalReplica(Replica):
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
         pass

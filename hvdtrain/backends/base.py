@@ -10,27 +10,27 @@ import atexit
 import itertools
 import logging
 import os
-import socket
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import nn
 
 from hvdtrain.backends.ahead import Ahead
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.compressed import CompressedReplica
+from hvdtrain.backends.device import choose_device
 from hvdtrain.backends.exclusions import check_combination, not_by
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica, ReplicaOptions
-from hvdtrain.backends.seldom import SeldomReplica
+from hvdtrain.backends.seldom import SeldomOfGroups, SeldomReplica
 from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import cannot_be_cut, units_of
 from hvdtrain.compression.base import Compression
@@ -39,7 +39,6 @@ from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
 from hvdtrain.errors import (
-    BackendUnavailable,
     CollectiveError,
     ConfigError,
     HvdtrainError,
@@ -50,18 +49,17 @@ from hvdtrain.errors import (
 from hvdtrain.launch import guard, leash, once
 from hvdtrain.launch.algorithms import FAMILIES
 from hvdtrain.launch.detect import Detection
-from hvdtrain.launch.environment import given
-from hvdtrain.launch.siblings import Siblings
 from hvdtrain.launch.stuck import end_if_stuck
 from hvdtrain.memory import keep_freed_memory
 from hvdtrain.ranks import last_words
-from hvdtrain.ranks.everyone import assemble, exchange, software
+from hvdtrain.ranks.arrival import Arrival
+from hvdtrain.ranks.clocks import ClockOffset, clock_offset
+from hvdtrain.ranks.everyone import exchange, software
 from hvdtrain.ranks.exit import end_anyway, prepare
-from hvdtrain.ranks.rendezvous import Announce, Meeting, meet, needs_announcement
-from hvdtrain.ranks.store import Store
-from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch, Watch
+from hvdtrain.ranks.rendezvous import Announce, Meeting, needs_announcement
+from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch
 from hvdtrain.settings.options import MOST_SECONDS
-from hvdtrain.settings.sync import Sync, sync_of
+from hvdtrain.settings.sync import Sync, group_of, sync_of
 from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
@@ -72,10 +70,6 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 _ABORT_S = 40.0  # what a rank does that ends takes some seconds; an engine may hold it up
-_ENDED_BEFORE = (
-    "ended before it came to hvdtrain.init(): no process of it is left. Its own output, above, may say why; an exit code of 0 "
-    "tells a launcher nothing"
-)
 
 
 class Backend(Communicator):
@@ -119,7 +113,7 @@ class Backend(Communicator):
         self.detection = detection
         self.topology = detection.topology
         self.timeout_s = float(timeout_s)
-        self.device = self._choose_device(device)
+        self.device = choose_device(device, self.topology)
         self.traffic = Traffic()
         """What this rank has sent."""
         self.replica_numbers = itertools.count(1)  # every rank makes its replicas in the same order
@@ -130,8 +124,8 @@ class Backend(Communicator):
         self._local_first: LocalFirst | None = None
         self._launcher_freed = False
         self._agreements = itertools.count()
-        self._siblings: Siblings | None = None
         self._ahead: Ahead | None = None
+        self._lasting: dict[tuple[int, ...], Group | None] = {}
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -200,10 +194,11 @@ class Backend(Communicator):
         if self.device.type == "cpu":
             keep_freed_memory()
         leash.hold(self.topology.launcher)
+        self._arrival = Arrival(self.detection, self.timeout_s)
         try:
             self._connect()
         except BaseException as error:
-            self._end_start(error)
+            self._arrival.give_up(error)
             raise
         self._count(self)
         self._running, self._process = True, os.getpid()
@@ -220,6 +215,10 @@ class Backend(Communicator):
             return
         self._watch.leave(self.timeout_s)
         self._running, self._ended = False, True
+        for group in self._lasting.values():
+            if group is not None:
+                group.close()
+        self._lasting = {}
         with groups_turn:
             self._disconnect()
         leash.release()
@@ -282,6 +281,7 @@ class Backend(Communicator):
         reduce_dtype: str | None = None,
         compression: str | Compression | None = None,
         sync: str | Sync | None = None,
+        sync_group: str | int | None = None,
         shard_modules: str | None = None,
     ) -> Replica:
         """Make this rank's copy of a model that is trained on all ranks; every rank must call it.
@@ -297,10 +297,12 @@ class Backend(Communicator):
             bucket_bytes: See `ReplicaOptions`.
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
             compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
-                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), or a `hvdtrain.Compression`; None or "none"
-                for all of them.
+                "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), a `hvdtrain.Compression` or the import path of
+                one; None or "none" for all of them. With ``sync`` of the weights' way from the last common ones.
             sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
-                "diloco:100", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
+                "diloco:100", "diloco:100,delay=10,fragments=4", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
+            sync_group: With ``sync`` or ``compression``: inside each "node", or each so many ranks that follow one another,
+                gradients are exchanged in every step and as they are; groups send less to each other. None or "none" for no groups.
             shard_modules: Cut parameters, gradients and the optimizer's state over the ranks (torch's FSDP2): a regular
                 expression for the names of the modules that are gathered one at a time, such as ``"layers[.][^.]+"``. The
                 whole name must match. The optimizer's groups then hold this rank's parts.
@@ -317,9 +319,20 @@ class Backend(Communicator):
             {
                 "compression": compressed,
                 "reduce_dtype": reduce_dtype not in (None, "auto"),
+            }
+        )
+        check_combination(
+            {
+                "reduce_dtype": reduced is not None or reduce_dtype not in (None, "auto"),
                 "sync": seldom is not None,
             }
         )
+        group = group_of(sync_group)
+        if group is not None and how is None and seldom is None:
+            raise ConfigError(
+                f"sync_group={sync_group} (--sync-group) says inside which groups of ranks nothing is sent less, and nothing is said to be: give "
+                "sync= (--sync) or compression= (--compression) too, fp16 and bf16 excepted, or leave it out"
+            )
         if compressed:
             self._check_exchange("compression= (--compression)")
         options = ReplicaOptions(
@@ -329,6 +342,7 @@ class Backend(Communicator):
             reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
             compression=how,
             sync=seldom,
+            sync_group=group,
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
@@ -347,7 +361,8 @@ class Backend(Communicator):
             units_of(model, shard_modules)
         if seldom is not None:
             self._check_exchange("sync= (--sync)")
-            return SeldomReplica(self, model, optimizer, options)
+            kind = SeldomReplica if group is None else SeldomOfGroups
+            return kind(self, model, optimizer, options)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
         if how is not None:
@@ -451,6 +466,17 @@ class Backend(Communicator):
             self._count(group)
         return group
 
+    def lasting_group(self, ranks: Sequence[int]) -> Group | None:
+        """A group as of `group`, one for each list of ranks, that is there until `stop`; every rank must call it alike."""
+        key = tuple(ranks)
+        if key not in self._lasting:
+            self._lasting[key] = self.group(ranks)
+        return self._lasting[key]
+
+    def beside(self) -> Communicator:
+        """All ranks once more, for messages that are under way for long and must not keep others waiting; as `lasting_group`."""
+        return self if self.world_size == 1 else self.lasting_group(self.ranks) or self
+
     @contextmanager
     def local_rank_first(self, *, timeout_s: float | None = None) -> Iterator[None]:
         """Let local rank 0 of each node run the block first, and the node's other ranks when it is done.
@@ -527,6 +553,21 @@ class Backend(Communicator):
             if theirs != texts[0]:
                 raise CollectiveError(f"rank 0 is at {texts[0]}, and rank {rank} at {theirs}; {ALL_THE_SAME}")
 
+    def clock_offset(self) -> ClockOffset:
+        """How far this host's clock is from one that all ranks share; see `hvdtrain.ranks.clocks`. Not a collective."""
+        return ClockOffset(0, 0) if self._meeting is None else clock_offset(self._meeting.store)
+
+    def begin_engine_trace(self, path: Path) -> bool:
+        """Let the engine itself write what it does into a file of rank 0's, where it can; every rank must call it.
+
+        Returns:
+            Whether it does. `end_engine_trace` completes the file.
+        """
+        return False
+
+    def end_engine_trace(self) -> None:
+        """Complete what `begin_engine_trace` began; every rank must call it."""
+
     def ahead(self, number: int) -> Ahead:
         """Begin to sum a number over the ranks that is wanted later; every rank must call it at the same place.
 
@@ -583,57 +624,12 @@ class Backend(Communicator):
     def _meet(self) -> Meeting:
         """Connect with the other ranks beside the engine, begin to watch them, and return when all are here."""
         announce = self._announce() if needs_announcement(self.detection) else None
-        siblings = self._siblings = Siblings(self.detection)
-        self._meeting = meeting = meet(
-            self.detection, self.timeout_s, announce, lambda: self._look_for_rank_zero(siblings)
-        )
-        watch: NullWatch = NullWatch()
-        if self.world_size > 1:
-            watch = self._watch = self._begin_watch(meeting.store)
-        self._local_first = LocalFirst(meeting.store, self.topology, watch)
-        assemble(
-            meeting.store, watch, self._software(),
-            rank=self.rank, world_size=self.world_size, timeout_s=self.timeout_s,
-            look=lambda awaited: self._look_for(awaited, siblings),
-        )  # fmt: skip
-        meeting.all_met()
-        self._key = meeting.store.key
-        return meeting
-
-    def _begin_watch(self, store: Store) -> Watch:
-        watch = Watch(store, self.rank, self.world_size)
         # An MPI that is told of a lost connection may end the process before `abort` comes to that.
-        watch.on_failure.append(lambda _: self._free_launcher())
-        watch.start()
-        return watch
-
-    def _look_for(self, awaited: Sequence[int], siblings: Siblings) -> None:
-        """Tell all, and raise, if one of the ranks that have not come never will."""
-        for rank in siblings.ended(awaited):
-            failure = self._watch.words.report_death(rank, socket.gethostname(), _ENDED_BEFORE)
-            if failure is not None:
-                raise failure.error()
-
-    def _look_for_rank_zero(self, siblings: Siblings) -> None:
-        """Raise if rank 0 never comes. Without it the others have nobody to tell, so the first of them speaks."""
-        if not siblings.ended([0]):
-            return
-        if self.rank == min(siblings.alive(), default=self.rank):
-            raise LaunchError(f"rank 0 on {socket.gethostname()} {_ENDED_BEFORE}")
-        last_words.end_as_victim(RankFailure(_ENDED_BEFORE, rank=0))
-
-    def _end_start(self, error: BaseException) -> None:
-        """Let the others know that this rank could not start."""
-        if self._siblings is not None and self.world_size > 1:
-            atexit.register(self._siblings.end_stopped)  # what nobody caught is printed before
-        if self._meeting is None:
-            return
-        victim_of = last_words.conclude(error, self._watch)
-        self._meeting.all_met()
-        if victim_of is not None:
-            last_words.end_as_victim(victim_of)
-        if isinstance(error, HvdtrainError):
-            error.first = True
+        self._meeting = self._arrival.meet(announce, self._software, self._free_launcher)
+        self._watch = self._arrival.watch
+        self._local_first = LocalFirst(self._meeting.store, self.topology, self._watch)
+        self._key = self._meeting.store.key
+        return self._meeting
 
     def _software(self) -> dict[str, str]:
         """Names and versions that must be the same on every rank."""
@@ -648,36 +644,6 @@ class Backend(Communicator):
         if self.topology.num_nodes > 1 and not self._launcher_freed:
             self._launcher_freed = True
             end_if_stuck()
-
-    def _choose_device(self, wanted: str) -> torch.device:
-        try:
-            device = torch.device(
-                "cuda" if wanted == "auto" and torch.cuda.is_available() else wanted.replace("auto", "cpu")
-            )
-        except RuntimeError as error:
-            raise ConfigError(f"--device {wanted}: {error}") from error
-        if device.type != "cuda":
-            return device
-        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if present == 0:
-            raise BackendUnavailable(
-                f"--device {wanted}: this process sees no CUDA GPU (torch {torch.__version__}, CUDA_VISIBLE_DEVICES="
-                f"{given('CUDA_VISIBLE_DEVICES') or 'unset'}); use --device cpu, or start the container with its GPU runtime"
-            )
-        if device.index is not None:
-            if device.index >= present:
-                raise ConfigError(f"--device {wanted}: this process sees {present} GPU(s), numbered from 0")
-        elif self.topology.local_world_size == 1:
-            device = torch.device("cuda", 0)
-        elif self.topology.local_world_size > present:
-            raise LaunchError(
-                f"{self.topology.local_world_size} ranks were started on this node, which shows {present} GPU(s); start at "
-                f"most {present} ranks a node, or use --device cpu"
-            )
-        else:
-            device = torch.device("cuda", self.topology.local_rank)
-        torch.cuda.set_device(device)
-        return device
 
     def _in_child(self) -> bool:
         """Whether this process was forked from the rank, and so must say nothing in its name."""

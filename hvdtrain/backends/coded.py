@@ -77,8 +77,8 @@ class Coded:
             as_tuple = isinstance(asked, tuple)
             self._waiting.append((at, list(asked) if isinstance(asked, tuple) else [asked], as_tuple))
         items = [item for _, several, _ in self._waiting for item in several]
-        if items and first:  # in a message that travels anyway
-            kind = items[0]
+        if first and answers:  # in a message that travels anyway, if there is one
+            kind = items[0] if items else None
             items.append(Sum(self.flag.to(kind.tensor.dtype)) if isinstance(kind, Sum) else Gather(self.flag))
             self._flag_travels = True
         if items:
@@ -124,3 +124,9 @@ class _Stage:
                     part = part.view(tensor.shape)
                 results[at] = part.to(tensor.device)
         return [result for result in results if result is not None]
+
+
+def as_it_is(part: Tensor) -> Exchange:
+    """The exchange of what is not compressed."""
+    total = yield Sum(part)
+    return Sent(total)

@@ -8,18 +8,22 @@ and the rest of earlier steps: for that the ranks' counts, which leave before th
 from __future__ import annotations
 
 import zlib
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded
+from hvdtrain.backends.coded import Coded, as_it_is
+from hvdtrain.backends.grouped import OfGroups
+from hvdtrain.backends.groups import groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
 from hvdtrain.backends.replica import ReplicaOptions
 from hvdtrain.backends.unsent import Remembered, takes
 from hvdtrain.backends.watched import without_compile
 from hvdtrain.backends.weighting import Tally
-from hvdtrain.backends.wire import Work
+from hvdtrain.backends.wire import Wire, Work
+from hvdtrain.backends.worth import Worth
 from hvdtrain.compression.base import Compression
 
 if TYPE_CHECKING:
@@ -50,7 +54,17 @@ class CompressedReplica(HookedReplica):
         self._to_mean: float | None = None
         self._coded: set[Pack] = set()
         self._encoded: dict[Pack, list[Tensor]] = {}
+        self._latest: OfGroups | None = None
+        self._worth = Worth(backend, self._compression.name)
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
+
+    def _make_alike(self) -> None:
+        super()._make_alike()  # the ranks ask for the same groups
+        self._together = groups_of(self._backend, self.options.sync_group)
+
+    @property
+    def _speaks(self) -> tuple[bool, ...]:
+        return super()._speaks if self._together is None else self._together.speaks
 
     def _make_packs(self, dense: list[nn.Parameter]) -> list[Pack]:
         taken = {p for p in dense if takes(self._compression, p)}
@@ -67,21 +81,29 @@ class CompressedReplica(HookedReplica):
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             return self._backend.wire.all_reduce_(real.view(-1), "sum")
         with torch.no_grad():
-            to_mean, tensors = self._to_mean or 1.0, []
+            to_mean, parts = self._to_mean or 1.0, []
             for parameter in pack.parameters:
                 assert parameter.grad is not None
-                part = torch.mul(parameter.grad.to(pack.dtype), to_mean).contiguous()
-                rest = None if self._unsent is None or self._to_mean is None else self._unsent.of(parameter).rest
-                tensors.append(part if rest is None else part.add_(rest))
-            self._encoded[pack] = tensors
-            flag = torch.stack([tensor.sum() for tensor in tensors]).sum().mul(0)  # NaN where a number is infinite
-            exchanges = [
-                self._compression.exchange(
-                    tensor, self._memory(parameter), zlib.crc32(without_compile(self._names[id(parameter)]).encode())
-                )
-                for parameter, tensor in zip(pack.parameters, tensors, strict=True)
-            ]
-            return Coded(self._backend.wire, exchanges, flag)
+                parts.append(torch.mul(parameter.grad.to(pack.dtype), to_mean).contiguous())
+            if self._together is None:
+                return self._encode(pack, self._backend.wire, parts)
+            return OfGroups(self._together, parts, lambda wire, sums: self._encode(pack, wire, sums))
+
+    @torch.no_grad()
+    def _encode(self, pack: Pack, wire: Wire, parts: list[Tensor]) -> Coded:
+        """Begin to exchange these, to which is added what was not sent of them; they are written into."""
+        exchanges = []
+        for parameter, part in zip(pack.parameters, parts, strict=True):
+            rest = None if self._unsent is None or self._to_mean is None else self._unsent.of(parameter).rest
+            if rest is not None:
+                part.add_(rest)
+            seed = zlib.crc32(without_compile(self._names[id(parameter)]).encode())
+            exchanges.append(
+                self._compression.exchange(part, self._memory(parameter), seed) if wire.size > 1 else as_it_is(part)
+            )
+        self._encoded[pack] = parts
+        flag = torch.stack([part.sum() for part in parts]).sum().mul(0)  # NaN where a number is infinite
+        return Coded(wire, exchanges, flag)
 
     def _memory(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {} if self._unsent is None else dict(self._unsent.of(parameter).memory)
@@ -91,18 +113,25 @@ class CompressedReplica(HookedReplica):
             self._tally_work.wait()
             self._to_mean = self._unit_of(Tally.of(self._summed.tolist()))
             self._counted = True
-        super()._dispatch(pack)
+        with self._worth.timed() if pack in self._coded else nullcontext():
+            super()._dispatch(pack)
+        if isinstance(pack.work, OfGroups):
+            if self._latest is not None:  # its sum within the group has had a pack's time
+                self._latest.advance()
+            self._latest = pack.work
 
     def _as_they_lie(self, pack: Pack) -> list[Tensor]:
         return [] if pack in self._coded else super()._as_they_lie(pack)
 
     def _expect(self, tally: Tally) -> None:
         self._counted, self._to_mean = False, None
-        self._encoded = {}
+        self._encoded, self._latest = {}, None
         super()._expect(tally)
 
     def _finish(self, empty: bool) -> Tensor:
-        summed = super()._finish(empty)
+        with self._worth.timed():
+            summed = super()._finish(empty)
+        self._worth.end_step(sum(p.numel() * pack.dtype.itemsize for pack in self._coded for p in pack.parameters))
         if self._unsent is not None:
             for parameter in self._parameters:
                 if id(parameter) in self._nobody:
@@ -113,15 +142,26 @@ class CompressedReplica(HookedReplica):
         if pack not in self._coded:
             super()._unpack(pack)
             return
-        assert isinstance(pack.work, Coded)
+        work = pack.work
+        coded, totals = (work.coded, work.totals) if isinstance(work, OfGroups) else (work, None)
+        assert coded is None or isinstance(coded, Coded)
         with torch.no_grad():
-            for parameter, tensor, sent in zip(pack.parameters, self._encoded.pop(pack), pack.work.sent, strict=True):
-                assert sent is not None
+            if coded is not None:
+                totals = totals or [one.total + coded.flag.to(one.total.dtype) for one in coded.sent if one is not None]
+                self._note(pack, coded)
+            assert totals is not None
+            for parameter, total in zip(pack.parameters, totals, strict=True):
                 assert parameter.grad is not None
-                total = sent.total + pack.work.flag.to(sent.total.dtype)
                 parameter.grad.copy_(total.div_(self._to_mean or 1.0))
-                if self._unsent is not None and self._to_mean is not None:
-                    rest = None if sent.own is None else tensor.sub_(sent.own)
-                    self._unsent.note(parameter, Remembered(rest, sent.memory))
-        if self._unsent is not None:
-            self._unsent.only_if_finite(pack.work.flag)
+
+    def _note(self, pack: Pack, coded: Coded) -> None:
+        """Remember what was not sent of a pack, once its gradients have been used."""
+        parts = self._encoded.pop(pack)
+        if self._unsent is None:
+            return
+        if self._to_mean is not None:
+            for parameter, part, sent in zip(pack.parameters, parts, coded.sent, strict=True):
+                assert sent is not None
+                rest = None if sent.own is None else part.sub_(sent.own)
+                self._unsent.note(parameter, Remembered(rest, sent.memory))
+        self._unsent.only_if_finite(coded.flag)

@@ -77,15 +77,9 @@ EXCLUSIONS = (
     ),
     Exclusion(
         "sync",
-        "compression",
-        "weights are exchanged as they are, and gradients not at all",
-        "leave one of them out",
-    ),
-    Exclusion(
-        "sync",
         "reduce_dtype",
-        "weights are exchanged as they are, and gradients not at all",
-        "leave one of them out",
+        "weights are exchanged, and gradients not at all",
+        "leave it out, or send less by another compression than fp16 and bf16, which are its types: int8",
     ),
     Exclusion(
         "sync",

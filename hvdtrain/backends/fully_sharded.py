@@ -182,6 +182,7 @@ class FullyShardedReplica(Replica):
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
         self._begin(tally)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:

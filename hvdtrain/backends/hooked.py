@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from hvdtrain.backends.base import Backend
+    from hvdtrain.backends.communicator import Communicator
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +102,7 @@ class HookedReplica(Replica):
 
     def _send_tally(self, tensor: Tensor) -> Work:
         """Begin to sum ``tensor`` over the ranks, in place."""
-        return self._backend.wire.all_reduce_(tensor, "sum")
+        return self._over.wire.all_reduce_(tensor, "sum")
 
     # -- Replica ------------------------------------------------------------------------------------------------------
 
@@ -122,6 +123,7 @@ class HookedReplica(Replica):
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         self._expect(tally)
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
         self._send_rest(False)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
@@ -149,13 +151,18 @@ class HookedReplica(Replica):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _over(self) -> Communicator:
+        """Whose gradients are summed."""
+        return self._backend
+
     def _make_packs(self, dense: list[nn.Parameter]) -> list[Pack]:
         """Divide these parameters, in about the order in which backward completes them, among packs."""
         return make_packs(dense, self._carried, self.bucket_bytes, self._groups)
 
     def _expect(self, tally: Tally) -> None:
         """Let gradients leave as they come, and the tally first."""
-        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._backend.wire.device)
+        self._summed = torch.tensor(tally.values(), dtype=torch.float64, device=self._over.wire.device)
         self._tally_work = self._send_tally(self._summed)
         self._sent = []
         for pack in self._packs:
@@ -195,7 +202,7 @@ class HookedReplica(Replica):
 
     def _as_they_lie(self, pack: Pack) -> list[Tensor]:
         """What is sent of a pack that is not copied together."""
-        device = self._backend.wire.device
+        device = self._over.wire.device
         return [self._as_it_lies(p, pack.dtype, device) for p in pack.parameters]
 
     def _as_it_lies(self, parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -207,7 +214,7 @@ class HookedReplica(Replica):
     def _copy_in(self, pack: Pack, at: int) -> None:
         if pack.buffer is None:
             total = sum(p.numel() for p in pack.parameters)
-            pack.buffer = torch.empty(total, dtype=pack.dtype, device=self._backend.wire.device)
+            pack.buffer = torch.empty(total, dtype=pack.dtype, device=self._over.wire.device)
             rows = pack.buffer.split([p.numel() for p in pack.parameters])
             pack.parts = tuple(map(lying_like, rows, pack.parameters))
         parameter = pack.parameters[at]
@@ -244,10 +251,10 @@ class HookedReplica(Replica):
                 if pack.flat:
                     self._copy_in(pack, at)
             self._dispatch(pack)
-        self._sums = {id(p): sum_sparse(self._backend, p) for p in self._parameters if id(p) in self._sparse}
+        self._sums = {id(p): sum_sparse(self._over, p) for p in self._parameters if id(p) in self._sparse}
         self._nobody = set()
         if self.options.allows_unused:
-            everywhere = self._backend.all_reduce(torch.tensor(used), "max").tolist()
+            everywhere = self._over.all_reduce(torch.tensor(used), "max").tolist()
             self._nobody = {id(p) for p, somewhere in zip(self._parameters, everywhere, strict=True) if not somewhere}
 
 

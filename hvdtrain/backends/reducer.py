@@ -108,6 +108,7 @@ class ReducerReplica(Replica):
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         root = self._prepare(loss)
         loss.backward(weight, retain_graph=retain_graph)
+        self.lap("backward")
         # The tally goes last: until then the reducer is not done, and notices a gradient that comes twice.
         torch.autograd.backward(root, self._numbers(tally))
         self._end_of_backward()

@@ -31,6 +31,7 @@ from hvdtrain.backends.agreement import check_same_structure, copy_state_from_ra
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.laps import no_lap
 from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
@@ -68,6 +69,7 @@ class ReplicaOptions:
         reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
         compression: How gradients are compressed (see docs/slow_networks.md); None for not at all.
         sync: How often ranks exchange weights instead of gradients; None to exchange gradients in every step.
+        sync_group: Ranks among which nothing is compressed or put off, "node" or so many; None for each by itself.
         shard_modules: Cut the model over the ranks; a regular expression for the names of the modules that are gathered one
             at a time. None to keep all of it on every rank.
     """
@@ -78,6 +80,7 @@ class ReplicaOptions:
     reduce_dtype: torch.dtype | None = None
     compression: Compression | None = None
     sync: Sync | None = None
+    sync_group: str | int | None = None
     shard_modules: str | None = None
 
     @property
@@ -121,6 +124,8 @@ class Replica(ABC):
     Attributes:
         module: The user's own model.
         optimizer: The user's own optimizer; its hooks, state_dict and schedulers work as ever. None if there is none.
+        lap: Called with a phase of `hvdtrain.backends.laps.PHASES` when it ends: "backward" when this rank's gradients are
+            complete, "exchange" when all ranks' are here.
     """
 
     _suitable_bucket_bytes = 25 * 2**20
@@ -136,6 +141,7 @@ class Replica(ABC):
     ) -> None:
         self.module = module
         self.options = options
+        self.lap: Callable[[str], None] = no_lap
         self._optimizer = optimizer
         self._backend = backend
         if optimizer is not None:
@@ -145,7 +151,8 @@ class Replica(ABC):
         self._phase = _Phase.EMPTY
         self._keeper = Keeper(self._watched, self._name)
         self._steps = 0
-        self._unsent = None if options.compression is None else Unsent(options.compression)
+        seldom = options.sync is not None  # then it is weights that are compressed
+        self._unsent = None if options.compression is None or seldom else Unsent(options.compression)
         self._loss_scaler: GradScaler | None = None
         self._loss_scale = 1.0  # as it was thought to be when gradients were compressed
         self._number = next(backend.replica_numbers)
@@ -284,6 +291,7 @@ class Replica(ABC):
         scaler: GradScaler | None = None,
         update: bool = True,
         skip_nonfinite: bool = False,
+        want_norm: bool = False,
     ) -> StepResult:
         """Exchange what is left, clip, update the parameters, and clear the gradients.
 
@@ -294,6 +302,7 @@ class Replica(ABC):
             update: False to leave ``scaler.update()`` to the caller.
             skip_nonfinite: Do not update when the averaged gradient has a NaN or an infinity. All ranks see the same
                 gradient, so all skip.
+            want_norm: Compute the gradient norm in any case, the same on every rank.
 
         Returns:
             The gradient norm, if it was computed, whether the update was skipped, and the samples of the step.
@@ -305,6 +314,7 @@ class Replica(ABC):
         if scaler is not None:
             check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": True})
         self._exchange()
+        self.lap("exchange")
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
             raise TrainingError(_WEIGHTLESS)
@@ -317,7 +327,7 @@ class Replica(ABC):
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
-        elif skip_nonfinite:
+        elif skip_nonfinite or want_norm:
             norm = self.gradient_norm()
         skipped = self._weightless or (skip_nonfinite and norm is not None and not bool(torch.isfinite(norm)))
         if not skipped:
@@ -428,6 +438,15 @@ class Replica(ABC):
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
         self._loss_scaler = scaler
 
+    @property
+    def exchanges(self) -> int:
+        """How often the ranks' common weights have changed; it counts where ranks train apart."""
+        return 0
+
+    def common_weights(self) -> Mapping[Tensor, Tensor] | None:
+        """By parameter, what all ranks had in common last, where they train apart; None where they have it after each step."""
+        return None
+
     def settle(self) -> None:  # noqa: B027 - most ranks are equal after each step
         """Make the ranks equal where they train apart for some steps; every rank must call it after the same step."""
 
@@ -440,7 +459,9 @@ class Replica(ABC):
 
     def rank_state(self) -> dict[str, Any]:
         """What only this rank knows between steps, as a loop must save it: tensors, numbers and text; {} for nothing."""
-        return {} if self._unsent is None else self._unsent.state(plain_names(self.module).items())
+        if self._unsent is None:
+            return {}
+        return self._unsent.state(plain_names(self.module).items(), speaks=self._speaks[self._backend.rank])
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take what the ranks knew, at any number of ranks; every rank must call it.
@@ -450,12 +471,17 @@ class Replica(ABC):
         """
         states = [state for state in states if "rests" in state]
         if self._unsent is not None:
-            self._unsent.load(states, self._backend.rank, plain_names(self.module), self._backend.world_size)
+            self._unsent.load(states, self._backend.rank, plain_names(self.module), self._speaks)
         elif states:
             _log.warning(
                 "the checkpoint has gradients that compression %s had not sent yet; without a compression they are lost",
                 states[0]["name"],
             )
+
+    @property
+    def _speaks(self) -> tuple[bool, ...]:
+        """Of each rank, whether it sends what is compressed."""
+        return (True,) * self._backend.world_size
 
     # -- what engines fill in -----------------------------------------------------------------------------------------
 
@@ -700,6 +726,7 @@ class Replica(ABC):
             "reduce_dtype": self.options.reduce_dtype,
             "compression": None if compression is None else compression.name,
             "sync": self.options.sync,
+            "sync_group": self.options.sync_group,
         }
         check_same_structure(self._gather, self.module, self._optimizer, settings=settings)
         copy_state_from_rank_zero(self._backend, self.module, self._optimizer)

@@ -86,45 +86,48 @@ class Unsent:
         """This step's gradients have not been used."""
         self._new, self._flags = {}, []
 
-    def state(self, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
+    def state(self, named: Iterable[tuple[str, nn.Parameter]], *, speaks: bool = True) -> dict[str, Any]:
         """This rank's part of the state, as tensors and text.
 
         Args:
             named: The model's parameters.
+            speaks: Whether this rank sends anything: of a group of ranks one does.
         """
         known = [(name, self._kept[p]) for name, p in named if p in self._kept]
         return {
             "name": self._compression.name,
+            "speaks": speaks,
             "rests": {name: one.rest for name, one in known if one.rest is not None},
             "memories": {name: dict(one.memory) for name, one in known if one.memory},
         }
 
     def load(
-        self, states: Sequence[Mapping[str, Any]], rank: int, named: Mapping[str, nn.Parameter], size: int
+        self, states: Sequence[Mapping[str, Any]], rank: int, named: Mapping[str, nn.Parameter], speaks: Sequence[bool]
     ) -> None:
         """Go on from a state.
 
-        On as many ranks each takes its own; on another number all rests are added up, and each rank takes an equal part.
+        If as many ranks speak, and the same ones, each takes its own; else all rests are added up, and each takes an equal part.
 
         Args:
             states: Of all ranks that saved one.
             rank: This rank's.
             named: The model's parameters.
-            size: How many ranks there are now.
+            speaks: Of each rank that there is now, whether it sends anything.
         """
         self.forget()
         self._kept = {}
-        if not states:
+        if not states or not speaks[rank]:
             return
-        first = states[0]
+        spoke = [bool(state.get("speaks", True)) for state in states]
+        first = states[spoke.index(True)]
         memories = first["memories"] if first["name"] == self._compression.name else {}
         for name, parameter in named.items():
-            if len(states) == size:
+            if spoke == list(speaks):
                 rest = states[rank]["rests"].get(name)
             else:
                 rests = [state["rests"][name] for state in states if name in state["rests"]]
                 rest = (
-                    torch.stack([each.double() for each in rests]).sum(0).div_(size).to(rests[0].dtype)
+                    torch.stack([each.double() for each in rests]).sum(0).div_(sum(speaks)).to(rests[0].dtype)
                     if rests
                     else None
                 )

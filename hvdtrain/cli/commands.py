@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "hvdtrain.cli.doctor",
     "guard": "hvdtrain.cli.guard",
     "verify": "hvdtrain.cli.verify",
+    "report": "hvdtrain.cli.report",
     "migrate": "hvdtrain.cli.migrate",
     "install-horovod": "hvdtrain.cli.install_horovod",
 }

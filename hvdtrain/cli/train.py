@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import platform
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 
 from hvdtrain.cli.voice import say
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.launch.detect import detect
+from hvdtrain.observe import log_lines
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
@@ -89,4 +91,8 @@ def _versions() -> str:
 
 def _configure_logging() -> None:
     """The one place where the command line configures logging; the library only logs."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        topology = detect().topology
+    except LaunchError:  # which is said when the backend is made
+        topology = None
+    log_lines.configure(topology, socket.gethostname())

@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -70,9 +70,12 @@ class Compression(ABC):
 
     Attributes:
         name: As checkpoints and messages call it, its numbers included. What another one has remembered is not used.
+        rounds: How often `exchange` yields. Where messages travel beside steps that are taken meanwhile, so many begin one after
+            the other; what is asked for beyond that is waited for at the end.
     """
 
     name: str
+    rounds: ClassVar[int] = 1
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the gradient of a parameter of this shape is compressed; others travel as they are.

@@ -7,14 +7,19 @@ from hvdtrain.compression.low_rank import PowerSGD
 from hvdtrain.compression.quantized import Float8, Int8, OneBit
 from hvdtrain.compression.sparse import RandomK, TopK
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.components import resolve
 from hvdtrain.settings.compression import TYPES, parsed
+from hvdtrain.settings.options import Component, is_import_path
+
+_FLAG = "--compression"
 
 
 def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | None]:
     """The compression that was asked for, or the type in which gradients are to travel.
 
     Args:
-        asked: As `hvdtrain.settings.compression.parsed` takes it, a compression of your own, or None or "none" for none.
+        asked: As `hvdtrain.settings.compression.parsed` takes it, a compression of your own, or None or "none" for none. An import
+            path names a compression, or what returns one when it is called without arguments: such a class, for one.
 
     Returns:
         A compression and None, or None and "fp16" or "bf16", or None twice.
@@ -31,10 +36,29 @@ def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | N
             f"compression= takes a name or a hvdtrain.Compression, got {asked!r:.80} of {type(asked).__name__}"
         )
     name, number = parsed(asked)
-    if name in TYPES:
-        return None, name
+    return (None, name) if name in TYPES else (_made(name, number), None)
+
+
+def _made(name: str, number: float) -> Compression:
+    if is_import_path(name):
+        return _imported(name)
     if name == "powersgd":
-        return PowerSGD(int(number)), None
+        return PowerSGD(int(number))
     if name in ("topk", "randomk"):
-        return (TopK if name == "topk" else RandomK)(number), None
-    return {"int8": Int8, "fp8": Float8, "1bit": OneBit}[name](), None  # type: ignore[abstract]
+        return (TopK if name == "topk" else RandomK)(number)
+    return {"int8": Int8, "fp8": Float8, "1bit": OneBit}[name]()  # type: ignore[abstract]
+
+
+def _imported(path: str) -> Compression:
+    found = resolve(Component(path), flag=_FLAG)()
+    if not isinstance(found, Compression):
+        raise ConfigError(
+            f"{_FLAG} {path} made {found!r:.80} of {type(found).__name__}, which is no hvdtrain.Compression; name a class that is derived "
+            "from it"
+        )
+    if not isinstance(getattr(found, "name", None), str):
+        raise ConfigError(
+            f"{_FLAG} {path} has no name; give the class one, as checkpoints and messages are to call it: name = "
+            f'"{path.replace(":", ".").rpartition(".")[2].lower()}"'
+        )
+    return found

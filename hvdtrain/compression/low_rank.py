@@ -21,6 +21,8 @@ class PowerSGD(Compression):
         rank: Columns of the thin matrices.
     """
 
+    rounds = 2
+
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.name = f"powersgd:{rank}"

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
 
+_LOW_BITS = 20
+
 
 class _Part(Compression):
     """A part of a parameter's numbers.
@@ -23,7 +25,8 @@ class _Part(Compression):
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
-        self.name = f"{self.kind}:{ratio:g}"
+        short = f"{ratio:g}"
+        self.name = f"{self.kind}:{short if float(short) == ratio else repr(ratio)}"
 
     def _count(self, numel: int) -> int:
         return min(numel, max(1, math.ceil(self.ratio * numel)))
@@ -87,4 +90,21 @@ def places(numel: int, count: int, seed: str) -> Tensor:
     start, step = numbers.randrange(numel), numbers.randrange(1, numel + 1)
     while math.gcd(step, numel) != 1:
         step = numbers.randrange(1, numel + 1)
-    return (torch.arange(count) * step + start) % numel
+    return terms(torch.arange(count), numel, start, step)
+
+
+def terms(which: Tensor, numel: int, start: int, step: int) -> Tensor:
+    """The terms of an arithmetic sequence modulo ``numel``, exactly, for numbers up to 2**40.
+
+    ``which * step`` would not fit into an int64 from some 3e9 on, so it is made of two products, each of them small.
+
+    Args:
+        which: Which terms, int64, from 0 and less than ``numel``.
+        numel: From 1.
+        start: Term 0, less than ``numel``.
+        step: From one term to the next, at most ``numel``.
+    """
+    high, low = which >> _LOW_BITS, which & (2**_LOW_BITS - 1)
+    wide = (step << _LOW_BITS) % numel  # Python's own integers have no bounds
+    found: Tensor = (high * wide % numel + low * (step % numel) + start) % numel
+    return found

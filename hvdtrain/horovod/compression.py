@@ -37,7 +37,7 @@ class NoneCompressor(Compressor):
 
 
 class FP16Compressor(Compressor):
-    """Floating-point numbers travel as float16; the ranks' sum is made in float32."""
+    """Floating-point numbers travel as float16; the ranks' sum is made in float32 and rounded once."""
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:

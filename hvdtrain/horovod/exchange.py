@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.hooked import Pack, make_packs
-from hvdtrain.backends.layout import laid_out_like, lying_like
+from hvdtrain.backends.layout import laid_out_like
 from hvdtrain.horovod import state
 from hvdtrain.horovod.compression import FP16Compressor, NoneCompressor
 from hvdtrain.horovod.controller import Controller
 from hvdtrain.horovod.operations import sparse_allreduce_async
+from hvdtrain.horovod.packing import packed
 from hvdtrain.horovod.process_sets import ProcessSet
 from hvdtrain.horovod.requests import Request, form
 
@@ -221,7 +222,7 @@ class Exchange:
             self._sparse |= known
             self._layouts.clear()
             pack.parameters = [p for p in pack.parameters if id(p) not in known]
-            pack.buffer = None
+            pack.buffer, pack.parts = None, ()
 
     def _laid_out(self, parameters: list[nn.Parameter]) -> list[Pack]:
         compression = self._manner.compression
@@ -247,7 +248,7 @@ class Exchange:
         context: Any = None
         with torch.no_grad():
             if pack.flat:
-                tensor = self._packed(pack, gradients).data
+                tensor = packed(pack, gradients).data
             elif gradients:
                 tensor, context = self._manner.compression.compress(gradients[0])
                 if not tensor.is_contiguous():
@@ -271,28 +272,10 @@ class Exchange:
         # Not detach(): what the exchange writes must not look like a change of the user's.
         return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.data
 
-    @staticmethod
-    def _packed(pack: Pack, gradients: list[Tensor]) -> Tensor:
-        """The gradients side by side: where they lie, after ``zero_grad(set_to_none=False)``.
-
-        Else in a new buffer: those of the step before may be kept by someone.
-        """
-        if pack.buffer is not None and all(
-            view.data_ptr() == gradient.data_ptr() and view.dtype == gradient.dtype
-            for view, gradient in zip(_views(pack), gradients, strict=True)
-        ):
-            return pack.buffer
-        total = sum(parameter.numel() for parameter in pack.parameters)
-        device = pack.parameters[0].device if pack.parameters else "cpu"
-        pack.buffer = torch.empty(total, dtype=pack.dtype, device=device)
-        for view, gradient in zip(_views(pack), gradients, strict=True):
-            view.copy_(gradient)
-        return pack.buffer
-
     def _bring_back(self, pack: Pack, request: Request, context: Any) -> None:
         with torch.no_grad():
             if pack.flat:
-                received = _views(pack)
+                received: Sequence[Tensor] = pack.parts
             else:
                 received = [
                     self._manner.compression.decompress(one, context) for one in request.tensors[: len(pack.parameters)]
@@ -303,14 +286,11 @@ class Exchange:
                     parameter.grad = tensor.to(grad.dtype).to_sparse(grad.sparse_dim())
                 elif grad is not None and grad.dtype != tensor.dtype:
                     grad.copy_(tensor)
-                else:  # where it lies, as DistributedDataParallel's gradient_as_bucket_view
+                elif pack.flat and tensor.dtype == parameter.dtype:
+                    # Where it lies, as DistributedDataParallel's gradient_as_bucket_view; a new view, which tells who keeps it.
+                    parameter.grad = tensor.view(parameter.shape)
+                else:
                     parameter.grad = laid_out_like(tensor.to(parameter.dtype).view(parameter.shape), parameter)
-
-
-def _views(pack: Pack) -> list[Tensor]:
-    assert pack.buffer is not None
-    parts = pack.buffer.split([parameter.numel() for parameter in pack.parameters])
-    return [lying_like(part, parameter) for part, parameter in zip(parts, pack.parameters, strict=True)]
 
 
 def _grouped(parameters: list[nn.Parameter], groups: Groups) -> list[list[nn.Parameter]]:

@@ -18,6 +18,7 @@ from hvdtrain.horovod.ledger import Key
 from hvdtrain.horovod.performing import outcome_of, ready_to_reduce
 from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product, Sum
 from hvdtrain.horovod.requests import Form, Request, dtype_of
+from hvdtrain.horovod.scaling import added
 
 AREA_BYTES = 128
 """Of each message."""
@@ -53,14 +54,6 @@ class Places:
             self._sizes.clear()
         self._sizes[id(form)] = (form, size if size <= AREA_BYTES else 0)
         return self._sizes[id(form)][1]
-
-
-def added(rows: Sequence[Tensor]) -> Tensor:
-    """The sum of the ranks' numbers, in the order of the ranks: the same bits however it comes to be computed."""
-    total = rows[0] + rows[1]
-    for row in rows[2:]:
-        total += row
-    return total
 
 
 class Alone:

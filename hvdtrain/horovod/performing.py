@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hvdtrain.backends.communicator import Communicator
-from hvdtrain.backends.forms import WIRE_DTYPE
+from hvdtrain.backends.forms import WIRE_DTYPE, numel
 from hvdtrain.backends.layout import bytes_of
 from hvdtrain.backends.wire import WireOp, Work
 from hvdtrain.horovod.adasum import adasum
-from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product
+from hvdtrain.horovod.halves import FROM_BYTES, HALVES, HalfSum
+from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product, Sum
 from hvdtrain.horovod.requests import REDUCING, Form, Request, dtype_of
-from hvdtrain.horovod.scaling import scale_, scaled
+from hvdtrain.horovod.scaling import added, scale_, scaled
 
 _TOGETHER_BYTES = 2**18  # tensors up to this size share a buffer
 _BUFFER_BYTES = 2**23
@@ -86,9 +87,26 @@ def perform(communicator: Communicator, batch: Sequence[Agreed]) -> None:
 def _reduce(communicator: Communicator, batch: Sequence[Agreed]) -> None:
     for agreed in batch:
         agreed.parts = _parts(communicator, agreed)
+    parts = [part for agreed in batch for part in agreed.parts if part.buffer.numel()]
+    halves = [(part, HalfSum(communicator.wire, part.buffer)) for part in parts if part.buffer.dtype in HALVES]
+    _reduce_wide(communicator, [part for part in parts if part.buffer.dtype not in HALVES])
+    for part, half in halves:
+        half.spread(lambda total, part=part: _scale(communicator, part, total))  # type: ignore[misc]
+    for _, half in halves:
+        half.finish()
+    for agreed in batch:
+        if agreed.request is not None:
+            agreed.request.finish(_results(communicator, agreed))
+
+
+def _reduce_wide(communicator: Communicator, parts: Sequence[_Part]) -> None:
+    """Reduce what an engine reduces itself, small ones of a kind in one buffer."""
+    if len(parts) == 1:  # nothing else to start meanwhile
+        communicator.wire.at_once.all_reduce_(parts[0].buffer, _wire_op(parts[0])).wait()
+        return
     sent: list[_Sent] = []
     open_buffers: dict[tuple[WireOp, torch.dtype], list[_Part]] = {}
-    for part in [part for agreed in batch for part in agreed.parts if part.buffer.numel()]:
+    for part in parts:
         size = part.buffer.nbytes
         if size > _TOGETHER_BYTES:
             sent.append(_Sent(communicator.wire.all_reduce_(part.buffer, _wire_op(part)), [part]))
@@ -106,9 +124,6 @@ def _reduce(communicator: Communicator, batch: Sequence[Agreed]) -> None:
             received = one.flat.split([part.buffer.numel() for part in one.parts])
             for part, values in zip(one.parts, received, strict=True):
                 part.buffer = values.view(part.buffer.shape)
-    for agreed in batch:
-        if agreed.request is not None:
-            agreed.request.finish(_results(communicator, agreed))
 
 
 def ready_to_reduce(communicator: Communicator, request: Request) -> Tensor:
@@ -139,21 +154,29 @@ def _parts(communicator: Communicator, agreed: Agreed) -> list[_Part]:
     request, form, parts = agreed.request, agreed.form, []
     for at, (name, shape) in enumerate(form.tensors):
         dtype = dtype_of(name)
+        wanted = _carried(communicator, form, dtype, shape)
         if request is None:
             tensor = out = None
-            buffer = _nothing(communicator, form, dtype, shape)
+            buffer = _nothing(communicator, form, dtype, shape, wanted)
         else:
             tensor = request.tensors[at].detach()
             out = request.outputs[at] if request.outputs else None
-            buffer = _buffer(communicator, scaled(tensor, form.detail("prescale")), out)
+            buffer = _buffer(communicator, scaled(tensor, form.detail("prescale")), out, wanted)
         parts.append(_Part(form, tensor, out, (dtype, shape), buffer))
     return parts
 
 
-def _buffer(communicator: Communicator, tensor: Tensor, out: Tensor | None) -> Tensor:
+def _carried(communicator: Communicator, form: Form, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+    """The dtype in which a tensor travels; every rank comes to the same."""
+    if dtype in HALVES and form.detail("op") in (Average, Sum) and communicator.wire.size > 1:
+        return dtype if numel(shape) * dtype.itemsize >= FROM_BYTES else WIRE_DTYPE[dtype]
+    return WIRE_DTYPE[dtype]
+
+
+def _buffer(communicator: Communicator, tensor: Tensor, out: Tensor | None, wanted: torch.dtype) -> Tensor:
     """What is reduced in place: the user's own memory where it may be, else a copy as the engine wants it."""
     plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    wanted, device = WIRE_DTYPE[tensor.dtype], communicator.wire.device
+    device = communicator.wire.device
     if (
         out is not None
         and plain.dtype == wanted
@@ -168,9 +191,11 @@ def _buffer(communicator: Communicator, tensor: Tensor, out: Tensor | None) -> T
     return copy.contiguous()
 
 
-def _nothing(communicator: Communicator, form: Form, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """What a rank that has joined contributes."""
-    wire, op = WIRE_DTYPE[dtype], form.detail("op")
+def _nothing(
+    communicator: Communicator, form: Form, dtype: torch.dtype, shape: tuple[int, ...], wire: torch.dtype
+) -> Tensor:
+    """What a rank that has joined contributes, of dtype ``wire``."""
+    op = form.detail("op")
     least: float = -torch.inf if wire.is_floating_point else torch.iinfo(wire).min
     most: float = torch.inf if wire.is_floating_point else torch.iinfo(wire).max
     if dtype == torch.bool:
@@ -190,8 +215,8 @@ def _results(communicator: Communicator, agreed: Agreed) -> Any:
     for part in agreed.parts:
         assert part.tensor is not None
         dtype, shape = part.like
-        divisor = communicator.wire.size if part.op == Average else 1
-        scale_(part.buffer, dtype, agreed.form.detail("postscale"), divisor)
+        if part.buffer.dtype not in HALVES:  # which were scaled before they were rounded
+            _scale(communicator, part, part.buffer)
         value = torch.view_as_complex(part.buffer) if dtype.is_complex else part.buffer
         if part.out is None:
             part.out = value.to(part.tensor.device, dtype).reshape(shape)
@@ -199,6 +224,12 @@ def _results(communicator: Communicator, agreed: Agreed) -> Any:
             part.out.copy_(value.reshape(shape))
         results.append(part.out)
     return results[0] if agreed.form.kind == "allreduce" else tuple(results)
+
+
+def _scale(communicator: Communicator, part: _Part, total: Tensor) -> None:
+    """Make of a sum what was asked for, in place."""
+    divisor = communicator.wire.size if part.op == Average else 1
+    scale_(total, part.like[0], part.form.detail("postscale"), divisor)
 
 
 # -- the others -----------------------------------------------------------------------------------------------------------
@@ -258,8 +289,12 @@ def _reduce_scatter(communicator: Communicator, request: Request) -> Any:
     average = form.detail("op") == Average
     for tensor in request.tensors:
         before = scaled(tensor.detach(), form.detail("prescale"))
-        wide = before.to(WIRE_DTYPE[tensor.dtype]) if not tensor.is_complex() else before
-        mine = communicator.reduce_scatter(list(wide.split(shares(tensor.shape[0], communicator.wire.size))), "sum")
+        rows = shares(tensor.shape[0], communicator.wire.size)
+        if tensor.dtype in HALVES and communicator.wire.size > 1:  # travel as they are, and are added up in float32
+            mine = added([part.float() for part in communicator.all_to_all(list(before.contiguous().split(rows)))])
+        else:
+            wide = before.to(WIRE_DTYPE[tensor.dtype]) if not tensor.is_complex() else before
+            mine = communicator.reduce_scatter(list(wide.split(rows)), "sum")
         scale_(mine, tensor.dtype, form.detail("postscale"), communicator.wire.size if average else 1)
         results.append(mine.to(tensor.dtype))
     return results[0] if form.kind == "reducescatter" else tuple(results)

@@ -1,10 +1,12 @@
-"""Factors before and after a reduction, as Horovod defines them, in arithmetic that neither overflows nor drifts.
+"""Factors before and after a reduction, as Horovod defines them, in arithmetic that neither overflows nor drifts; and sums made here.
 
 Integers are multiplied in float64 and cut; float16 and bfloat16 in float32. An average of floats divides before it is rounded
 to a narrow type, so that float16 60000 + 60000 is not infinite; one of integers is cut towards zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +44,11 @@ def scale_(buffer: Tensor, dtype: torch.dtype, factor: float, divisor: int) -> N
         buffer.copy_(torch.div(buffer, divisor, rounding_mode="trunc"))
     if factor != 1.0:
         buffer.copy_(buffer.double() * factor)
+
+
+def added(rows: Sequence[Tensor]) -> Tensor:
+    """The sum of two ranks' numbers or more, in the order of the ranks: the same bits however it comes to be computed."""
+    total = rows[0] + rows[1]
+    for row in rows[2:]:
+        total += row
+    return total

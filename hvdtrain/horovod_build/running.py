@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 from hvdtrain.horovod_build.failure import BuildError
-from hvdtrain.launch.processes import descendants
+from hvdtrain.launch.processes import descendants, started
 
 OUT_OF_TIME = 124
 """Exit code of a program that was ended because its time was up, as `timeout` has it."""
 _LAST_LINES_S = 5.0
 _BEGINS_S = 10.0
+_ENDS_S = 10.0  # after a SIGKILL
 
 
 class Reporter(Protocol):
@@ -133,14 +135,17 @@ def _end(beginning: Future[subprocess.Popen[str]]) -> None:
         process = beginning.result(_BEGINS_S)
     except (OSError, FutureTimeout):  # it never began
         return
-    started = descendants(process.pid)
+    below = {pid: started(pid) for pid in descendants(process.pid)}
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
-    for child in started:
+        process.wait(timeout=_ENDS_S)
+    for pid in below:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + _ENDS_S
+    while time.monotonic() < end and any(began and started(pid) == began for pid, began in below.items()):
+        time.sleep(0.01)
 
 
 def pip() -> list[str]:

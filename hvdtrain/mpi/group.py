@@ -1,8 +1,7 @@
 """`MpiProcessGroup`: torch.distributed's process group, on stock PyTorch, with mpi4py below.
 
 Each call checks its arguments, and hands the rest to the group's lane, which makes the blocking MPI calls in order while
-the caller computes on. A caller that waits at once makes them itself, if the group has nothing else to do: once all ranks have
-come, which is awaited here for a moment, and then in the lane. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
+the caller computes on; `submitting` says when a caller that waits makes them itself. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
 two ranks that each receive before they send would otherwise wait for each other.
 """
 
@@ -10,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,24 +21,17 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvdtrain.mpi import operations
-from hvdtrain.mpi.agreement import Agreement, Ride, digest, over_within
+from hvdtrain.mpi.agreement import Agreement, digest
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
 from hvdtrain.mpi.staging import Staging
+from hvdtrain.mpi.submitting import Submitting
 from hvdtrain.ranks.watch import NullWatch
 
 _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
-_AT_ONCE_BYTES = 2**14  # up to which a caller that waits makes the MPI calls itself
-_PATIENCE_S = 0.0001  # for how long it looks whether the other ranks have come
-_PATIENCE_S_PER_BYTE = 3e-10  # and more than that for what it does then is slow
-_MOST_BY_LANE = 256
-_MOST_PASSAGES = 512
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
-
-_OVER = MpiWork("an operation that was over when its call returned", (), 0.0)
-_OVER.finish()
 
 _Base: Any = dist.ProcessGroup  # its stubs list overloads that differ between versions of torch
 
@@ -90,12 +80,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         self._process = os.getpid()
         self._destroyed = False
         self._group_name = self._group_description = ""
-        self._numbers = itertools.count(1)
-        self._coalescing: list[MpiWork] | None = None
-        self._by_lane = self._slow = 0
-        self._passages: dict[
-            tuple[Any, ...], tuple[Ride | None, Callable[[Tensor], None] | None, str, int]
-        ] = {}  # of small operations that were made before
+        self._ways = Submitting(self._lane, self._agree, watch, name, ranks, self._timeout_s, self._staging)
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -182,9 +167,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """Reduce over the ranks, in place."""
-        if opts is not None and self._passages and len(tensors) == 1:
+        if opts is not None and len(tensors) == 1:
             tensor = tensors[0]
-            over = self._ride((opts.reduceOp, tensor.dtype, tensor.shape), tensor, tensor, opts)
+            over = self._ways.ride((opts.reduceOp, tensor.dtype, tensor.shape), tensor, tensor, opts)
             if over is not None:
                 return over
         opts = opts or dist.AllreduceOptions()
@@ -198,10 +183,11 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             ("all_reduce", kind.name, tensor.dtype, tensor.numel()),
         )
         ride = self._agree.sum_ride(kind, tensor.dtype, tensor.numel()) if self._agree is not None else None
-        if _nbytes(tensor) <= _AT_ONCE_BYTES and kind != kind.PREMUL_SUM and len(self._passages) < _MOST_PASSAGES:
+        if kind != kind.PREMUL_SUM:
             after = None if ride is not None else functools.partial(self._reduce_plain, kind)
-            self._passages[opts.reduceOp, tensor.dtype, tensor.shape] = (ride, after, what, digest(key))
-        return self._start(
+            passage = (ride, after, what, digest(key))
+            self._ways.remember((opts.reduceOp, tensor.dtype, tensor.shape), _nbytes(tensor), passage)
+        return self._ways.start(
             what, key, [tensor], [tensor], opts,
             lambda ins, outs: operations.all_reduce_(self._comm, outs[0], opts.reduceOp, kind, self._levels),
             ride=ride,
@@ -209,62 +195,6 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
 
     def _reduce_plain(self, kind: Any, tensor: Tensor) -> None:
         operations.all_reduce_(self._comm, tensor, None, kind, self._levels)
-
-    def _ride(self, key: tuple[Any, ...], tensor: Tensor, out: Tensor, opts: Any) -> MpiWork | None:
-        """The shortest way: an operation like one before, small, whose caller waits, of an idle group; None if it is not that."""
-        passage, agree = self._passages.get(key), self._agree
-        if passage is None or agree is None or self._coalescing is not None or getattr(opts, "asyncOp", True):
-            return None
-        if not (_lies_plainly(tensor) and (out is tensor or _lies_plainly(out))):
-            return None
-        if self._destroyed or os.getpid() != self._process or not self._enter():
-            return None
-        ride, after, what, asked = passage
-        entered, began = True, time.perf_counter()
-        try:
-            self._watch.count(self._label)
-            if ride is not None:
-                ride.board(tensor)
-            request = agree.begin(asked, next(self._numbers))
-            finish = after if ride is None else ride.arrive
-            assert finish is not None
-            here = False
-            try:
-                here = over_within(request, _PATIENCE_S) and agree.reached()
-            finally:  # also after Ctrl-C: the other ranks go on
-                if not here:
-                    entered = False
-                    work = self._ride_on(out, opts, request, finish, what)
-            if not here:
-                return work
-            if ride is not None:
-                finish(out)
-                self._note(began, 0)
-                return _OVER
-            work = MpiWork(what + self._over, [out], self._limit(opts))
-            plain = out.detach()
-            self._lane.perform(work, lambda: finish(plain))
-            self._note(began, _nbytes(out))
-            return work
-        finally:
-            if entered:
-                self._lane.leave()
-
-    def _ride_on(
-        self, out: Tensor, opts: Any, request: MPI.Request, finish: Callable[[Tensor], None], what: str
-    ) -> MpiWork:
-        """Let the lane wait for the other ranks, or say that they called something else."""
-        work = MpiWork(what + self._over, [out], self._limit(opts))
-
-        def complete() -> None:
-            assert self._agree is not None
-            if not self._agree.reached():
-                self._agree.tell_apart(work.what)
-            finish(out.detach())
-
-        self._note(-math.inf, 0)
-        self._wait_in_lane(work, request, complete)
-        return work
 
     def _allreduce_sparse(self, tensor: Tensor, kind: Any, opts: Any) -> MpiWork:
         if kind not in (kind.SUM, kind.AVG):
@@ -277,7 +207,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             tensor.copy_(total.to(tensor.device))
 
         what = f"all_reduce(op={kind.name}) of sparse {_form(tensor)}"
-        work = self._start(what, ("all_reduce sparse", kind.name, tensor.dtype, tuple(tensor.shape)), [], [], opts, run)
+        work = self._ways.start(
+            what, ("all_reduce sparse", kind.name, tensor.dtype, tuple(tensor.shape)), [], [], opts, run
+        )
         work._tensors = [tensor]
         return work
 
@@ -297,7 +229,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                     for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                         tensor.copy_(part.view_as(tensor))
 
-        return self._start(
+        return self._ways.start(
             f"all_reduce_coalesced(op={kind.name}) of {len(tensors)} tensors",
             ("all_reduce_coalesced", kind.name, tuple((t.dtype, t.numel()) for t in tensors)),
             tensors, tensors, opts, run,
@@ -310,7 +242,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         (tensor,) = self._valid("reduce", tensors)
         mpi_op(kind, tensor.dtype)
         outs = [tensor] if self._comm_rank == root else []
-        return self._start(
+        return self._ways.start(
             f"reduce(op={kind.name}, dst={root}) of {_form(tensor)}",
             ("reduce", kind.name, root, tensor.dtype, tensor.numel()),
             [tensor], outs, opts,
@@ -343,7 +275,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                 if rank == self._comm_rank:
                     outs[0].copy_(copy.view_as(outs[0]))
 
-        return self._start(
+        return self._ways.start(
             f"reduce_scatter(op={kind.name}) to {_form(out)}",
             ("reduce_scatter", kind.name, out.dtype, tuple(sizes)),
             parts, [out], opts, run,
@@ -360,7 +292,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                 f"reduce_scatter_tensor: the input ({_form(whole)}) must have {self.size()} times the output's elements "
                 f"({_form(out)}) and its dtype"
             )
-        return self._start(
+        return self._ways.start(
             f"reduce_scatter_tensor(op={kind.name}) to {_form(out)}",
             ("reduce_scatter_tensor", kind.name, out.dtype, out.numel()),
             [whole], [out], opts,
@@ -384,7 +316,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         opts = opts or dist.BroadcastOptions()
         (tensor,) = self._valid("broadcast", tensors)
         root = opts.rootRank
-        return self._start(
+        return self._ways.start(
             f"broadcast(src={root}) of {_form(tensor)}",
             ("broadcast", root, tensor.dtype, tensor.numel()),
             [tensor], [tensor], opts,
@@ -412,14 +344,14 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             for out, part in zip(outs, flat.split(sizes), strict=True):
                 out.copy_(part.view_as(out))
 
-        return self._start(
+        return self._ways.start(
             f"all_gather of {_form(tensor)}", ("all_gather", tensor.dtype, tuple(sizes)), [tensor], outs, opts, run
         )
 
     def _allgather_base(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MpiWork:
         """Fill a tensor with every rank's tensor, one after the other."""
-        if opts is not None and self._passages:
-            over = self._ride((tensor.dtype, tensor.shape, output.dtype, output.shape), tensor, output, opts)
+        if opts is not None:
+            over = self._ways.ride((tensor.dtype, tensor.shape, output.dtype, output.shape), tensor, output, opts)
             if over is not None:
                 return over
         out, part = self._valid("all_gather_into_tensor", [output, tensor], several=True)
@@ -430,9 +362,10 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             )
         what, key = f"all_gather_into_tensor of {_form(part)}", ("all_gather_into_tensor", part.dtype, part.numel())
         ride = self._agree.gather_ride(_nbytes(part)) if self._agree is not None else None
-        if ride is not None and len(self._passages) < _MOST_PASSAGES:
-            self._passages[part.dtype, part.shape, out.dtype, out.shape] = (ride, None, what, digest(key))
-        return self._start(
+        if ride is not None:
+            passage = (ride, None, what, digest(key))
+            self._ways.remember((part.dtype, part.shape, out.dtype, out.shape), _nbytes(part), passage)
+        return self._ways.start(
             what,
             key,
             [part],
@@ -476,7 +409,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
                 for out, part in zip(outs, flat.split(tensor.numel()) if tensor.numel() else (), strict=False):
                     out.copy_(part.view_as(out))
 
-        return self._start(
+        return self._ways.start(
             f"gather(dst={root}) of {_form(tensor)}",
             ("gather", root, tensor.dtype, tensor.numel()),
             [tensor], outs, opts, run,
@@ -498,7 +431,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             whole = torch.cat([part.reshape(-1) for part in ins]) if ins else None
             operations.scatter(self._comm, outs[0], whole, root)
 
-        return self._start(
+        return self._ways.start(
             f"scatter(src={root}) to {_form(out)}",
             ("scatter", root, out.dtype, out.numel()),
             parts, [out], opts, run,
@@ -513,7 +446,7 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             raise ValueError(f"all_to_all_single: input {_form(whole)} and output {_form(out)} differ in dtype")
         receive = self._splits(out, output_splits, "output")
         send = self._splits(whole, input_splits, "input")
-        return self._start(
+        return self._ways.start(
             f"all_to_all_single of {_form(whole)}", ("all_to_all_single", out.dtype), [whole], [out], opts,
             lambda ins, outs: operations.all_to_all(self._comm, as_bytes(outs[0]), as_bytes(ins[0]), receive, send),
         )  # fmt: skip
@@ -535,7 +468,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             for out, part in zip(outs, flat.split(sizes), strict=True):
                 as_bytes(out).copy_(part)
 
-        return self._start(f"all_to_all of {len(parts)} tensors", ("all_to_all", outs[0].dtype), parts, outs, opts, run)
+        return self._ways.start(
+            f"all_to_all of {len(parts)} tensors", ("all_to_all", outs[0].dtype), parts, outs, opts, run
+        )
 
     def barrier(self, opts: Any = None) -> MpiWork:
         """Complete once every rank has called it."""
@@ -545,11 +480,11 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             if self._agree is None:  # the comparison is a barrier
                 self._comm.Barrier()
 
-        return self._start("barrier", ("barrier",), [], [], opts, run, limit)
+        return self._ways.start("barrier", ("barrier",), [], [], opts, run, limit)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False, **_: Any) -> None:
         """A barrier that waits here; its time-out names the ranks that are missing."""
-        self._start("monitored_barrier", ("barrier",), [], [], None, lambda ins, outs: None, timeout).wait()
+        self._ways.start("monitored_barrier", ("barrier",), [], [], None, lambda ins, outs: None, timeout).wait()
 
     # -- between two ranks --------------------------------------------------------------------------------------------
 
@@ -587,10 +522,10 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
     # -- several at once ----------------------------------------------------------------------------------------------
 
     def _start_coalescing(self, device: Any = None) -> None:
-        self._coalescing = []
+        self._ways.coalescing = []
 
     def _end_coalescing(self, device: Any = None) -> MpiWork:
-        works, self._coalescing = self._coalescing or [], None
+        works, self._ways.coalescing = self._ways.coalescing or [], None
         return self._together(works, [])
 
     def _together(self, works: list[MpiWork], tensors: Sequence[Tensor]) -> MpiWork:
@@ -667,140 +602,6 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
             )
         return [split * row for split in splits]
 
-    def _limit(self, opts: Any, timeout: timedelta | None = None) -> float:
-        wanted = timeout if timeout is not None else getattr(opts, "timeout", None)
-        seconds = wanted.total_seconds() if isinstance(wanted, timedelta) else -1.0
-        return seconds if 0 < seconds < math.inf else self._timeout_s
-
-    def _start(
-        self,
-        what: str,
-        key: tuple[Any, ...],
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        opts: Any,
-        run: Callable[[list[Tensor], list[Tensor]], None],
-        timeout: timedelta | None = None,
-        ride: Ride | None = None,
-    ) -> MpiWork:
-        """Hand an operation to the lane, or perform it here if the caller waits for it and the lane is idle.
-
-        Args:
-            what: For messages.
-            key: What must be equal on all ranks.
-            inputs: Read.
-            outputs: Written; those that are inputs as well are both.
-            opts: c10d's options: the time-out, and whether the caller waits.
-            run: Is given contiguous CPU versions of both.
-            timeout: Instead of that of ``opts``.
-            ride: Does what ``run`` does, of the only tensor and to the only one, with the ranks' agreement.
-        """
-        what += self._over
-        if self._destroyed:
-            raise dist.DistBackendError(f"{what}: the process group was destroyed")
-        work = MpiWork(what, list(outputs) or list(inputs), self._limit(opts, timeout))
-        taken = {id(tensor): self._staging.take(tensor) for tensor in inputs}
-
-        def begin() -> MPI.Request | None:
-            if self._agree is None:
-                return None
-            if ride is not None:
-                ride.board(taken[id(inputs[0])].host)
-            return self._agree.begin(digest(key), number)
-
-        def complete() -> None:
-            """What is left to do once the question of agreement has been answered."""
-            if self._agree is not None and not self._agree.reached():
-                self._agree.tell_apart(what)
-            results = [taken.get(id(out)) or self._staging.room(out) for out in outputs]
-            if ride is not None:
-                ride.arrive(results[0].host)
-            else:
-                run([taken[id(tensor)].host for tensor in inputs], [result.host for result in results])
-            for result in results:
-                self._staging.give_back(result)
-
-        if self._waits_here(opts, inputs, outputs) and self._enter():
-            number = next(self._numbers)
-            self._at_once(work, begin, complete, sum(map(_nbytes, outputs)))
-            return work
-
-        def operation() -> None:
-            with self._watch.region(self._label, what, self._ranks):
-                for staged in taken.values():
-                    self._staging.ready(staged)
-                request = begin()
-                if request is not None:
-                    request.Wait()
-                complete()
-
-        number = next(self._numbers)
-        self._lane.submit(work, operation)
-        if self._coalescing is not None:
-            self._coalescing.append(work)
-        return work
-
-    def _waits_here(self, opts: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
-        """Whether the caller waits at once, and nothing but other ranks could keep it waiting."""
-        if opts is None or getattr(opts, "asyncOp", True) or self._coalescing is not None:
-            return False
-        if self._agree is None and self.size() > 1:
-            return False
-        return not any(t.is_cuda for t in (*inputs, *outputs)) and sum(map(_nbytes, outputs)) <= _AT_ONCE_BYTES
-
-    def _enter(self) -> bool:
-        """Take the lane for this thread, if that has been quick of late.
-
-        Where ranks are seldom here at the same time, or share cores with others, a thread that sleeps is served sooner than one
-        that looks again and again: the more often that was slow, the more operations in a row go by the lane.
-        """
-        if self._by_lane:
-            self._by_lane -= 1
-            return False
-        return self._lane.enter()
-
-    def _note(self, began: float, nbytes: int) -> None:
-        """Note whether an operation that began at ``began`` was quick in this thread."""
-        if time.perf_counter() - began > _PATIENCE_S + nbytes * _PATIENCE_S_PER_BYTE:
-            self._by_lane = self._slow = min(_MOST_BY_LANE, 2 * self._slow or 1)
-        elif self._slow:
-            self._slow //= 2
-
-    def _at_once(
-        self, work: MpiWork, begin: Callable[[], MPI.Request | None], complete: Callable[[], None], nbytes: int
-    ) -> None:
-        """Perform an operation in this thread, which has entered the lane; what would wait is handed over to the lane's."""
-        began = time.perf_counter()
-        try:
-            self._watch.count(self._label)
-            request = begin()
-        except BaseException:
-            self._lane.leave()
-            raise
-        try:
-            here = request is None or over_within(request, _PATIENCE_S)
-        except BaseException:
-            self._wait_in_lane(work, request, complete)
-            raise
-        if not here:
-            self._note(began, nbytes)
-            self._wait_in_lane(work, request, complete)
-            return
-        try:
-            with torch.no_grad():
-                self._lane.perform(work, complete)
-            self._note(began, nbytes)
-        finally:
-            self._lane.leave()
-
-    def _wait_in_lane(self, work: MpiWork, request: Any, complete: Callable[[], None]) -> None:
-        def rest() -> None:
-            with self._watch.region(self._label, work.what, self._ranks, again=True):
-                request.Wait()
-                complete()
-
-        self._lane.hand_over(work, rest)
-
     def _message(
         self,
         what: str,
@@ -820,19 +621,9 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         else:
             work = MpiMessage(what, tensor, host, self._timeout_s, given_up=lambda: self._lane.broken)
         work.begin(begin or self._comm.Irecv, peer, tag, sends=begin is not None)
-        if self._coalescing is not None:
-            self._coalescing.append(work)
+        if self._ways.coalescing is not None:
+            self._ways.coalescing.append(work)
         return work
-
-
-def _lies_plainly(tensor: Tensor) -> bool:
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_cuda
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor.is_conj()
-    )
 
 
 def _form(tensor: Tensor) -> str:

@@ -14,11 +14,11 @@ import logging
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_LOOK_S = 0.002  # between two looks whether a closing lane is idle
 _MOST_CALLBACKS = 64  # that wait for one another; threads start as they are needed
 _NO_TIMEOUT = timedelta(0)
 
@@ -170,12 +171,6 @@ class MpiWork(_Base):  # type: ignore[misc]
 
 
 _Item = tuple[MpiWork, Callable[[], None]]
-_NOTHING = MpiWork("nothing", (), 0.0)  # wakes the thread
-_kept.clear()
-
-
-def _do_nothing() -> None:
-    pass
 
 
 class Lane:
@@ -185,6 +180,11 @@ class Lane:
         name: Of the thread.
         explain: Says more about an operation that timed out: the ranks that are missing.
         end: Ends the process, for a reason, when a caller's own thread is inside an MPI call that will not return.
+
+    Attributes:
+        inside: The thread that performs an operation, or None. A caller's thread that has entered gives the lane back by `leave`,
+            whose first statement is a single assignment: an interrupt comes before it or after it.
+        broken: Why no more operations are taken.
     """
 
     def __init__(
@@ -192,11 +192,10 @@ class Lane:
     ) -> None:
         self.name = name
         self._explain, self._end = explain, end
-        self._queue: SimpleQueue[_Item | None] = SimpleQueue()
-        self._handed: _Item | None = None  # before all that is queued
+        self._items: deque[_Item] = deque()
+        self._bell: SimpleQueue[None] = SimpleQueue()  # rung when the thread should look at what there is to do
         self._order = threading.Lock()
-        self._ahead = 0  # operations queued or under way
-        self._turn = threading.Lock()  # held while an operation is performed, by whatever thread
+        self.inside: int | None = None
         self._thread: threading.Thread | None = None
         self._watched = False
         self._current: tuple[MpiWork, float, bool] | None = (
@@ -208,59 +207,69 @@ class Lane:
 
     @property
     def stuck(self) -> bool:
-        """Whether the thread is inside an MPI call that will not return."""
+        """Whether a thread is inside an MPI call that will not return."""
         return self.broken is not None and (
-            self._turn.locked() or (self._thread is not None and self._thread.is_alive())
+            self.inside is not None or (self._thread is not None and self._thread.is_alive())
         )
 
     def submit(self, work: MpiWork, operation: Callable[[], None]) -> MpiWork:
         """Perform ``operation`` when those before it are over."""
-        if self.broken is not None:
-            raise dist.DistBackendError(f"{work.what}: {self.name} is unusable since an earlier failure: {self.broken}")
-        if self._closed:
-            raise dist.DistBackendError(f"{work.what}: {self.name} was destroyed")
         work.callbacks = self._callbacks
         with self._order:
+            if self.broken is not None:
+                raise dist.DistBackendError(
+                    f"{work.what}: {self.name} is unusable since an earlier failure: {self.broken}"
+                )
+            if self._closed:
+                raise dist.DistBackendError(f"{work.what}: {self.name} was destroyed")
             self._employ()
-            self._ahead += 1
-            self._queue.put((work, operation))
+            self._bell.put(None)  # first: what is queued is then seen, though an interrupt may come here
+            self._items.append((work, operation))
         return work
 
     # -- in the caller's own thread -----------------------------------------------------------------------------------
 
     def enter(self) -> bool:
         """Take the lane, if nothing is queued or under way; `leave` or `hand_over` must follow."""
+        me = threading.get_ident()
         with self._order:
-            if self._ahead or self._closed or self.broken is not None:
+            if self._items or self.inside is not None or self._closed or self.broken is not None:
                 return False
-            self._ahead = 1
-            self._turn.acquire()
+            self.inside = me
         return True
 
     def leave(self) -> None:
         """Give the lane back."""
-        self._turn.release()
-        with self._order:
-            self._ahead -= 1
+        self.inside = None
+        if self._items or self._closed:
+            self._bell.put(None)
 
     def perform(self, work: MpiWork, operation: Callable[[], None]) -> None:
         """Perform an operation here, for which no other rank has to come any more; the lane is taken."""
-        if not self._watched:
-            self._watch()
         try:
+            if not self._watched:
+                self._watch()
             self._perform(work, operation, here=True)
         except BaseException as error:  # such as Ctrl-C, between two calls that belong together
-            self.broken = self.broken or dist.DistBackendError(f"{work.what} was interrupted ({type(error).__name__})")
+            self.interrupted(work.what, error)
             raise
 
+    def interrupted(self, what: str, error: BaseException) -> None:
+        """Take no more operations, because a caller's thread was torn out of one that the other ranks go on with."""
+        self.broken = self.broken or dist.DistBackendError(f"{what} was interrupted ({type(error).__name__})")
+
     def hand_over(self, work: MpiWork, rest: Callable[[], None]) -> None:
-        """Give the lane back, and let the thread perform what is left of an operation, before all that was queued since."""
+        """Give the lane back, and let the thread perform what is left of an operation, before all that was queued since.
+
+        May be called again for the same work where a call was interrupted.
+        """
         work.callbacks = self._callbacks
         with self._order:
+            if not (self._items and self._items[0][0] is work):
+                self._items.appendleft((work, rest))
             self._employ()
-            self._handed = (work, rest)
-            self._turn.release()
-            self._queue.put((_NOTHING, _do_nothing))
+            self.inside = None
+            self._bell.put(None)
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -268,21 +277,26 @@ class Lane:
         """Take no more work, and end when what there is is over.
 
         Returns:
-            Whether the thread ended within ``timeout_s``.
+            Whether everything was over and the thread had ended within ``timeout_s``.
         """
+        until = time.monotonic() + timeout_s
         with self._order:
-            if not self._closed:
-                self._closed = True
-                self._queue.put(None)
+            self._closed = True
+            self._bell.put(None)
+        while self._busy() and time.monotonic() < until:  # seldom: another thread of the program is inside
+            if self._thread is None:
+                time.sleep(_LOOK_S)
+            else:
+                self._thread.join(_LOOK_S)
         if self._thread is not None:
-            self._thread.join(timeout_s)
-        ended = self._thread is None or not self._thread.is_alive()
-        if ended and self._turn.acquire(timeout=timeout_s):
-            self._turn.release()
-        else:
-            ended = False
+            self._thread.join(max(0.0, until - time.monotonic()))
+        ended = not self._busy() and (self._thread is None or not self._thread.is_alive())
         self._callbacks.shutdown(wait=ended)
         return ended
+
+    def _busy(self) -> bool:
+        with self._order:
+            return bool(self._items) or self.inside is not None
 
     def _employ(self) -> None:
         if self._thread is None:
@@ -292,31 +306,33 @@ class Lane:
 
     def _watch(self) -> None:
         if not self._watched:
-            self._watched = True
             _clock.watch(self)
+            self._watched = True
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
+        me = threading.get_ident()
         while True:
-            item = self._queue.get()
-            with self._turn:
-                handed, self._handed = self._handed, None
-                for one in (handed, item):
-                    if one is not None and one[0] is not _NOTHING:
-                        self._serve(*one)
+            with self._order:
+                item = self._items.popleft() if self._items and self.inside is None else None
+                if item is not None:
+                    self.inside = me
+                elif self._closed and not self._items and self.inside is None:
+                    return
             if item is None:
-                return
-            del item, handed, one  # tensors must not live until the next operation comes
+                self._bell.get()
+                continue
+            try:
+                self._serve(*item)
+            finally:
+                del item  # tensors must not live until the next operation comes
+                self.inside = None
 
     def _serve(self, work: MpiWork, operation: Callable[[], None]) -> None:
-        try:
-            if self.broken is not None:
-                work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))
-            else:
-                self._perform(work, operation, here=False)
-        finally:
-            with self._order:
-                self._ahead -= 1
+        if self.broken is not None:
+            work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))
+        else:
+            self._perform(work, operation, here=False)
 
     def _perform(self, work: MpiWork, operation: Callable[[], None], *, here: bool) -> None:
         self._current = (work, time.monotonic() + work.timeout_s, here)
@@ -358,16 +374,11 @@ class Lane:
 
     def _drop(self) -> None:
         """Fail what is queued: the thread, inside MPI, will not come to it."""
-        handed, self._handed = self._handed, None
-        if handed is not None:
-            handed[0].finish(dist.DistBackendError(f"{handed[0].what}: given up, because of {self.broken}"))
-        while True:
-            try:
-                item = self._queue.get_nowait()
-            except Empty:
-                return
-            if item is not None:
-                item[0].finish(dist.DistBackendError(f"{item[0].what}: given up, because of {self.broken}"))
+        with self._order:
+            dropped = list(self._items)
+            self._items.clear()
+        for work, _ in dropped:
+            work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a logged step or evaluation."""
+"""``metrics.jsonl``: one JSON object a logged step or evaluation, and one for each start of the run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,19 @@ class JsonlLogger:
         path: The file; its folder is made.
         resumed_step: Records of later steps, left by a run that got further than its last checkpoint, are removed, so
             that no step is there twice. 0 begins a new file.
+        environment: Where it runs; written before the first record, as one of kind "start".
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+    def __init__(self, path: Path, resumed_step: int = 0, environment: Mapping[str, Any] | None = None) -> None:
         self._path = path
+        self._environment = environment
         self._resumed_step = resumed_step
         self._descriptor: int | None = None
         self._waiting: list[str] = []
 
     def log_step(self, record: StepRecord) -> None:
         """Append a step."""
-        self._append({"kind": "step", **asdict(record)})
+        self._append({"kind": "step", "time": round(time.time(), 3), **asdict(record)})
 
     def log_eval(self, record: EvalRecord) -> None:
         """Append an evaluation."""
@@ -65,8 +69,12 @@ class JsonlLogger:
                 self._descriptor = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         had_waiting = bool(self._waiting)
+        if self._environment is not None:
+            start = {"kind": "start", "time": round(time.time(), 3), "step": self._resumed_step}
+            self._waiting.append(json.dumps({**start, "environment": self._environment}) + "\n")
+            self._environment = None
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._waiting.append(json.dumps(clean) + "\n")
         try:
             self._write()

@@ -23,6 +23,11 @@ class StepRecord:
         samples_per_second: Over all ranks, since the start.
         gradient_norm: Before clipping; None if nothing computed it.
         sent_bytes_per_step: By rank 0, on average since the start (see `hvdtrain.backends.traffic`); 0 in a world of one.
+        memory_bytes: What rank 0's process has of its GPU's memory, or, training on a CPU, its resident set; None where that
+            cannot be read.
+        train_seconds: In training steps of this process since its start, on rank 0.
+        phase_seconds: Seconds of a step since the last logged one, a mean for each rank, by phase (see
+            `hvdtrain.backends.laps.PHASES`; on a GPU, of the logged step); None between logged steps.
     """
 
     step: int
@@ -33,6 +38,9 @@ class StepRecord:
     samples_per_second: float
     gradient_norm: float | None = None
     sent_bytes_per_step: float = 0.0
+    memory_bytes: int | None = None
+    train_seconds: float = 0.0
+    phase_seconds: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,22 +1,31 @@
-"""How far the run is: a live line on a terminal, plain lines every few seconds elsewhere.
+"""How far the run is: a live line on a terminal or in a notebook, plain lines every few seconds elsewhere.
 
 Plain lines come as often as records do, at most every few seconds; `Trainer(progress=)` sends some between logged steps.
+A live line is never longer than the terminal is wide: what matters least is left out first.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
 from hvdtrain.observe.logger import EvalRecord, StepRecord
-from hvdtrain.observe.quantities import in_bytes
+from hvdtrain.observe.quantities import in_bytes, in_duration
+
+_BAR_CELLS = 16
+_GAP = "  "
+_LEAST = 9  # the rank of the bar
 
 
 class ProgressLogger:
-    """Shows epoch, step, loss, samples per second and the time left.
+    """Shows epoch, step, loss, samples per second, learning rate, gradient norm, memory, bytes sent and the time left.
 
     Args:
         console: Where to.
@@ -30,55 +39,126 @@ class ProgressLogger:
         self._every_s = every_s
         self._last = -math.inf  # a clock that counts from the start of the machine may be near zero
         self._began: tuple[float, int] | None = None
-        self._bar: Progress | None = None
+        self._live: _Line | None = None
+        self._norm: float | None = None
 
     def log_step(self, record: StepRecord) -> None:
         """Show a step."""
-        text = (
-            f"epoch {min(record.epoch + 1, self._epochs)}/{self._epochs}  loss {record.loss:.4f}  "
-            f"{record.samples_per_second:,.0f} samples/s"
-        )
-        if record.sent_bytes_per_step:
-            text += f"  {in_bytes(record.sent_bytes_per_step)}/step"
-        if self._console.is_terminal:
-            self._show_bar(record, text)
-            return
         now = time.monotonic()
         if self._began is None:
             self._began = (now, record.step)
+        if record.gradient_norm is not None:
+            self._norm = record.gradient_norm
+        if self._live is None:
+            self._live = _line_of(self._console)
+        if self._live is not None:
+            self._live.show(self._fields(record, now), record.step / record.total_steps if record.total_steps else None)
+            return
         total = record.total_steps
         if now - self._last < self._every_s and (total is None or record.step < total):
             return
         self._last = now
-        began, first = self._began
-        if record.step > first and total is not None:
-            text += f"  {(now - began) / (record.step - first) * (total - record.step):.0f} s left"
-        of_all = "" if total is None else f"/{total}"
-        self._console.print(f"step {record.step}{of_all}  {text}", highlight=False)
+        text = _GAP.join(text for _, text in self._fields(record, now))
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def log_eval(self, record: EvalRecord) -> None:
         """Show an evaluation."""
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+        metrics = _GAP.join(f"{name} {value:.4f}" for name, value in record.metrics.items())
         when = f"epoch {record.epoch}/{self._epochs} " if self._epochs else ""
         self._console.print(f"{when}evaluated: {metrics}", highlight=False)
 
     def close(self) -> None:
         """Remove the live line."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.close()
+            self._live = None
 
-    def _show_bar(self, record: StepRecord, text: str) -> None:
-        if self._bar is None:
-            known = record.total_steps is not None
-            self._bar = Progress(
-                TextColumn("step {task.completed:.0f}" + ("/{task.total:.0f}" if known else "")),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                *([TimeRemainingColumn()] if known else []),
-                console=self._console,
-                transient=True,
-            )
-            self._bar.start()
-            self._bar.add_task(text, total=record.total_steps)
-        self._bar.update(self._bar.task_ids[0], completed=record.step, description=text)
+    def _fields(self, record: StepRecord, now: float) -> list[tuple[int, str]]:
+        """What there is to show, in order, each with its rank: the highest is left out first."""
+        total = record.total_steps
+        fields = [
+            (1, f"step {record.step}" + ("" if total is None else f"/{total}")),
+            (7, f"epoch {min(record.epoch + 1, self._epochs)}/{self._epochs}"),
+            (0, f"loss {record.loss:.4f}"),
+            (2, f"{record.samples_per_second:,.0f} samples/s"),
+            (4, f"lr {record.lr:.3g}"),
+        ]
+        if self._norm is not None:
+            fields.append((5, f"grad {self._norm:.3g}"))
+        if record.memory_bytes is not None:
+            fields.append((6, f"mem {in_bytes(record.memory_bytes)}"))
+        if record.sent_bytes_per_step:
+            fields.append((8, f"sent {in_bytes(record.sent_bytes_per_step)}/step"))
+        began, first = self._began or (now, record.step)
+        if record.step > first and total is not None:
+            seconds = (now - began) / (record.step - first) * (total - record.step)
+            fields.append((3, f"{in_duration(seconds)} left"))
+        return fields
+
+
+def fitted(fields: Iterable[tuple[int, str]], width: int) -> str:
+    """Join texts with gaps, without those of the highest ranks that have no room; the last one is cut."""
+    kept = list(fields)
+    while len(kept) > 1 and len(_GAP.join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return _GAP.join(text for _, text in kept)[: max(0, width)]
+
+
+class _Line(Protocol):
+    """A line that is shown in the place of the one before."""
+
+    def show(self, fields: list[tuple[int, str]], done: float | None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _line_of(console: Console) -> _Line | None:
+    """A line in place, where there can be one."""
+    if console.is_jupyter:
+        return _NotebookLine()
+    return _TerminalLine(console) if console.is_terminal and not console.is_dumb_terminal else None
+
+
+class _TerminalLine:
+    """The last line of a terminal, with a bar where there is room; others are printed above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._fields: list[tuple[int, str]] = []
+        self._full, self._empty = "━─" if console.encoding.startswith("utf") else "#-"
+        self._live = Live(console=console, get_renderable=self._text, transient=True, refresh_per_second=4)
+
+    def show(self, fields: list[tuple[int, str]], done: float | None) -> None:
+        cells = [] if done is None else [(_LEAST, self._bar(done))]
+        self._fields = [*fields[:1], *cells, *fields[1:]]
+        if not self._live.is_started:
+            self._live.start(refresh=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _bar(self, done: float) -> str:
+        full = round(min(1.0, done) * _BAR_CELLS)
+        return self._full * full + self._empty * (_BAR_CELLS - full)
+
+    def _text(self) -> Text:
+        """Made anew at each refresh: the window may have another width by then."""
+        return Text(fitted(self._fields, self._console.width), no_wrap=True, overflow="crop")
+
+
+class _NotebookLine:
+    """An output of the cell that is replaced."""
+
+    def __init__(self) -> None:
+        self._display: Any = importlib.import_module("IPython.display").display
+        self._handle: Any = None
+
+    def show(self, fields: list[tuple[int, str]], done: float | None) -> None:
+        content = {"text/plain": _GAP.join(text for _, text in fields)}
+        if self._handle is None:
+            self._handle = self._display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+    def close(self) -> None:
+        """Leave it: it says how far the run came."""

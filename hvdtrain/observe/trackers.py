@@ -23,7 +23,7 @@ from hvdtrain.observe.logger import EvalRecord, Logger, StepRecord
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.settings.config import trackers_of
 
-_NO_CURVES = ("step", "total_steps", "epoch")
+_NO_CURVES = ("step", "total_steps", "epoch", "train_seconds", "phase_seconds")
 
 
 def chosen(text: str, folder: Path, settings: Mapping[str, Any], resumed_step: int) -> list[Logger]:
@@ -184,9 +184,11 @@ _KINDS: dict[str, Callable[[Path, Mapping[str, Any], int], Logger]] = {
 
 
 def _of_step(record: StepRecord) -> dict[str, float]:
-    return {
+    found = {
         f"train/{name}": value for name, value in asdict(record).items() if name not in _NO_CURVES and value is not None
     }
+    phases = record.phase_seconds or {}
+    return found | {f"step_seconds/{phase}": sum(ranks) / len(ranks) for phase, ranks in phases.items() if ranks}
 
 
 def _of_eval(record: EvalRecord) -> dict[str, float]:

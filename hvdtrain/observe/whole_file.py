@@ -9,8 +9,13 @@ from pathlib import Path
 from hvdtrain.errors import OutputError
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, remedy: str = "choose another --run-dir") -> None:
     """Put ``text`` into a file, which keeps its old content until the new one is complete; its folder is made.
+
+    Args:
+        path: The file.
+        text: Its content.
+        remedy: What else the message says to do, besides freeing space.
 
     Raises:
         OutputError: It cannot be written.
@@ -23,6 +28,4 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise OutputError(
-            f"could not write {path}: {error.strerror}; free space there, or choose another --run-dir"
-        ) from error
+        raise OutputError(f"could not write {path}: {error.strerror}; free space there, or {remedy}") from error

@@ -49,6 +49,10 @@ class Records:
         now = time.monotonic()
         return [now - self.set_at[key] if key in self.set_at else None for key in keys]
 
+    def _now(self) -> int:
+        """This process's clock, in nanoseconds since 1970."""
+        return time.time_ns()
+
     def _get(self, key: str) -> str | None:
         return self.kept.get(key)
 

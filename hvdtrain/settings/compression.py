@@ -1,10 +1,14 @@
-"""How a compression is asked for in text: a name, and for some a number, as in "powersgd:2". The standard library alone."""
+"""How a compression is asked for in text: a name, and for some a number, as in "powersgd:2", or an import path.
+
+The standard library alone.
+"""
 
 from __future__ import annotations
 
 import math
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.options import is_import_path
 from hvdtrain.settings.wording import did_you_mean, shown
 
 TYPES = ("fp16", "bf16")
@@ -24,19 +28,23 @@ FORMS = tuple(name + {_WHOLE: ":RANK", _RATIO: ":RATIO", _NOTHING: ""}[kind] for
 
 
 def parsed(text: str, asked_by: str = "compression") -> tuple[str, float]:
-    """A compression's name and number; the number is 0 where there is none.
+    """A compression's name and number; the number is 0 where there is none, as of an import path, which is all name.
 
     Args:
-        text: Such as "int8", "powersgd:2" (the rank, 1 or more) or "topk:0.01" (the part that is sent, in (0, 1]).
+        text: Such as "int8", "powersgd:2" (the rank, 1 or more) or "topk:0.01" (the part that is sent, in (0, 1]), or
+            "my.module:Class" (see `hvdtrain.compression.choosing.chosen`).
         asked_by: How messages call it.
 
     Raises:
         ConfigError: There is none of that name, or the number cannot be.
     """
     name, colon, number = text.partition(":")
+    if name not in _NUMBER and is_import_path(text):
+        return text, 0
     if name not in _NUMBER:
         raise ConfigError(
-            f"{asked_by} must be one of {', '.join(FORMS)}, got {shown(text)}{did_you_mean(name, tuple(_NUMBER))}"
+            f"{asked_by} must be one of {', '.join(FORMS)} or an import path such as my.module:Class, got {shown(text)}"
+            f"{did_you_mean(name, tuple(_NUMBER))}"
         )
     kind = _NUMBER[name]
     if not kind:

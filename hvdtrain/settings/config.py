@@ -15,8 +15,9 @@ from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.horovod_config import HOROVOD_GROUP, HorovodConfig
 from hvdtrain.settings.options import MOST_SECONDS, Component, option, settle
+from hvdtrain.settings.profiling import steps_of
 from hvdtrain.settings.sync import FORMS as SYNC_FORMS
-from hvdtrain.settings.sync import sync_of
+from hvdtrain.settings.sync import group_of, sync_of
 from hvdtrain.settings.wording import did_you_mean, one_of, shown
 
 __all__ = [
@@ -293,16 +294,24 @@ class TrainConfig:
     )
     compression: str = option(
         "none",
-        f"for slow networks, send less of the gradients: {', '.join(FORMS)} (docs/slow_networks.md)",
+        f"for slow networks, send less of the gradients: {', '.join(FORMS)}, or one of your own by import path; with --sync of what is "
+        "exchanged then (docs/slow_networks.md)",
         group=_DISTRIBUTED,
-        metavar="NAME[:NUMBER]",
+        metavar="NAME[:NUMBER]|PATH",
     )
     sync: str = option(
         "every-step",
-        f"for slow networks, exchange weights every so many steps instead of gradients in each: {', '.join(SYNC_FORMS)} "
-        "(docs/slow_networks.md)",
+        f"for slow networks, exchange weights every so many steps instead of gradients in each: {', '.join(SYNC_FORMS)}; "
+        ",delay=STEPS and ,fragments=NUMBER may follow (docs/slow_networks.md)",
         group=_DISTRIBUTED,
-        metavar="NAME[:STEPS]",
+        metavar="NAME[:STEPS[,...]]",
+    )
+    sync_group: str = option(
+        "none",
+        "with --sync or --compression: inside each node, or each so many ranks that follow one another, gradients are exchanged in every "
+        "step and as they are; groups send less to each other",
+        group=_DISTRIBUTED,
+        metavar="none|node|RANKS",
     )
     all_reduce: str = option(
         "auto",
@@ -378,6 +387,14 @@ class TrainConfig:
         metavar="NAMES",
     )
     log_every: int = option(10, "steps between lines of metrics.jsonl", group=_RUN, metavar="STEPS", at_least=1)
+    profile: str | None = option(
+        None,
+        "profile these optimizer steps on every rank, the first and the last one, as in 10:20; into profile/ of the run's folder "
+        "(docs/observing.md)",
+        group=_RUN,
+        metavar="FIRST:LAST",
+        default_text="none",
+    )
     seed: int = option(
         0, "seed of weights, data order and augmentation", group=_RUN, metavar="N", at_least=0, at_most=2**32 - 1
     )
@@ -423,10 +440,17 @@ class TrainConfig:
                     f"--task {self.task.name} brings its own {name}, so --{name} {value.name} would have no effect; "
                     f"leave one out (arguments for the task: --task.NAME VALUE)"
                 )
+        steps_of(self.profile)
         self._check_warmup()
         self._check_reduce_dtype()
         self._check_compression()
         self._check_sync()
+        less = sync_of(self.sync) is not None or self.compression not in ("none", *TYPES)
+        if group_of(self.sync_group, "--sync-group") is not None and not less:
+            raise ConfigError(
+                f"--sync-group {self.sync_group} says inside which groups of ranks nothing is sent less, and nothing is said to be: give "
+                "--sync or --compression too, fp16 and bf16 excepted, or leave it out"
+            )
         if self.checkpoint_url is not None and not re.fullmatch(r"\w[\w+.:-]*://.+", self.checkpoint_url):
             raise ConfigError(
                 f"--checkpoint-url {self.checkpoint_url} is no URL, such as s3://bucket/run; a folder is file:///path, and "
@@ -470,7 +494,7 @@ class TrainConfig:
             return
         asked = f"--sync {self.sync}"
         others = {
-            f"--compression {self.compression}": self.compression != "none",
+            f"--compression {self.compression}": self.compression in TYPES,
             f"--reduce-dtype {self.reduce_dtype}": self.reduce_dtype != "auto",
             "--shard-optimizer": self.shard_optimizer,
             "--on-nan skip": self.on_nan == "skip",

@@ -11,6 +11,10 @@ HOROVOD_GROUP = "horovod (backend horovod)"
 """Heading in ``--help``."""
 
 
+DYNAMIC_TIMELINE = "DYNAMIC"
+"""As the name of a timeline's file: Horovod shall be ready for one that begins later."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HorovodConfig:
     """What can be told to Horovod; the section ``horovod`` of a configuration, ``--horovod.cycle-time-ms`` as a flag.

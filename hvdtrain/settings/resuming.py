@@ -81,6 +81,7 @@ RULES: dict[str, Rule] = {
         TAKEN, "what was not sent yet goes on, also with another one and on other ranks; without one it is lost"
     ),
     "sync": Rule(TAKEN, "with another one, or on other ranks, all go on from the ranks' average"),
+    "sync_group": Rule(TAKEN, "with other groups, what was not sent yet goes to the ranks that speak for them"),
     "all_reduce": Rule(TAKEN),
     "sync_batch_norm": Rule(TAKEN),
     "horovod": Rule(TAKEN),
@@ -95,6 +96,7 @@ RULES: dict[str, Rule] = {
     "eval_every": Rule(TAKEN),
     "logger": Rule(FREE),
     "log_every": Rule(FREE),
+    "profile": Rule(FREE),
     "seed": Rule(TAKEN, "for the order of the samples; random numbers go on as they were"),
     "deterministic": Rule(TAKEN),
     "on_nan": Rule(TAKEN),

@@ -24,18 +24,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hvdtrain-backend", default="auto")
     parser.addoption("--hvdtrain-device", default="cpu")
     parser.addoption("--hvdtrain-record", type=Path)
+    parser.addoption(
+        "--hvdtrain-timing", action="store_true", help="tests that compare times as well: the machine must not be busy"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the mark of tests that stand for a feature."""
+    """Know the marks of tests that stand for a feature."""
+    config.addinivalue_line("markers", "timing: compares times (--hvdtrain-timing)")
     config.addinivalue_line(
         "markers",
         "feature(name, refused_by={}): one of `hvdtrain.testing.features`; engines where the test shows a refusal, with the reason",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stop the backend last: some engines start only once in a process."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stop the backend last: some engines start only once in a process. Leave out what compares times, unless it is asked for."""
+    if not config.getoption("--hvdtrain-timing"):
+        items[:] = [item for item in items if item.get_closest_marker("timing") is None]
     items.sort(key=lambda item: item.path.name == "test_stop.py")
     unknown = {mark.args[0] for item in items for mark in item.iter_markers("feature")} - set(FEATURES)
     if unknown:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.laps import Laps
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica
 from hvdtrain.data.rank_batches import RankBatches, RankStep, sample_count
-from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of, evaluation_of
+from hvdtrain.data.rank_stream import Batches, RankStream, StreamStep, batches_of
 from hvdtrain.data.same_data import check_same_data
 from hvdtrain.data.sample_count import SampleCount
 from hvdtrain.data.source import Source, source_of
@@ -39,17 +39,18 @@ from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
-from hvdtrain.training.checkup import Checkup, Tally
+from hvdtrain.training.checkup import Checkup, Tally, norm_seconds
 from hvdtrain.training.compiling import compile_ahead, compile_module
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
-from hvdtrain.training.evaluation import evaluate
+from hvdtrain.training.evaluator import Evaluator
 from hvdtrain.training.events import Events
+from hvdtrain.training.ledger import FitResult, Ledger
 from hvdtrain.training.lone_sample import batches_without_samples_explained, lone_samples_explained
 from hvdtrain.training.loop_state import LoopState, rehearse
 from hvdtrain.training.position import PendingLoss, Position, check_loss
 from hvdtrain.training.precision import Precision
-from hvdtrain.training.predicting import destination, predict
+from hvdtrain.training.predicting import destination
 from hvdtrain.training.random_numbers import OwnRandomNumbers
 from hvdtrain.training.resume import go_on, resume, save
 from hvdtrain.training.same_call import check_same_call
@@ -59,36 +60,6 @@ from hvdtrain.training.task import Learning, Supervised
 _log = logging.getLogger(__name__)
 
 Data = Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitResult:
-    """What a `Trainer.fit` did, the same on every rank.
-
-    Attributes:
-        epochs: Epochs completed, those before a resume included.
-        steps: Optimizer steps, those before a resume included; skipped ones count.
-        skipped_steps: Steps without an update, because the gradient was not finite.
-        train_loss: Mean over the samples of the last epoch (or part of one) that was trained.
-        eval_metrics: Of the last evaluation; empty without one.
-        samples: Samples trained on in this call.
-        train_seconds: Time spent in training steps, without evaluation and checkpoints.
-        sent_bytes_per_step: By this rank in this call's training steps (see `hvdtrain.backends.traffic`); NaN if it made none.
-            Not the same on every rank where their parts of the exchange differ.
-        stopped: Why a callback ended the run before its epochs or steps; "" if none did.
-        resumed_from: The checkpoint that this call continued from, or None.
-    """
-
-    epochs: int
-    steps: int
-    skipped_steps: int
-    train_loss: float
-    eval_metrics: dict[str, float] = field(default_factory=dict)
-    samples: int
-    train_seconds: float
-    sent_bytes_per_step: float
-    resumed_from: str | None
-    stopped: str = ""
 
 
 class Trainer:
@@ -212,6 +183,7 @@ class Trainer:
         if self._compile:
             compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
+        self.laps = Laps.of(self.replica, backend.device)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
         self._counting = Counting(self.task)
         self.position = Position()
@@ -241,15 +213,14 @@ class Trainer:
             finish_requested=lambda: bool(self._events.stop_reason),
             failed=(lambda: False) if checkpoints is None else checkpoints.failed,
             save_every_s=math.inf if checkpoint_minutes is None else 60 * checkpoint_minutes,
+            norm_s=norm_seconds(model),
         )
+        self._evaluator = Evaluator(backend, self.replica, self.precision, seed=seed)
         self._seen: SampleCount | None = None  # of the data that is trained on
         self._pending_loss = PendingLoss(self.position, rank=backend.rank, skip_nonfinite=self._skip_nonfinite)
-        self._lr: float | Tensor = math.nan  # of the last step
-        self._gradient_norm: Tensor | None = None
+        self._ledger = Ledger(backend, self.position)
         together = any(isinstance(module, SyncBatchNorm) for module in model.modules())
         self._in_step = together or self.replica.is_cut  # every rank's every pass
-        self._train_seconds, self._samples = 0.0, 0
-        self._sent_bytes, self._steps = 0.0, 0  # in this object's training steps
         self._batches: Batches | None = None
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
@@ -364,30 +335,17 @@ class Trainer:
                 self._evaluate_here(eval_source, eval_batch_size, eval_seen, regular=False)
             self.replica.settle()
             self._settle()
-        return FitResult(
-            epochs=position.epoch,
-            steps=position.steps,
-            skipped_steps=position.skipped_steps,
-            train_loss=position.train_loss,
-            eval_metrics=dict(position.eval_metrics),
-            samples=self._samples,
-            train_seconds=self._train_seconds,
-            sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else math.nan,
-            resumed_from=resumed_from,
-            stopped=self._stop_reason(),
-        )
+        return self._ledger.result(resumed_from, self._stop_reason())
 
     def _train_epoch(self, batches: Batches, total_steps: float) -> None:
         position, whole_epoch = self.position, True
         self.replica.module.train()
+        self.laps.skip()
         for step in batches.steps(position.epoch, position.samples):
-            began, sent = time.perf_counter(), self.backend.traffic.sent_bytes
-            self._train_step(step)
-            self._sent_bytes += self.backend.traffic.sent_bytes - sent
-            self._steps += 1
+            self.laps.begin(timed=self._checkup.logs(position.steps + 1))
+            with self._ledger.step(step.samples):
+                self._train_step(step)
             position.advance(step.samples)
-            self._train_seconds += time.perf_counter() - began
-            self._samples += step.samples
             self._events.stepped(self, step.samples, skipped=self._skipped)
             save = bool(self._checkpoint_every) and position.steps % self._checkpoint_every == 0
             if self._checkup.due(position.steps):
@@ -397,6 +355,7 @@ class Trainer:
             if (self._finishing or position.steps >= total_steps) and not batches.is_over(position.samples):
                 whole_epoch = False
                 break
+            self.laps.lap("other")
         self._pending_loss.look()
         whole = self.backend.all_reduce(
             torch.tensor([position.epoch_tally.loss_sum, position.epoch_tally.weight], dtype=torch.float64)
@@ -412,6 +371,7 @@ class Trainer:
         replica, precision = self.replica, self.precision
         for number, (loaded, indices) in enumerate(step, 1):
             batch = precision.cast(loaded)
+            self.laps.lap("data")
             share = self._counting.share(batch, self._counting.samples(batch, indices, self._seen), step.samples)
             with replica.accumulate(last=number == len(step.sizes)):
                 with precision.autocast(), batches_without_samples_explained(indices), lone_samples_explained():
@@ -419,17 +379,25 @@ class Trainer:
                 check_loss(loss)
                 if share.weight:
                     self._pending_loss.note(*self._counting.mean(loss, share))
+                self.laps.lap("forward")
                 replica.backward(precision.scale(loss), samples=indices, weight=share.weight, total=share.total)
+                self.laps.lap("exchange" if number == len(step.sizes) else "backward")
         lr = replica.optimizer.param_groups[0]["lr"]
-        self._lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
-        result = replica.step(clip_norm=self._clip_norm, scaler=precision.scaler, skip_nonfinite=self._skip_nonfinite)
+        self._ledger.lr = lr.clone() if isinstance(lr, Tensor) else lr  # a schedule writes into a tensor
+        result = replica.step(
+            clip_norm=self._clip_norm,
+            scaler=precision.scaler,
+            skip_nonfinite=self._skip_nonfinite,
+            want_norm=self._checkup.wants_norm(self.position.steps + 1),
+        )
         self._skipped = result.skipped
         if result.skipped:
             self.position.skipped_steps += 1
             _log.info("step %d: the gradient is not finite; no update on any rank", self.position.steps)
         else:
             self._pacemaker.after_step()
-        self._gradient_norm = result.gradient_norm
+        self._ledger.gradient_norm = result.gradient_norm
+        self.laps.lap("optimizer")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -490,35 +458,11 @@ class Trainer:
         self.backend.assemble(f"a prediction after step {self.position.steps}")
         arguments = {"batch_size": size, "to": destination(to), "callbacks": self._events.described}
         check_same_call(self.backend, "predict", arguments)
-        if source.partition != "batch":
-            raise ConfigError(
-                f"predictions come in the order of one data set that every rank is given, and this loader cuts it by partition="
-                f"{source.partition!r}; pass the data set itself"
-            )
-        check_same_data(source, self.backend, seed=self._seed, name="the data")
-        last = source.length % (size * self.backend.world_size)
-        short = self.replica.is_cut and 0 < last < self.backend.world_size  # some rank would have no sample of it
-        source = replace(source, batch_size=size, shuffle=False, last_batch="merge" if short else "keep")
-        batches = batches_of(source, self.backend, seed=self._seed, equal_passes=self.replica.is_cut)
-        assert isinstance(batches, RankBatches)
-        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
-            return predict(self.backend, self.replica, self.task, self.precision, batches, to)
+        return self._evaluator.outputs(self.task, source, size, to, self._events.inference(self))
 
     def _evaluate(self, source: Source, batch_size: int, seen: SampleCount | None) -> dict[str, float]:
-        with self.precision.arithmetic(), self.replica.shared_weights(), self._events.inference(self):
-            count = self._counting.trusts_indices
-            batches = evaluation_of(
-                source,
-                self.backend,
-                batch_size=batch_size,
-                seed=self._seed,
-                count=count,
-                equal_passes=self.replica.is_cut,
-            )
-            metrics = evaluate(self.backend, self.replica, self.task, self.precision, batches, self._counting, seen)
-        if not metrics:
-            raise ConfigError("the evaluation data set is empty; give one with samples, or none")
-        return metrics
+        inside = self._events.inference(self)
+        return self._evaluator.metrics(self.task, self._counting, source, batch_size, seen, inside)
 
     def _evaluate_here(self, source: Source, batch_size: int, seen: SampleCount | None, *, regular: bool) -> None:
         """Evaluate at this position, and say it; an evaluation only because the run ends here steps no schedule."""
@@ -579,24 +523,14 @@ class Trainer:
         """Log, stop if asked, and return whether it is time for a checkpoint."""
         self._pending_loss.look()
         position = self.position
-        verdict = self._checkup.hold(position.steps, position.take_recent())
+        logged = self._checkup.logs(position.steps)
+        seconds = self.laps.take() if logged else ()
+        verdict = self._checkup.hold(position.steps, position.take_recent(), seconds)
         if verdict.failed:
             self._settle()
-        report = self._logger.log_step if self._checkup.logs(position.steps) else self._progress
+        report = self._logger.log_step if logged else self._progress
         if report is not None:
-            rate = self._samples / self._train_seconds if self._train_seconds else math.nan
-            report(
-                StepRecord(
-                    step=position.steps,
-                    total_steps=None if total_steps == math.inf else int(total_steps),
-                    epoch=position.epoch,
-                    loss=verdict.tally.mean,
-                    lr=float(self._lr),
-                    samples_per_second=rate,
-                    gradient_norm=None if self._gradient_norm is None else float(self._gradient_norm),
-                    sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else 0.0,
-                )
-            )
+            report(self._ledger.record(total_steps, verdict.tally.mean, verdict.shared if logged else None))
         if verdict.stop:
             self._stop()
         self._finishing |= verdict.finish

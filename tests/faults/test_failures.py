@@ -14,11 +14,11 @@ JOB = str(Path(__file__).with_name("fault_job.py"))
 STARTUP_S = 60  # of three ranks on a busy machine; the time-out that would end a hang is longer
 
 
-def engines(horovod: Launch) -> pytest.MarkDecorator:
-    """Every engine; Horovod under one of its two launchers, and under the other one in `make test-all`."""
-    other = HOROVOD_MPIRUN if horovod == HOROVOD_GLOO else HOROVOD_GLOO
+def engines(first: Launch) -> pytest.MarkDecorator:
+    """Every engine in `make test-all`; in `make test` one, another for each kind of fault."""
+    others = [launch for launch in (TORCH, MPI, HOROVOD_MPIRUN, HOROVOD_GLOO) if launch != first]
     return pytest.mark.parametrize(
-        "launch", [TORCH, MPI, horovod, pytest.param(other, marks=pytest.mark.slow)], ids=str
+        "launch", [first, *(pytest.param(launch, marks=pytest.mark.slow) for launch in others)], ids=str
     )
 
 
@@ -27,11 +27,7 @@ def job(launch: Launch, mode: str, timeout_s: int, ranks: int = 3) -> list[str]:
     return launch.argv(ranks, JOB, mode, str(timeout_s), launch.backend)
 
 
-@pytest.mark.parametrize(
-    "launch",
-    [MPI, *(pytest.param(launch, marks=pytest.mark.slow) for launch in (TORCH, HOROVOD_MPIRUN, HOROVOD_GLOO))],
-    ids=str,
-)
+@engines(MPI)
 def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
     ended = run(job(launch, "ok", 60))
     assert ended.code == 0, ended.output
@@ -91,7 +87,7 @@ def test_a_rank_that_leaves_early_is_named(launch, mode):
     assert "has left the program" in ended.output
 
 
-@engines(HOROVOD_MPIRUN)
+@engines(TORCH)
 def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named(launch):
     ended = run(job(launch, "stall", 8))
     assert ended.code != 0
@@ -99,7 +95,7 @@ def test_a_stalled_rank_ends_the_others_at_the_timeout_and_is_named(launch):
     assert "missing: rank 1" in ended.output
 
 
-@engines(HOROVOD_GLOO)
+@engines(MPI)
 def test_a_collective_that_a_rank_does_not_call_names_the_rank_and_the_tensor(launch):
     ended = run(job(launch, "subset", 8))
     assert ended.code != 0
@@ -127,7 +123,7 @@ ALONE = {
 }
 
 
-@engines(HOROVOD_MPIRUN)
+@engines(TORCH)
 @pytest.mark.parametrize(
     "mode",
     ["evaluate-step", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ALONE if mode != "evaluate-step")],
@@ -140,7 +136,9 @@ def test_what_rank_zero_does_alone_is_named_with_what_the_others_do(launch, mode
     assert "every rank must" in ended.output or mode == "evaluate-evaluate"
 
 
-@pytest.mark.parametrize("backend", ["torch", "mpi", "horovod"])
+@pytest.mark.parametrize(
+    "backend", ["mpi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "horovod"))]
+)
 def test_another_version_on_one_host_is_refused_and_both_are_named(tmp_path, backend):
     if missing("mpirun", backend):
         pytest.skip(missing("mpirun", backend))

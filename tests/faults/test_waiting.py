@@ -16,13 +16,16 @@ def job(fault: str, size: int) -> list[str]:
     return MPI.argv(2, JOB, fault, str(size), str(TIMEOUT_S))
 
 
+@pytest.mark.slow
 def test_without_a_fault_all_end_well():
     ended = run(job("none", 4), timeout_s=_BOUND_S)
     assert ended.code == 0, ended.output
     assert ended.output.count("done") == 2
 
 
-@pytest.mark.parametrize(("fault", "size"), [("stop", 4), ("stop", 2**18), ("stop-inside", 2**18)])
+@pytest.mark.parametrize(
+    ("fault", "size"), [("stop", 4), pytest.param("stop", 2**18, marks=pytest.mark.slow), ("stop-inside", 2**18)]
+)
 def test_a_rank_that_was_stopped_is_named_within_the_time_out_and_all_end(fault, size):
     ended = run(job(fault, size), timeout_s=_BOUND_S)
     assert ended.code != 0
@@ -31,7 +34,7 @@ def test_a_rank_that_was_stopped_is_named_within_the_time_out_and_all_end(fault,
     assert "done" not in ended.output
 
 
-@pytest.mark.parametrize("size", [4, 2**18])
+@pytest.mark.parametrize("size", [4, pytest.param(2**18, marks=pytest.mark.slow)])
 def test_a_rank_that_was_killed_ends_all(size):
     ended = run(job("kill", size), timeout_s=_BOUND_S)
     assert ended.code != 0

@@ -1,6 +1,7 @@
-"""Run Horovod's own PyTorch tests over an engine, past failures: ``python run_theirs.py mpi|torch RANKS test_torch.py OUT.json [NAME...]``.
+"""Run Horovod's own PyTorch tests over an engine, past failures: ``python run_theirs.py mpi|torch|horovod RANKS FILE OUT.json [NAME...]``.
 
-The file is Horovod's ``test/parallel/test_torch.py`` of version 0.28.1; it is not part of this repository.
+The file is Horovod's ``test/parallel/test_torch.py`` or ``test/single/test_torch_elastic.py`` of version 0.28.1; neither is part of this
+repository. With ``horovod`` the real one runs them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def names(file: Path) -> list[str]:
 def main() -> None:
     backend, ranks, file, out, *wanted = sys.argv[1:]
     theirs = Path(file).resolve()
-    launcher = mpirun if backend == "mpi" else torchrun
+    launcher = torchrun if backend == "torch" else mpirun
     environment = {**os.environ, **ENVIRONMENT, "HVDTRAIN_BACKEND": backend, "HVDTRAIN_TIMEOUT_S": "60"}
 
     def begin(wanted: list[str], folder: Path) -> Found:

@@ -1,8 +1,9 @@
 """Horovod's own tests of its PyTorch part, over `hvdtrain.horovod`: known.json says what became of each.
 
-    HVDTRAIN_HOROVOD_TESTS=folder/with/test_torch.py pytest tests/horovod_own
+    HVDTRAIN_HOROVOD_TESTS=folder/with/test_torch.py/and/test_torch_elastic.py pytest tests/horovod_own
 
-The file is ``test/parallel/test_torch.py`` of Horovod 0.28.1. It is not part of this repository.
+The files are ``test/parallel/test_torch.py`` and ``test/single/test_torch_elastic.py`` of Horovod 0.28.1. They are not part of this
+repository.
 """
 
 from __future__ import annotations
@@ -26,20 +27,31 @@ def test_the_list_gives_a_reason_for_all_that_does_not_pass():
     assert len(KNOWN["passing"]) >= 97
 
 
+def found_over(backend: str, ranks: int, name: str, out: Path) -> dict[str, dict[str, str]]:
+    folder = os.environ.get("HVDTRAIN_HOROVOD_TESTS")
+    if not folder or not (Path(folder) / name).exists():
+        pytest.skip(f"HVDTRAIN_HOROVOD_TESTS names no folder with Horovod's {name}")
+    if backend == "mpi" and missing("mpirun", "mpi"):
+        pytest.skip(missing("mpirun", "mpi"))
+    argv = [sys.executable, str(HERE / "run_theirs.py"), backend, str(ranks), str(Path(folder) / name), str(out)]
+    ended = run(argv, timeout_s=1700)
+    assert ended.code == 0, ended.output
+    return json.loads(out.read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", ["mpi", "torch"])
 def test_what_passed_still_passes(tmp_path, backend):
-    folder = os.environ.get("HVDTRAIN_HOROVOD_TESTS")
-    if not folder:
-        pytest.skip("HVDTRAIN_HOROVOD_TESTS names no folder with Horovod's test_torch.py")
-    if backend == "mpi" and missing("mpirun", "mpi"):
-        pytest.skip(missing("mpirun", "mpi"))
-    out = tmp_path / "found.json"
-    file = str(Path(folder) / "test_torch.py")
-    ended = run([sys.executable, str(HERE / "run_theirs.py"), backend, "2", file, str(out)], timeout_s=1700)
-    assert ended.code == 0, ended.output
-    found = json.loads(out.read_text())
+    found = found_over(backend, 2, "test_torch.py", tmp_path / "found.json")
     assert sorted(found) == sorted([*KNOWN["passing"], *KNOWN["inapplicable"], *KNOWN["failing"]])
     lost = {name: found[name] for name in KNOWN["passing"] if found[name]["outcome"] != "passing"}
     assert not lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mpi", "torch"])
+def test_the_elastic_ones_still_pass(tmp_path, backend):
+    known = KNOWN["elastic"]
+    found = found_over(backend, known["ranks"], "test_torch_elastic.py", tmp_path / "found.json")
+    assert {name: one["outcome"] for name, one in found.items()} == dict.fromkeys(known["passing"], "passing")

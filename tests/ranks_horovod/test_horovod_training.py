@@ -393,13 +393,18 @@ def test_a_gradient_that_is_changed_on_its_way_is_refused(rank, size, change, mo
     optimizer.step()
 
 
-def test_gradients_that_are_kept_stay_what_they_were(rank, size):
+@pytest.mark.parametrize(
+    "held",
+    [lambda g: g, lambda g: g[-1:], lambda g: g.detach(), lambda g: torch.from_numpy(g.numpy()), lambda g: g.data.flatten()],
+    ids=["itself", "a part", "detached", "through NumPy", "flat"],
+)  # fmt: skip
+def test_gradients_that_are_kept_stay_what_they_were(rank, size, held):
     model = make()
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
     first, second = batches(size, 2)
     loss_of(model, first[rank]).backward()
     optimizer.step()
-    kept = [parameter.grad for parameter in model.parameters()]
+    kept = [held(parameter.grad) for parameter in model.parameters()]
     values = [gradient.clone() for gradient in kept]
     optimizer.zero_grad()
     loss_of(model, second[rank]).backward()

@@ -22,7 +22,14 @@ def accuracy(output: str) -> float:
     return float(re.search(r"accuracy (\d\.\d+)", output)[1])
 
 
-@pytest.mark.parametrize("name", ["own_loop", "one_process", "data_parallel", "mnist_files"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own_loop",
+        "data_parallel",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one_process", "mnist_files")),
+    ],
+)
 def test_an_example_learns(name):
     if name == "mnist_files":
         pytest.importorskip("torchvision", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
@@ -61,8 +68,17 @@ LAUNCHES = {
     "horovodrun --mpi": (horovodrun_mpi, 2),
     "horovodrun --gloo": (horovodrun_gloo, 2),
 }
-OTHERS = [
-    pytest.param(name, marks=() if name == "torchrun" else pytest.mark.slow) for name in LAUNCHES if name != "python"
+EXAMPLE_LAUNCHES = [  # each example under one launcher, and under all in `make test-all`
+    pytest.param(example, launcher, marks=() if launcher == first else pytest.mark.slow)
+    for example, first in {
+        "gan": "torchrun",
+        "contrastive": "mpirun",
+        "wide_features": "",
+        "metrics": "horovodrun --mpi",
+        "dict_batches": "",
+    }.items()
+    for launcher in LAUNCHES
+    if launcher != "python"
 ]
 
 
@@ -76,8 +92,7 @@ def last_words(example: str, launcher: str) -> str:
     return words
 
 
-@pytest.mark.parametrize("launcher", OTHERS)
-@pytest.mark.parametrize("example", ["gan", "contrastive", "wide_features", "metrics", "dict_batches"])
+@pytest.mark.parametrize(("example", "launcher"), EXAMPLE_LAUNCHES)
 def test_an_example_ends_alike_under_every_launcher(example, launcher):
     if launcher.startswith("horovodrun"):
         pytest.importorskip("horovod", reason="Horovod is not installed")

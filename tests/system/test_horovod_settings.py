@@ -98,11 +98,15 @@ THIRD = (1 / 3 + 1 / 3) / 2
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [0.5, 0.5, THIRD, 0.0]),
+        pytest.param({}, [0.5, 0.5, THIRD, 0.0], marks=pytest.mark.slow),
         pytest.param(
             {"compression": "fp16"}, [0.5, 0.5, 2 * float(torch.tensor(THIRD / 2).half()), 0.0], marks=pytest.mark.slow
         ),
-        ({"compression": "bf16"}, [0.5, 0.5, 2 * float(torch.tensor(THIRD / 2).bfloat16()), 0.0]),
+        pytest.param(
+            {"compression": "bf16"},
+            [0.5, 0.5, 2 * float(torch.tensor(THIRD / 2).bfloat16()), 0.0],
+            marks=pytest.mark.slow,
+        ),
         # Dividing by a tiny factor first leaves the range of a half: infinity, and nothing else, can come back.
         ({"compression": "fp16", "gradient_predivide_factor": 2.0**-20}, [float("inf")] * 3 + [0.0]),
         pytest.param({"gradient_predivide_factor": 2.0**-20}, [0.5, 0.5, THIRD, 0.0], marks=pytest.mark.slow),

@@ -42,8 +42,7 @@ CASES = [
     for launch in LAUNCHES
     for ranks in (2, 3, 4)
 ] + [
-    (TORCH, 2, 60),
-    *[pytest.param(TORCH, ranks, 60, marks=pytest.mark.slow) for ranks in (3, 4)],
+    *[pytest.param(TORCH, ranks, 60, marks=pytest.mark.slow) for ranks in (2, 3, 4)],
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks.exit import code_of, end_hard, prepare
 from hvdtrain.ranks.rendezvous import Announce
-from hvdtrain.settings.horovod_config import HorovodConfig
+from hvdtrain.settings.horovod_config import DYNAMIC_TIMELINE, HorovodConfig
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -127,6 +128,17 @@ class HorovodBackend(Backend):
         # Horovod joins its thread when the process ends, and that thread may wait in MPI for ranks that are gone.
         if not shut_down(_SHUTDOWN_S):
             end_hard(code_of(error))
+
+    def begin_engine_trace(self, path: Path) -> bool:
+        """Horovod's timeline, where it was told at its start that one may come (``timeline="DYNAMIC"``)."""
+        if self.config.timeline != DYNAMIC_TIMELINE:
+            return False
+        hvd.start_timeline(str(path))
+        return True
+
+    def end_engine_trace(self) -> None:
+        """End Horovod's timeline."""
+        hvd.stop_timeline()
 
     # -- work ---------------------------------------------------------------------------------------------------------
 

@@ -396,6 +396,21 @@ def test_ranks_that_ask_for_different_ones_are_told(backend):
         replicated(backend, "topk:0.1" if backend.rank == 0 else "topk:0.2")
 
 
+def test_a_compression_that_costs_more_than_it_saves_on_one_machine_says_so_once(backend, caplog):
+    def said():
+        return [record.message for record in caplog.records if "costs more than it saves" in record.message]
+
+    replica = replicated(backend, "1bit")  # of a few hundred numbers
+    n, sent = backend.world_size, []
+    for step in range(20):
+        before = backend.traffic.sent_bytes
+        exchange(backend, replica, step % 3 + 2)
+        replica.step()
+        sent.append(backend.traffic.sent_bytes - before)
+        assert len(said()) == (step >= 4 and n > 1 and backend.rank == 0 and backend.topology.num_nodes == 1)
+    assert len(set(sent[1:])) == 1  # what was sent to measure it is not counted
+
+
 def test_sparse_gradients_travel_as_they_are(backend):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Embedding(50, 8, sparse=True), nn.Flatten(), nn.Linear(16, 5))

@@ -274,7 +274,7 @@ def test_states_of_another_number_of_ranks_are_left_out(backend):
     other = backend.replicate(fresh, INNER["AdamW"](fresh.parameters()), sync="diloco:3")
     torch.nn.utils.vector_to_parameters(shared, fresh.parameters())
     other.load_rank_states([copy.deepcopy(state)] * (backend.world_size + 1))
-    assert other.rank_state()["since"][0] == 0
+    assert other.rank_state()["counts"][0][1] == 0
     assert other.rank_state()["momentum"].keys() == state["momentum"].keys()
     take_step(backend, other, 0)
     with other.shared_weights():
@@ -332,10 +332,6 @@ def test_a_model_in_whose_backward_pass_ranks_meet_is_refused(backend):
             {"sync": "dilocco:3"},
             r"must be one of every-step, local-sgd:STEPS, diloco:STEPS, got .*did you mean 'diloco'",
         ),
-        (
-            {"sync": "local-sgd:2", "compression": "int8"},
-            r"sync= \(--sync\) and compression= \(--compression\) exclude",
-        ),
         ({"sync": "local-sgd:2", "reduce_dtype": "bf16"}, r"and reduce_dtype= \(--reduce-dtype\) exclude each other"),
     ],
 )
@@ -361,12 +357,6 @@ def test_what_needs_equal_steps_is_refused(backend):
         replica.step(scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ConfigError, match="exclude each other: a rank would skip a step by itself"):
         replica.step(skip_nonfinite=True)
-    averaged = hvdtrain.ExponentialMovingAverage()
-    trainer = hvdtrain.Trainer(
-        backend, model, replica.optimizer, loss=nn.functional.cross_entropy, sync="local-sgd:2", callbacks=[averaged]
-    )
-    with pytest.raises(ConfigError, match="ExponentialMovingAverage averages the weights that all ranks have"):
-        trainer.fit(ArrayDataset(torch.ones(8, 6), torch.arange(8) % 3), batch_size=2)
 
 
 def test_ranks_that_ask_for_different_ones_are_told(backend):

@@ -24,6 +24,9 @@ class ExponentialMovingAverage:
 
     Weights of less than 32 bits are averaged in float32: what one step adds would be rounded away.
 
+    With ``sync`` the ranks have weights in common after an exchange alone. Those are averaged then, ``average = decay ** steps *
+    average + (1 - decay ** steps) * weights`` with the steps since the last time, and nothing in between.
+
     Args:
         decay: Between 0 and 1; the average reaches back about ``1 / (1 - decay)`` steps.
         evaluate: Whether evaluations and predictions use the average (of several, the last one's). Checkpoints hold both; ``with
@@ -36,23 +39,17 @@ class ExponentialMovingAverage:
     def __init__(self, decay: float = 0.999, *, evaluate: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"decay must be 0 or more and less than 1, got {decay}")
-        self._update = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         self._evaluate = evaluate
         self._average: dict[str, Tensor] = {}
         self._averaged: dict[str, Tensor] = {}  # the model's own
         self._is_applied = False
+        self._steps = 0  # that the average has not seen
+        self._exchanges = 0  # of weights, as far as it has
 
     def on_start(self, trainer: Trainer) -> None:
-        """Begin with the weights as they are, or go on.
-
-        Raises:
-            ConfigError: The ranks train apart for some steps, so that there are no weights to average after each.
-        """
-        if trainer.replica.options.sync is not None:
-            raise ConfigError(
-                "ExponentialMovingAverage averages the weights that all ranks have after each step, and with sync= (--sync) they have them "
-                "only after an exchange; leave one of them out"
-            )
+        """Begin with the weights as they are, or go on."""
+        self._exchanges = trainer.replica.exchanges
         self._averaged, before = weights_of(trainer.replica.module), self._average
         if before and {k: v.shape for k, v in before.items()} != {k: v.shape for k, v in self._averaged.items()}:
             raise CheckpointError(
@@ -65,10 +62,18 @@ class ExponentialMovingAverage:
 
     def on_step(self, trainer: Trainer, event: StepEvent) -> None:
         """Take in the new weights."""
-        if not event.skipped:
-            now = self._weights(trainer)
-            new = [own_part(now[name].detach()).to(average.dtype) for name, average in self._average.items()]
-            self._update([own_part(average) for average in self._average.values()], new, None)
+        if event.skipped:
+            return
+        self._steps += 1
+        common = trainer.replica.common_weights()
+        if common is not None and trainer.replica.exchanges == self._exchanges:
+            return
+        now = {name: own_part(weight.detach()) for name, weight in self._weights(trainer).items()}
+        now |= {name: common[of] for name, of in self._averaged.items() if common is not None and of in common}
+        new = [now[name].to(average.dtype) for name, average in self._average.items()]
+        update = get_ema_multi_avg_fn(self._decay**self._steps)
+        update([own_part(average) for average in self._average.values()], new, None)
+        self._steps, self._exchanges = 0, trainer.replica.exchanges
 
     def inference(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Let evaluations use the average."""
@@ -92,11 +97,12 @@ class ExponentialMovingAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average by the names of the model's state."""
-        return {"average": self._average}
+        return {"average": self._average, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._average = state["average"]
+        self._steps = int(state.get("steps", 0))
 
     def _weights(self, trainer: Trainer) -> dict[str, Tensor]:
         """The model's, which may have moved but must be those that are averaged."""

@@ -79,8 +79,8 @@ def test_help_and_argument_errors_answer_in_half_a_second_without_torch_and_nump
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown subcommand 'trian'; did you mean 'train'? Subcommands: train, export, import, doctor, guard, verify, migrate, install-horovod"),
-        (["zzz"], "unknown subcommand 'zzz'. Subcommands: train, export, import, doctor, guard, verify, migrate, install-horovod"),
+        (["trian"], "unknown subcommand 'trian'; did you mean 'train'? Subcommands: train, export, import, doctor, guard, verify, report, migrate, install-horovod"),
+        (["zzz"], "unknown subcommand 'zzz'. Subcommands: train, export, import, doctor, guard, verify, report, migrate, install-horovod"),
         (["--max-stps", "3"], "unknown flag '--max-stps'; did you mean '--max-steps'?"),
         (["train", "--on-nan", "skp"], "--on-nan must be one of stop, skip, got 'skp'; did you mean 'skip'?"),
         (

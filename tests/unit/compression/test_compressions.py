@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from hvdtrain.compression.base import Gather, Sum
+from hvdtrain.compression.base import Compression, Gather, Sum
 from hvdtrain.compression.choosing import chosen
 from hvdtrain.compression.low_rank import PowerSGD, orthonormal, start
-from hvdtrain.compression.sparse import places
+from hvdtrain.compression.sparse import TopK, places, terms
+from hvdtrain.errors import ConfigError
 from hvdtrain.settings.compression import FORMS
 
 RANKS = 3
@@ -255,3 +256,47 @@ def test_every_form_is_known():
         assert (compression is None) == (reduced is not None)
         if compression is not None:
             assert compression.name == name
+
+
+def test_places_are_exact_where_products_do_not_fit_into_64_bits():
+    numel, start_, step = 2**40 - 87, 2**39 + 5, 2**40 - 1001
+    which = torch.tensor([0, 1, 2**20 - 1, 2**20, 3_100_000_007, numel - 1])
+    assert terms(which, numel, start_, step).tolist() == [(w * step + start_) % numel for w in which.tolist()]
+    assert terms(torch.arange(7), 7, 3, 7).tolist() == [3] * 7
+    assert sorted(places(1009, 1009, "7:0").tolist()) == list(range(1009))
+
+
+@pytest.mark.parametrize(("ratio", "name"), [("0.01", "topk:0.01"), ("1", "topk:1"), ("0.01000001", "topk:0.01000001")])
+def test_names_tell_every_ratio_apart(ratio, name):
+    assert made(f"topk:{ratio}").name == name
+
+
+class Halves(TopK):
+    def __init__(self):
+        super().__init__(0.5)
+
+
+NO_COMPRESSION = dict
+
+
+class Nameless(Compression):
+    def exchange(self, tensor, memory, seed):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("joint", [":", "."])
+def test_one_of_ones_own_is_found_by_its_import_path(joint):
+    assert isinstance(made(f"{__name__}{joint}Halves"), Halves)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("NO_COMPRESSION", r"made \{\} of dict, which is no hvdtrain.Compression; name a class"),
+        ("Nameless", r'has no name; give the class one, .*: name = "nameless"'),
+        ("Halfs", r"has no 'Halfs'; did you mean 'Halves'"),
+    ],
+)
+def test_what_is_no_compression_is_refused(name, said):
+    with pytest.raises(ConfigError, match=said):
+        chosen(f"{__name__}:{name}")

@@ -51,7 +51,7 @@ def test_no_processes_no_folder_and_no_samples_need_nothing():
 
 
 def test_the_main_job_refuses_before_training(tmp_path):
-    flags = ["--data", "synthetic", "--data.shape", "[3, 2048, 2048]", "--data.samples", "64", "--workers", "1000"]
+    flags = ["--data", "synthetic", "--data.shape", "[3, 512, 512]", "--data.samples", "32", "--workers", "1000"]
     ended = subprocess.run(
         [sys.executable, "-m", "hvdtrain", "--backend", "local", "--run-dir", str(tmp_path), *flags],
         capture_output=True, text=True, check=False,

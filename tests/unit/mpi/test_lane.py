@@ -216,3 +216,34 @@ def test_what_was_handed_over_fails_when_the_group_gives_up(lane):
     with pytest.raises(dist.DistBackendError, match="own: rank 2 failed first"):
         own.wait()
     release.set()
+
+
+def test_a_lane_that_is_closed_before_an_operation_times_out_ends_when_that_returns(lane):
+    release = threading.Event()
+    stuck = lane.submit(work("broadcast", 0.3), lambda: release.wait(20))
+    assert not lane.close(0.01)
+    with pytest.raises(dist.DistBackendError, match="timed out"):
+        stuck.wait()
+    release.set()
+    assert lane.close(5)
+    assert not lane.stuck
+
+
+def test_closing_waits_for_what_a_caller_does_in_its_own_thread_and_hands_over(lane):
+    inside, done = threading.Event(), []
+
+    def caller() -> None:
+        assert lane.enter()
+        inside.set()
+        time.sleep(0.2)
+        own = work("own")
+        lane.hand_over(own, lambda: (time.sleep(0.2), done.append("rest")))
+        own.wait()
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    inside.wait()
+    assert lane.close(5)
+    assert done == ["rest"]
+    thread.join()
+    assert not lane.enter()

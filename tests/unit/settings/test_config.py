@@ -106,10 +106,17 @@ def test_a_task_leaves_model_and_data_open() -> None:
             "--horovod.op adasum does not go with --reduce-dtype bf16",
         ),
         ({"sync": "dilocco:5"}, "--sync must be one of every-step, .*, got 'dilocco:5'; did you mean 'diloco'?"),
+        ({"sync": "diloco:5,dely=2"}, "--sync 'diloco:5,dely=2': delay=STEPS and .* may follow.*did you mean 'delay'?"),
+        ({"sync": "diloco:5,delay=5"}, "sync's delay must be a whole number of steps from 0 and less than the 5"),
+        ({"sync_group": "node"}, "--sync-group node says inside which groups .* give --sync or --compression too"),
+        (
+            {"sync_group": "nodes", "sync": "diloco:5"},
+            "--sync-group must be none, node or a number of ranks .* 'nodes'",
+        ),
         ({"sync": "diloco:0"}, "--sync 'diloco:0': give the steps between exchanges, diloco:100"),
         (
-            {"sync": "diloco:5", "precision": "fp16", "compression": "int8"},
-            "--sync diloco:5 does not go with --compression int8, --precision fp16",
+            {"sync": "diloco:5", "precision": "fp16", "compression": "bf16"},
+            "--sync diloco:5 does not go with --compression bf16, --precision fp16",
         ),
         (
             {"sync": "local-sgd:2", "horovod": HorovodConfig(op="adasum")},

@@ -74,3 +74,32 @@ def test_no_time_between_checkpoints_is_refused(alone, minutes):
         hvdtrain.Trainer(
             alone, nn.Linear(1, 1), torch.optim.SGD([nn.Parameter(torch.ones(1))]), loss=len, checkpoint_minutes=minutes
         )
+
+
+def test_a_talk_before_the_first_step_says_nothing_of_how_long_steps_take():
+    def body(communicator):
+        checkup = Checkup(communicator, log_every=10**6, stop_requested=lambda: False)
+        checkup.begin(0)
+        checkup.hold(0, Tally())
+        return checkup.due(1), checkup.wants_norm(1)
+
+    assert run_ranks(2, body) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize(("norm_s", "every"), [(0.0, 1), (0.0003, 1), (0.002, 7), (0.003, 10)])
+def test_the_norm_is_wanted_at_steps_where_ranks_talk_if_it_takes_half_a_percent_of_the_time(norm_s, every):
+    def body(communicator):
+        seconds = [0.0]
+        checkup = Checkup(
+            communicator, log_every=1, stop_requested=lambda: False, norm_s=norm_s, clock=lambda: seconds[0]
+        )
+        checkup.begin(0)
+        wanted = []
+        for step in range(1, 100):
+            seconds[0] += 0.0625
+            if checkup.wants_norm(step):
+                wanted.append(step)
+            checkup.hold(step, Tally())
+        return wanted
+
+    assert run_ranks(2, body) == [[*range(1, 100, every)]] * 2

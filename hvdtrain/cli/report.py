@@ -1,0 +1,66 @@
+"""``hvdtrain report``: runs as one page and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.cli.places import Command, say_help
+from hvdtrain.cli.voice import say
+from hvdtrain.settings.flags import UsageError, build, read_flags
+from hvdtrain.settings.options import option, settle
+
+_USAGE = "hvdtrain report RUN... [FLAG VALUE ...]"
+_INTRO = """\
+Draw what runs have written down: loss and metrics, throughput, where the time
+of a step goes on each rank, ranks that make the others wait, bytes, memory,
+configuration and environment. Several runs are laid over each other. A run may
+be going on.
+  hvdtrain report runs/digits
+  hvdtrain report runs/torch runs/mpi --out compared"""
+_EPILOG = """\
+exit codes:
+  0    report.html and a PNG for each picture are written
+  1    failed; the message says at what
+  2    wrong flag or folder"""
+_MOST_WORDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportWishes:
+    """The flags of ``hvdtrain report``."""
+
+    out: str | None = option(
+        None,
+        "folder to write into",
+        group="where",
+        metavar="DIR",
+        default_text="RUN/report, or report for several runs",
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Reads the flags and writes the report.
+
+    Returns:
+        0; every other exit code comes from an exception.
+
+    Raises:
+        HvdtrainError: Something is wrong; its ``exit_code`` is the command's.
+    """
+    flags = read_flags(ReportWishes, argv, places=_MOST_WORDS)
+    if flags.switches:
+        command = Command(places=(), config=None, flags=flags)
+        return say_help(ReportWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
+    if not flags.places:
+        raise UsageError("RUN is missing: give the folder of a run; --help shows more")
+    wishes: ReportWishes = build(ReportWishes, flags)
+    from hvdtrain.report.making import make_report  # noqa: PLC0415  (half a second that a wrong flag should not cost)
+
+    path = make_report([Path(place) for place in flags.places], None if wishes.out is None else Path(wishes.out))
+    say(f"wrote {path}, and a PNG of each picture beside it")
+    return 0

@@ -1,0 +1,55 @@
+"""From the folders of runs to a page and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.observe.whole_file import write_whole
+from hvdtrain.report.page import Shown, page
+from hvdtrain.report.reading import names_of, read_run
+
+MOST_RUNS = 10
+
+
+def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write ``report.html`` and a PNG for each picture.
+
+    Args:
+        folders: Of runs.
+        out: The folder to write into; None for ``report`` in the run's folder, or here for several runs.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: A folder is no run's, matplotlib is missing, or there are too many runs.
+        OutputError: It cannot be written.
+    """
+    distinct = list({folder.resolve(): folder for folder in folders}.values())
+    if len(distinct) > MOST_RUNS:
+        raise ConfigError(f"{len(distinct)} runs in one picture cannot be told apart; give at most {MOST_RUNS}")
+    runs = [read_run(folder, name) for folder, name in zip(distinct, names_of(distinct), strict=True)]
+    try:
+        from hvdtrain.report.pictures import pictures  # noqa: PLC0415 - an optional library
+    except ImportError as error:
+        raise ConfigError(f"hvdtrain report draws with matplotlib ({error}); pip install 'hvdtrain[report]'") from error
+    drawn = pictures(runs)
+    place = out or (distinct[0] / "report" if len(distinct) == 1 else Path("report"))
+    shown = [Shown(name=each.name, title=each.title, note=each.note, svg=each.svg) for each in drawn]
+    target = place / "report.html"
+    for each in drawn:
+        _write_picture(place / f"{each.name}.png", each.png)
+    write_whole(target, page(runs, shown), remedy="choose another --out")
+    return target
+
+
+def _write_picture(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(
+            f"could not write {path}: {error.strerror}; free space there, or choose another --out"
+        ) from error
