@@ -177,6 +177,8 @@ def run_training(config: TrainConfig) -> Summary:
             for each in profiler:
                 each.finish(trainer)
         finally:
+            for each in profiler:
+                each.close()
             logger.close()
         summary = _summary(config, backend, trainer.replica, result, batch, time.monotonic() - began)
         if backend.rank == 0:

@@ -90,6 +90,17 @@ class Profiler:
             )
         self._end_python()
 
+    def close(self) -> None:
+        """Stop what is still recorded, and throw it away: a process that ends with torch's profiler at work may crash."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.abandon()
+            if self._backend.rank == 0:
+                _log.warning("the run ended in the middle of what --profile was to record; nothing of it is written")
+        if self._python is not None:
+            self._python.disable()
+            self._python = None
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer) -> None:

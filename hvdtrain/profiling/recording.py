@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ class Recording:
             events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
         self._take(events)
 
+    def abandon(self) -> None:
+        """End without looking at what was recorded."""
+        self._profile.stop()
+
     @property
     def steps(self) -> int:
         """How many steps were recorded."""
@@ -101,14 +106,21 @@ class Recording:
             compute = min(rest, max(0.0, busy))
         else:
             outside = union(span for phase, span in self._phases if phase not in ("data", "exchange"))
-            operations = spans_of(self.events, ("cpu_op",), self._thread)
-            shifted = [(begin + self.shift_us, end + self.shift_us) for begin, end in operations]
-            compute = min(rest, overlap(outside, shifted) / 1e6 / steps)
+            sends = self._main_thread([event for event in self.events if _sends(event)])
+            works = self._main_thread([e for e in self.events if e.get("cat") == "cpu_op" or _sends(e)])
+            sent = overlap(outside, sends) / 1e6 / steps  # FSDP gathers and sums inside forward and backward
+            compute = min(rest, overlap(outside, works) / 1e6 / steps - sent)
+            rest, exchange_s = rest - sent, exchange_s + sent
         return RankTimes(
             rank=self._rank, input=input_s, exchange=exchange_s, compute=compute, python=rest - compute, alone=alone
         )
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _main_thread(self, events: Sequence[dict[str, Any]]) -> list[Span]:
+        """When these took place on the thread that trains, by this process's clock."""
+        spans = spans_of(events, ("cpu_op", "user_annotation"), self._thread)
+        return [(begin + self.shift_us, end + self.shift_us) for begin, end in spans]
 
     def _now(self) -> float:
         return (self._epoch_ns + time.perf_counter_ns()) / 1e3
@@ -138,3 +150,7 @@ class Recording:
         there = {event.get("pid") for event in kept}  # torch names processes in which nothing happens
         names = [event for event in events if event.get("ph") == "M" and event.get("pid") in there]
         self.events = [*names, *lane, *kept, *spans]
+
+
+def _sends(event: Mapping[str, Any]) -> bool:
+    return str(event.get("name")).startswith(("c10d::", "FSDP::", "gloo:", "mpi:", "nccl:"))

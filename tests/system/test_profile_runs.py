@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,34 @@ def test_a_wrong_range_is_refused_at_once(tmp_path, text, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_told_to_end_in_the_middle_saves_and_ends_as_ever(tmp_path):
+    words = [
+        "-m",
+        "hvdtrain",
+        "--model",
+        "mlp",
+        "--epochs",
+        "500",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--profile",
+        "5:500",
+    ]
+    with subprocess.Popen(
+        [sys.executable, *words, "--backend", "local", "--device", "cpu"], env=surroundings(os.environ), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            end = time.monotonic() + 120
+            while not (tmp_path / "run" / "profile").exists():
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            process.terminate()
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 75, said
+    assert "nothing of it is written" in said
+    assert not (tmp_path / "run" / "profile" / "trace.json").exists()

@@ -168,3 +168,26 @@ def test_a_run_that_ends_in_the_middle_is_profiled_so_far_and_one_that_never_com
 def test_the_first_step_can_be_profiled(backend, folder):
     _, verdict = profiled(backend, folder, "none", steps=(1, 1), max_steps=2)
     assert verdict["steps"] == 1
+
+
+def test_one_that_is_closed_in_the_middle_writes_nothing_and_another_can_follow(backend, folder):
+    said = []
+
+    class Ends:
+        def on_step(self, trainer, event):
+            if event.step == 4:
+                raise KeyboardInterrupt
+
+    model = nn.Linear(4, 1)
+    profiler = Profiler(backend, ProfiledSteps(2, 8), folder, said.append)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = hvdtrain.Trainer(backend, model, optimizer, loss=mse_loss, callbacks=[profiler, Ends()])
+    data = ArrayDataset(torch.randn(80, 4), torch.randn(80, 1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(data, epochs=1, global_batch_size=4)
+    profiler.close()
+    profiler.close()
+    assert said == []
+    assert not (folder / "trace.json").exists()
+    _, verdict = profiled(backend, folder, "none")
+    assert verdict["steps"] == 4
