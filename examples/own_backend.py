@@ -23,13 +23,6 @@ from hvdtrain.ranks.engine_store import EngineStore
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "product": dist.ReduceOp.PRODUCT}
 
 
-def options(of, **values):
-    made = of()
-    for name, value in values.items():
-        setattr(made, name, value)
-    return made
-
-
 class GlooWire(Wire):
     def __init__(self, group, rank, ranks):
         super().__init__(rank, ranks, torch.device("cpu"))
@@ -37,7 +30,7 @@ class GlooWire(Wire):
 
     def all_reduce_(self, tensor, op):
         self.traffic.all_reduce(tensor.nbytes, self.size)
-        return self.group.allreduce([tensor], options(dist.AllreduceOptions, reduceOp=OPS[op]))
+        return self.group.allreduce([tensor], OPS[op])
 
     def all_gather_into(self, out, tensor):
         self.traffic.all_gather(tensor.nbytes, self.size)
@@ -49,7 +42,7 @@ class GlooWire(Wire):
 
     def broadcast_(self, tensor, src):
         self.traffic.rooted(tensor.nbytes, self.size)
-        return self.group.broadcast([tensor], options(dist.BroadcastOptions, rootRank=src, rootTensor=0))
+        return self.group.broadcast(tensor, src)
 
     def barrier(self):
         return self.group.barrier()
@@ -93,7 +86,7 @@ class GlooBackend(Backend):
         return GlooReplica(self, model, optimizer, options, carried=lambda dtype: dtype)
 
     def _disconnect(self):
-        self.store = None
+        pass
 
     def _kill(self, error):
         pass

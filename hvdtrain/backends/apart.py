@@ -25,7 +25,8 @@ from hvdtrain.backends.fragments import Fragment, cut
 from hvdtrain.backends.groups import Groups
 from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.outer import outer_step, summable, write_
-from hvdtrain.backends.replica import Replica, ReplicaOptions, StepResult
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
 from hvdtrain.backends.rounds import Round, Way, Window
 from hvdtrain.backends.unsent import Unsent
 from hvdtrain.backends.watched import plain_names

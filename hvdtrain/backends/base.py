@@ -29,7 +29,8 @@ from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.seldom import SeldomOfGroups, SeldomReplica
 from hvdtrain.backends.traffic import Traffic
 from hvdtrain.backends.units import cannot_be_cut, units_of

@@ -18,7 +18,7 @@ from hvdtrain.backends.coded import Coded, as_it_is
 from hvdtrain.backends.grouped import OfGroups
 from hvdtrain.backends.groups import groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
-from hvdtrain.backends.replica import ReplicaOptions
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.unsent import Remembered, takes
 from hvdtrain.backends.watched import without_compile
 from hvdtrain.backends.weighting import Tally

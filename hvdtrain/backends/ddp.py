@@ -15,7 +15,8 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.lingering import keep, let_go
 from hvdtrain.backends.reducer import ReducerReplica
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.errors import BackendUnavailable, ConfigError, HvdtrainError, LaunchError
 from hvdtrain.launch import algorithms, listening

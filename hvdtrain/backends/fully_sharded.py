@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
-from hvdtrain.backends.replica import Replica, ReplicaOptions, copied
+from hvdtrain.backends.replica import Replica, copied
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.layout import lying_like
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
+from hvdtrain.backends.slips import unused
 from hvdtrain.backends.sparse import sparse_parameters, sum_sparse, unexpected
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
@@ -132,7 +134,7 @@ class HookedReplica(Replica):
 
     def _finish(self, empty: bool) -> Tensor:
         if self._lacking:
-            raise self._unused_error(self._lacking)
+            raise unused(self._lacking, self._backend.rank)
         for pack in self._sent:
             if isinstance(pack.work, StagedWork):
                 pack.work.advance()

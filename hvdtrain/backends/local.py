@@ -11,7 +11,8 @@ from torch import nn
 from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.group import Group
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.wire import SelfWire
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch import algorithms

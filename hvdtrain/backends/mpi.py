@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.ddp import C10dWire, TorchBackend
 from hvdtrain.backends.hooked import HookedReplica, Pack
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.launchers import may_join_by_mpi

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvdtrain.backends.reduce_dtype import Buckets, check_sums, send_bucket
 from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.slips import unused
 from hvdtrain.backends.sparse import dense_embeddings, empty_sparse, sparse_parameters
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import TrainingError
@@ -126,9 +127,8 @@ class ReducerReplica(Replica):
         if not complete or self._seeks_unused:
             self._refuse_strays()
         if not complete:  # DDP would notice at the next step, with the other ranks waiting
-            raise self._unused_error(
-                [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-            )
+            names = [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
+            raise unused(names, self._backend.rank)
         self._backend.traffic.all_reduce(self._uncounted_bytes, self._backend.world_size)
         if self._seeks_unused:  # which parameters some rank has used, as int32, and of the tally too
             self._backend.traffic.all_reduce(4 * (len(self._parameters) + 1), self._backend.world_size)

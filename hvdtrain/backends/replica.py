@@ -21,7 +21,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,13 +35,13 @@ from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
-from hvdtrain.backends.sparse import unexpected
+from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
+from hvdtrain.backends.slips import WEIGHTLESS, explained_backward
 from hvdtrain.backends.units import state_for_rank_zero
 from hvdtrain.backends.unsent import Unsent, check_compression
 from hvdtrain.backends.watched import Watched, plain_names
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
-from hvdtrain.settings.sync import Sync
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -51,59 +50,9 @@ if TYPE_CHECKING:
     from hvdtrain.backends.ahead import Ahead
     from hvdtrain.backends.base import Backend
     from hvdtrain.backends.communicator import Communicator
-    from hvdtrain.compression.base import Compression
 
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplicaOptions:
-    """How an engine may exchange gradients; one that has no use for an option ignores it.
-
-    Attributes:
-        find_unused_parameters: Look, at every step, for parameters that the loss does not depend on. Needed when some
-            parameters take part only sometimes, or only on some ranks; costs a walk over the graph.
-        static_graph: Promise that the graph is the same at every step; allows the engine some short cuts.
-        bucket_bytes: Gradients are exchanged in pieces of about this size; None for what suits the engine.
-        reduce_dtype: The type in which gradients are exchanged; None for their own (see `hvdtrain.backends.reduce_dtype`).
-        compression: How gradients are compressed (see docs/slow_networks.md); None for not at all.
-        sync: How often ranks exchange weights instead of gradients; None to exchange gradients in every step.
-        sync_group: Ranks among which nothing is compressed or put off, "node" or so many; None for each by itself.
-        shard_modules: Cut the model over the ranks; a regular expression for the names of the modules that are gathered one
-            at a time. None to keep all of it on every rank.
-    """
-
-    find_unused_parameters: bool = False
-    static_graph: bool = False
-    bucket_bytes: int | None = None
-    reduce_dtype: torch.dtype | None = None
-    compression: Compression | None = None
-    sync: Sync | None = None
-    sync_group: str | int | None = None
-    shard_modules: str | None = None
-
-    @property
-    def allows_unused(self) -> bool:
-        """Whether the loss may not depend on some parameters; of a static graph the engine finds that out itself."""
-        return self.find_unused_parameters or self.static_graph
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What `Replica.step` did.
-
-    Attributes:
-        gradient_norm: The L2 norm of the averaged gradient before clipping, the same on every rank; None if nothing
-            asked for it.
-        skipped: The optimizer did not step, because the gradient was not finite (GradScaler, or ``skip_nonfinite``).
-        samples: Of the global batch, over all ranks; None with ``sync=``, and where ``total=`` was given and a GPU would have to
-            be waited for.
-    """
-
-    gradient_norm: Tensor | None
-    skipped: bool
-    samples: int | None
 
 
 _living: weakref.WeakSet[Replica] = weakref.WeakSet()
@@ -260,7 +209,7 @@ class Replica(ABC):
             with nullcontext() if share else nothing_added(loss):
                 self._run_backward(loss, loss.new_full(loss.shape, share), leaving=leaving, retain_graph=retain_graph)
         except RuntimeError as error:
-            explained = _explained(error)
+            explained = explained_backward(error)
             if explained is None:
                 raise
             raise explained from error
@@ -281,7 +230,7 @@ class Replica(ABC):
         """
         self._exchange()
         if self._weightless:
-            raise TrainingError(_WEIGHTLESS)
+            raise TrainingError(WEIGHTLESS)
         self._keeper.listen()
 
     def step(
@@ -317,7 +266,7 @@ class Replica(ABC):
         self.lap("exchange")
         self._keeper.refuse_late()
         if self._weightless and not skip_nonfinite:
-            raise TrainingError(_WEIGHTLESS)
+            raise TrainingError(WEIGHTLESS)
         if scaler is not None and (self._weightless or not self._any_to_step() or not scaler.is_enabled()):
             scaler = None  # no rank had a sample, or losses are not scaled: there is nothing to unscale
         self._scaler_looked = scaler is not None
@@ -775,13 +724,6 @@ class Replica(ABC):
         check_same_structure(self._gather, self.module, self._optimizer, () if copied else new)
         self._set_up()
 
-    def _unused_error(self, names: list[str]) -> TrainingError:
-        named = f": {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else " in the last micro-batch"
-        return TrainingError(
-            f"rank {self._backend.rank}: the loss did not depend on some parameters{named}. Freeze them, use them, or pass "
-            "find_unused_parameters=True (--find-unused-parameters)"
-        )
-
     def _clip(self, clip_norm: float) -> Tensor:
         if not any(g.is_sparse or g.dtype in _NARROW for g in self._gradients()):
             return nn.utils.clip_grad_norm_(self._parameters, clip_norm)
@@ -794,37 +736,9 @@ class Replica(ABC):
 
 _NARROW = (torch.bfloat16, torch.float16)  # too few digits for a norm
 
-_WEIGHTLESS = (
-    "no loss of this step had any weight on any rank (the weight= of every backward() was 0), so that there is no mean to follow; "
-    "give the global batch something that counts, or skip such steps: replica.step(skip_nonfinite=True), --on-nan skip"
-)
-
 
 def copied(value: Any) -> Any:
     """A state whose tensors are copies on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     return {key: copied(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-def _explained(error: RuntimeError) -> TrainingError | None:
-    """The engine's and autograd's words for what a user did, in ours; None for other errors."""
-    text = str(error)
-    if "backward through the graph a second time" in text:
-        return TrainingError(
-            "two backward passes through one graph. Two losses of one forward pass: replica.backward(loss_1 + loss_2, samples=...), "
-            "or replica.backward(loss_1, samples=..., retain_graph=True) inside `with replica.accumulate(last=False):` before the other"
-        )
-    if "mark a variable ready only once" in text or "marked as ready twice" in text:
-        return TrainingError(
-            "a gradient was completed twice in one backward pass, and had been sent the first time. Reentrant activation "
-            "checkpointing does that: pass use_reentrant=False"
-        )
-    if "cached during selective activation checkpoint has been mutated" in text:
-        return TrainingError(
-            "selective activation checkpointing keeps the result of a product or convolution that the next operation writes into; let "
-            "that be no in-place one, such as ReLU(inplace=True), or use --checkpoint-policy full"
-        )
-    if "access storage of SparseTensorImpl" in text or "Expected variable to have sparse gradient" in text:
-        return unexpected("a parameter")
-    return None

@@ -12,7 +12,7 @@ from hvdtrain.backends.apart import Apart
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.groups import Groups, groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack
-from hvdtrain.backends.replica import ReplicaOptions
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import SelfWire, Together, Work
 

@@ -10,6 +10,7 @@ other ranks; what would wait is handed over to the thread (`Lane.hand_over`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import timedelta
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_LOOK_AGAIN_S = 0.05
 _LOOK_S = 0.002  # between two looks whether a closing lane is idle
 _MOST_CALLBACKS = 64  # that wait for one another; threads start as they are needed
 _NO_TIMEOUT = timedelta(0)
@@ -182,8 +184,8 @@ class Lane:
         end: Ends the process, for a reason, when a caller's own thread is inside an MPI call that will not return.
 
     Attributes:
-        inside: The thread that performs an operation, or None. A caller's thread that has entered gives the lane back by `leave`,
-            whose first statement is a single assignment: an interrupt comes before it or after it.
+        inside: The thread that performs an operation, or None. A caller's thread that may be interrupted gives the lane back by
+            setting it, which nothing can come into, and not by a call of `leave`, at whose beginning Python looks for signals.
         broken: Why no more operations are taken.
     """
 
@@ -193,6 +195,7 @@ class Lane:
         self.name = name
         self._explain, self._end = explain, end
         self._items: deque[_Item] = deque()
+        self._handed: _Item | None = None  # before all that is queued
         self._bell: SimpleQueue[None] = SimpleQueue()  # rung when the thread should look at what there is to do
         self._order = threading.Lock()
         self.inside: int | None = None
@@ -233,7 +236,7 @@ class Lane:
         """Take the lane, if nothing is queued or under way; `leave` or `hand_over` must follow."""
         me = threading.get_ident()
         with self._order:
-            if self._items or self.inside is not None or self._closed or self.broken is not None:
+            if self._pending() or self.inside is not None or self._closed or self.broken is not None:
                 return False
             self.inside = me
         return True
@@ -241,6 +244,10 @@ class Lane:
     def leave(self) -> None:
         """Give the lane back."""
         self.inside = None
+        self.left()
+
+    def left(self) -> None:
+        """Let the thread look at once at what was queued while a caller was inside; else it does within moments."""
         if self._items or self._closed:
             self._bell.put(None)
 
@@ -261,15 +268,15 @@ class Lane:
     def hand_over(self, work: MpiWork, rest: Callable[[], None]) -> None:
         """Give the lane back, and let the thread perform what is left of an operation, before all that was queued since.
 
-        May be called again for the same work where a call was interrupted.
+        Where a call is interrupted, the lane is still this thread's (`inside`) if nothing was handed over.
         """
         work.callbacks = self._callbacks
         with self._order:
-            if not (self._items and self._items[0][0] is work):
-                self._items.appendleft((work, rest))
             self._employ()
-            self.inside = None
             self._bell.put(None)
+            handed = (work, rest)
+            self._handed = handed
+            self.inside = None
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +303,10 @@ class Lane:
 
     def _busy(self) -> bool:
         with self._order:
-            return bool(self._items) or self.inside is not None
+            return self._pending() or self.inside is not None
+
+    def _pending(self) -> bool:
+        return bool(self._items) or self._handed is not None
 
     def _employ(self) -> None:
         if self._thread is None:
@@ -314,13 +324,19 @@ class Lane:
         me = threading.get_ident()
         while True:
             with self._order:
-                item = self._items.popleft() if self._items and self.inside is None else None
+                item, free = None, self.inside is None
+                if free and self._handed is not None:
+                    item, self._handed = self._handed, None
+                elif free and self._items:
+                    item = self._items.popleft()
+                elif free and self._closed:
+                    return
                 if item is not None:
                     self.inside = me
-                elif self._closed and not self._items and self.inside is None:
-                    return
+                pending = self._pending() or self._closed
             if item is None:
-                self._bell.get()
+                with contextlib.suppress(Empty):  # a caller that was interrupted while it left has not rung
+                    self._bell.get(timeout=_LOOK_AGAIN_S if pending else None)
                 continue
             try:
                 self._serve(*item)
@@ -375,7 +391,8 @@ class Lane:
     def _drop(self) -> None:
         """Fail what is queued: the thread, inside MPI, will not come to it."""
         with self._order:
-            dropped = list(self._items)
+            dropped = [item for item in (self._handed, *self._items) if item is not None]
+            self._handed = None
             self._items.clear()
         for work, _ in dropped:
             work.finish(dist.DistBackendError(f"{work.what}: given up, because of {self.broken}"))

@@ -32,7 +32,7 @@ _MOST_BY_LANE = 256
 _MOST_PASSAGES = 512
 
 # How far a caller's own thread has come with an operation.
-_NOTHING, _ASKING, _ASKED, _PERFORMING, _OVER = range(5)
+_BEGUN, _ASKED, _PERFORMING, _OVER = range(4)
 
 _DONE = MpiWork("an operation that was over when its call returned", (), 0.0)
 _DONE.finish()
@@ -99,15 +99,15 @@ class Submitting:
         ride, after, what, asked = passage
         finish = after if ride is None else ride.arrive
         assert finish is not None
-        stage, me = _NOTHING, threading.get_ident()
+        stage, me, before = _BEGUN, threading.get_ident(), math.inf
         try:
             if not self._enter():
                 return None
+            before = self.asked
             began = time.perf_counter()
             self._watch.count(self._label)
             if ride is not None:
                 ride.board(tensor)
-            stage = _ASKING
             self.asked += 1
             request = agree.begin(asked, self.asked)
             stage = _ASKED
@@ -127,15 +127,16 @@ class Submitting:
             self._note(began, _nbytes(out))
             return work
         except BaseException as error:
-            if stage == _ASKED:
-                self._riding_on(out, opts, request, finish, what)
-                stage = _OVER
-            elif stage in (_ASKING, _PERFORMING):
-                lane.interrupted(what, error)
+            if lane.inside == me:
+                if stage == _ASKED:
+                    self._riding_on(out, opts, request, finish, what)
+                elif stage == _PERFORMING or (stage == _BEGUN and self.asked > before):
+                    lane.interrupted(what, error)
             raise
         finally:
             if lane.inside == me:
-                lane.leave()
+                lane.inside = None
+                lane.left()
 
     def _riding_on(
         self, out: Tensor, opts: Any, request: MPI.Request, finish: Callable[[Tensor], None], what: str
@@ -229,13 +230,13 @@ class Submitting:
         Returns:
             Whether it was begun.
         """
-        lane, stage, me, request = self._lane, _NOTHING, threading.get_ident(), None
+        lane, request, stage, me, before = self._lane, None, _BEGUN, threading.get_ident(), math.inf
         try:
             if not self._enter():
                 return False
+            before = self.asked
             began = time.perf_counter()
             self._watch.count(self._label)
-            stage = _ASKING
             request = ask()
             stage = _ASKED
             if request is not None and not over_within(request, _PATIENCE_S):
@@ -250,15 +251,16 @@ class Submitting:
             self._note(began, nbytes)
             return True
         except BaseException as error:
-            if stage == _ASKED:
-                self._wait_in_lane(work, request, complete)
-                stage = _OVER
-            elif stage in (_ASKING, _PERFORMING):
-                lane.interrupted(work.what, error)
+            if lane.inside == me:
+                if stage == _ASKED:
+                    self._wait_in_lane(work, request, complete)
+                elif stage == _PERFORMING or (stage == _BEGUN and self.asked > before):
+                    lane.interrupted(work.what, error)
             raise
         finally:
             if lane.inside == me:
-                lane.leave()
+                lane.inside = None
+                lane.left()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,23 @@ RANKS = Path(__file__).resolve().parents[1] / "ranks"
 @pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4))])
 def test_every_operation_on_every_rank(ranks):
     options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no"]
-    apart = ["--ignore", str(RANKS / "test_sharding.py")]
+    apart = [word for name in ("test_sharding.py", "test_interrupted.py") for word in ("--ignore", str(RANKS / name))]
     ended = run(MPI.argv(ranks, "-m", "pytest", *options, *apart, str(RANKS)), timeout_s=240)
     assert ended.code == 0, ended.output[-8000:]
     counts = re.findall(r"(\d+) passed", ended.output)
     assert len(counts) == ranks
     assert len(set(counts)) == 1
     assert int(counts[0]) > 300
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for signals at other points")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_calls_that_are_interrupted_anywhere(ranks):
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--color=no", "--show-capture=no"]
+    ended = run(MPI.argv(ranks, "-m", "pytest", *options, str(RANKS / "test_interrupted.py")), timeout_s=280)
+    assert ended.code == 0, ended.output[-8000:]
+    assert len(re.findall(r"4 passed", ended.output)) == ranks
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))])

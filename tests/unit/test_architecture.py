@@ -54,6 +54,7 @@ STAIRS = [
     ["backends.groups"],
     ["backends.rounds", "backends.grouped"],
     ["backends.fragments"],
+    ["backends.replica_options", "backends.slips"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked", "backends.apart"],
     ["backends.compressed", "backends.seldom"],

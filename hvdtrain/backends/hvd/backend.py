@@ -21,7 +21,8 @@ from hvdtrain.backends.hvd.replica import HorovodReplica
 from hvdtrain.backends.hvd.stamp import why_not
 from hvdtrain.backends.hvd.waiting import Waiter, shut_down
 from hvdtrain.backends.hvd.wire import HorovodWire
-from hvdtrain.backends.replica import Replica, ReplicaOptions
+from hvdtrain.backends.replica import Replica
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks.exit import code_of, end_hard, prepare

@@ -13,7 +13,7 @@ from hvdtrain.backends.hooked import HookedReplica, Pack
 from hvdtrain.backends.hvd.library import hvd
 from hvdtrain.backends.hvd.waiting import Waiter
 from hvdtrain.backends.hvd.wire import HorovodWork
-from hvdtrain.backends.replica import ReplicaOptions
+from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Work
 from hvdtrain.errors import ConfigError
