@@ -1,4 +1,7 @@
-"""What `make dist` builds: the wheel, where nothing of this repository can be imported, passes the conformance suite."""
+"""What `make dist` builds: the wheel, where nothing of this repository can be imported, trains and passes the conformance suite.
+
+A part of the suite, which needs each of the wheel's folders; the workflow of GitHub's runs all of it, in an empty environment.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,15 @@ def test_the_wheel_by_itself_trains_and_passes_the_suite(tmp_path):
         [python, "-m", "hvdtrain", "--epochs", "1", "--run-dir", str(tmp_path / "run")], cwd=tmp_path, PYTHONPATH=""
     )
     assert trained.code == 0, trained.output
-    suite = [python, "-m", "hvdtrain.testing", "--backend", "local", "-q"]
+    suite = [
+        python,
+        "-m",
+        "hvdtrain.testing",
+        "--backend",
+        "local",
+        "-q",
+        "-k",
+        "test_trainer or test_checkpoints or test_nn",
+    ]
     tried = run(suite, cwd=tmp_path, timeout_s=1200, PYTHONPATH="")
     assert tried.code == 0, tried.output
