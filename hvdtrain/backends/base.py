@@ -316,6 +316,7 @@ class Backend(Communicator):
         how, reduced = chosen(compression)
         seldom = sync_of(sync)
         compressed = how is not None or reduced is not None
+        cut = {"shard_modules": True, **cannot_be_cut(optimizer)} if shard_modules is not None else {}
         check_combination(
             {
                 "compression": compressed,
@@ -326,7 +327,12 @@ class Backend(Communicator):
             {
                 "reduce_dtype": reduced is not None or reduce_dtype not in (None, "auto"),
                 "sync": seldom is not None,
-            }
+                "find_unused_parameters": find_unused_parameters,
+                "static_graph": static_graph,
+                "bucket_bytes": bucket_bytes is not None,
+                **cut,
+            },
+            self.name,
         )
         group = group_of(sync_group)
         if group is not None and how is None and seldom is None:
@@ -347,16 +353,6 @@ class Backend(Communicator):
             shard_modules=shard_modules,
         )
         if shard_modules is not None:
-            asked = {
-                "shard_modules": True,
-                "find_unused_parameters": find_unused_parameters,
-                "static_graph": static_graph,
-                "bucket_bytes": bucket_bytes is not None,
-                "reduce_dtype": options.reduce_dtype is not None,
-                "compression": how is not None,
-                "sync": seldom is not None,
-            }
-            check_combination(asked | cannot_be_cut(optimizer), self.name)
             if not self.shards_models:
                 raise ConfigError(not_by("shard_modules", self.name))
             units_of(model, shard_modules)

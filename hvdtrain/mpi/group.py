@@ -1,8 +1,9 @@
 """`MpiProcessGroup`: torch.distributed's process group, on stock PyTorch, with mpi4py below.
 
 Each call checks its arguments, and hands the rest to the group's lane, which makes the blocking MPI calls in order while
-the caller computes on; `submitting` says when a caller that waits makes them itself. Messages between two ranks (`send`, `recv`) do not queue there: they are started at once, because
-two ranks that each receive before they send would otherwise wait for each other.
+the caller computes on; `submitting` says when a caller that waits makes them itself. Messages between two ranks (`send`,
+`recv`) do not queue there: they are started at once, because two ranks that each receive before they send would otherwise wait
+for each other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hvdtrain.mpi.agreement import Agreement, digest
 from hvdtrain.mpi.dtypes import as_bytes, kind_of, mpi_op
 from hvdtrain.mpi.lane import Lane, MpiWork, forget
 from hvdtrain.mpi.messages import MpiMessage, Several
+from hvdtrain.mpi.naming import NamedGroup
 from hvdtrain.mpi.staging import Staging
 from hvdtrain.mpi.submitting import Submitting
 from hvdtrain.ranks.watch import NullWatch
@@ -33,10 +35,8 @@ _groups = itertools.count()
 _ANY_TAG_LIMIT = 2**15 - 1  # every MPI has this many tags
 _CLOSE_S = 10.0  # how long a group that is destroyed waits for operations that nobody waited for
 
-_Base: Any = dist.ProcessGroup  # its stubs list overloads that differ between versions of torch
 
-
-class MpiProcessGroup(_Base):  # type: ignore[misc]
+class MpiProcessGroup(NamedGroup):
     """Ranks of one communicator.
 
     Args:
@@ -63,80 +63,23 @@ class MpiProcessGroup(_Base):  # type: ignore[misc]
         levels: operations.Levels | None = None,
         end: Callable[[str], None] | None = None,
     ) -> None:
-        super().__init__(comm.rank, comm.size)
+        super().__init__(comm.rank, ranks)
         self._levels = levels
         self.order = next(_groups)
         """Of its creation; the same in all groups that two ranks share."""
         self._comm = comm
-        self._comm_rank = int(comm.rank)
         self._label = name
         self._over = f" over {name} ({len(ranks)} ranks)"
         self._timeout_s = timeout.total_seconds()
         self._watch = watch
-        self._ranks = list(ranks)
         self._agree = Agreement(comm) if check and comm.size > 1 else None
         self._lane = Lane(f"hvdtrain-mpi {name}", self._explain, end or watch.end)
         self._staging = Staging()
         self._process = os.getpid()
         self._destroyed = False
-        self._group_name = self._group_description = ""
         self._ways = Submitting(self._lane, self._agree, watch, name, ranks, self._timeout_s, self._staging)
 
     # -- facts --------------------------------------------------------------------------------------------------------
-
-    def getBackendName(self) -> str:
-        """The name under which it is registered."""
-        return "mpi4py"
-
-    def name(self) -> str:
-        """The name under which it is registered."""
-        return "mpi4py"
-
-    def getRank(self) -> int:
-        """This process's rank in the group."""
-        return self._comm_rank
-
-    def getSize(self) -> int:
-        """The number of ranks."""
-        return len(self._ranks)
-
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return self.getRank()
-
-    def size(self) -> int:
-        """The number of ranks."""
-        return len(self._ranks)
-
-    def getGroupName(self) -> str:
-        """What torch.distributed calls this group."""
-        return self._group_name
-
-    def setGroupName(self, name: str) -> None:
-        """Torch.distributed's name for this group."""
-        self._group_name = name
-
-    _set_group_name = setGroupName  # older versions of torch do not ask the Python class through the above
-
-    @property
-    def group_name(self) -> str:
-        """The same."""
-        return self._group_name
-
-    def getGroupDesc(self) -> str:
-        """What the user calls it."""
-        return self._group_description
-
-    def setGroupDesc(self, description: str) -> None:
-        """The user's name for it."""
-        self._group_description = description
-
-    _set_group_desc = setGroupDesc
-
-    @property
-    def group_desc(self) -> str:
-        """The same."""
-        return self._group_description
 
     @property
     def _device_types(self) -> list[torch.device]:

@@ -77,11 +77,17 @@ def checkpoint_activations(model: nn.Module, modules: str, *, policy: str = "ful
     matching = {name: module for name, module in _named(model) if name and pattern.fullmatch(name)}
     taken: dict[str, nn.Module] = {}
     for name, module in matching.items():
-        called = type(module).forward is not nn.Module.forward  # no ModuleList is
+        called = type(module).forward is not nn.Module.forward and not _reached_past(model, name)  # no ModuleList is
         if called and module not in taken.values() and not any(_inside(name, other) for other in taken):
             taken[name] = module
     if matching and not taken:
         name, module = next(iter(matching.items()))
+        if _reached_past(model, name):
+            whole = name.rpartition(".")[0]
+            raise ConfigError(
+                f"{name!r} is never called: the MultiheadAttention that it belongs to computes with its weights; name "
+                f"{repr(whole) if whole else 'the module that contains the MultiheadAttention'} (--checkpoint-modules)"
+            )
         raise ConfigError(
             f"{name!r} is a {type(module).__name__}, which has no forward pass of its own; name the modules in it, as {name + '[.][^.]+'!r} "
             "does (--checkpoint-modules)"
@@ -231,6 +237,12 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by name; one that is in several places by each of its names."""
     yield from model.named_modules(remove_duplicate=False)
+
+
+def _reached_past(model: nn.Module, name: str) -> bool:
+    """Whether a module's parent computes with its parameters and never calls it."""
+    parent = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(parent) if parent else model, nn.MultiheadAttention)
 
 
 def _counts(module: nn.Module) -> bool:

@@ -59,7 +59,7 @@ STAIRS = [
     ["backends.alone", "backends.hooked", "backends.apart"],
     ["backends.compressed", "backends.seldom"],
     ["backends.reducer", "backends.base", "backends.fully_sharded"],
-    ["mpi.library", "mpi.lane", "mpi.dtypes"],
+    ["mpi.library", "mpi.lane", "mpi.dtypes", "mpi.naming"],
     ["mpi.operations", "mpi.staging"],
     ["mpi.agreement", "mpi.messages"],
     ["mpi.submitting"],

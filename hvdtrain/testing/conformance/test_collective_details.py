@@ -3,6 +3,7 @@
 import random
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,6 +112,41 @@ def test_several_collectives_may_be_under_way_and_are_waited_for_in_any_order(ba
         assert pending[i].wait() is pending[i].wait()
         assert pending[i].done()
         assert int(copies[i].wait()) == 10 * i + n - 1
+
+
+def test_threads_that_wait_at_once_or_later_each_in_a_group_of_its_own(backend):
+    """Ranks come to the groups in different orders and at different moments; small ones and large ones, idle groups and busy ones."""
+    n, turns = backend.world_size, 25
+    groups = [backend.group(range(n)) for _ in range(3)]
+    total = n * (n + 1) // 2
+
+    def work(number: int) -> int:
+        group, wrong = groups[number], 0
+        moods, same_everywhere = random.Random(100 * backend.rank + number), random.Random(number)
+        for turn in range(turns):
+            if moods.random() < 0.3:
+                time.sleep(0.002 * moods.random())
+            pending = []
+            for _ in range(same_everywhere.randrange(3)):
+                count = same_everywhere.choice([1, 100, 20_000])
+                pending.append((group.all_reduce(torch.full((count,), float(backend.rank + 1)), async_op=True), total))
+            value = float(backend.rank + 1 + turn)
+            blocking = group.all_reduce(torch.full((same_everywhere.choice([1, 3, 1000]),), value))
+            wrong += not blocking.eq(total + n * turn).all()
+            wrong += int(group.broadcast(torch.tensor(backend.rank * 10 + turn), turn % n)) != turn % n * 10 + turn
+            if moods.random() < 0.5:
+                pending.reverse()
+            wrong += sum(not one.wait().eq(expected).all() for one, expected in pending)
+        return wrong
+
+    with ThreadPoolExecutor(3) as pool:
+        order = list(range(3))
+        random.Random(backend.rank).shuffle(order)
+        found = [pool.submit(work, number) for number in order]
+        assert [one.result() for one in found] == [0, 0, 0]
+    backend.barrier()
+    for group in groups:
+        group.close()
 
 
 def test_an_argument_may_be_changed_while_its_collective_is_under_way(backend):

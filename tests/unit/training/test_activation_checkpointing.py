@@ -152,6 +152,18 @@ def test_a_container_that_is_never_called_is_not_taken_for_its_modules() -> None
     assert checkpoint_activations(Layers(), "layers[.][^.]+") == ["layers.0", "layers.1"]
 
 
+def test_a_projection_that_attention_never_calls_is_not_taken() -> None:
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(8, 2, 16)
+
+    with pytest.raises(ConfigError, match=r"'self_attn.out_proj' is never called.* name 'self_attn'"):
+        checkpoint_activations(layer(), "self_attn[.]out_proj")
+    assert checkpoint_activations(layer(), ".*(out_proj|linear1)") == ["linear1"]
+    assert checkpoint_activations(layer(), "self_attn.*") == ["self_attn"]
+    with pytest.raises(ConfigError, match="'out_proj' is never called"):
+        checkpoint_activations(nn.MultiheadAttention(8, 2), "out_proj")
+
+
 def test_a_module_has_each_of_its_names() -> None:
     model = Layers()
     assert checkpoint_activations(model, "head") == ["head"]
