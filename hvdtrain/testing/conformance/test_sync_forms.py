@@ -167,6 +167,16 @@ def test_a_number_that_is_not_finite_is_seen_by_all_ranks_whatever_travels(backe
     replica.settle()
 
 
+def test_ranks_see_that_a_number_is_not_finite_though_nothing_at_all_is_sent(backend):
+    torch.manual_seed(1)
+    model = nn.Linear(6, 5, bias=False)  # nothing travels as it is
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), compression=Silent())
+    last = backend.rank == backend.world_size - 1
+    for bad in (False, True, False):
+        replica.backward(model(torch.full((2, 6), float("inf") if bad and last else 1.0)).square().mean(), samples=2)
+        assert replica.step(skip_nonfinite=True).skipped == bad
+
+
 @pytest.mark.parametrize("saved_after", [4, 5, 6, 7])
 @pytest.mark.parametrize(
     ("sync", "compression"),
