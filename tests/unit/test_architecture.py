@@ -159,7 +159,15 @@ PUBLIC_DOORS = {
 }  # no code of their own
 HOME = {
     "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
-    "mpi4py": {"mpi.library", "mpi.dtypes", "mpi.agreement", "mpi.operations", "mpi.messages", "mpi.group", "mpi.submitting"},
+    "mpi4py": {
+        "mpi.library",
+        "mpi.dtypes",
+        "mpi.agreement",
+        "mpi.operations",
+        "mpi.messages",
+        "mpi.group",
+        "mpi.submitting",
+    },
 }
 ENVIRONMENT = {"launch.detect", "launch.environment", "memory", "run", "workers"}  # of what runs on ranks
 

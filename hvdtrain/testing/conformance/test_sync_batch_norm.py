@@ -141,7 +141,9 @@ def test_a_layer_alone_is_converted_too(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look at it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler's own look at it
 def test_a_compiled_model_normalises_over_all_ranks_too(backend):
     torch.manual_seed(3)
     layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
