@@ -86,7 +86,7 @@ class SyncBatchNorm(_BatchNorm):
                 "a model with ordinary batch normalisation and load its state_dict"
             )
         output: Tensor
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, communicator)
+        output, mean, variance, count = _normalise(input, self.weight, self.bias, self.eps, communicator)
         if self.training and self.running_mean is not None:
             self._track(mean, variance, count)
         return output
@@ -175,6 +175,18 @@ class _Normalise(torch.autograd.Function):
             None,
             None,
         )
+
+
+_normalise: Callable[..., Any] = _Normalise.apply
+
+
+def leave_uncompiled() -> None:
+    """Let a compiler break its graph at each of these layers, because it cannot look into what ranks exchange.
+
+    Not done before something is compiled: it loads all of torch's compiler, which takes seconds.
+    """
+    global _normalise  # noqa: PLW0603 - a compiler recognises the function itself
+    _normalise = torch.compiler.disable(_Normalise.apply)
 
 
 def _wide(per_channel: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import TrainingError
+from hvdtrain.training.compiling import compile_module
 
 pytestmark = pytest.mark.feature("batch normalisation")
 
@@ -137,3 +138,22 @@ def test_a_layer_alone_is_converted_too(backend):
     assert converted is not layer
     assert converted.weight is layer.weight
     assert hvdtrain.convert_sync_batch_norm(converted, backend) is converted
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler's own look at it
+def test_a_compiled_model_normalises_over_all_ranks_too(backend):
+    torch.manual_seed(3)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    plain = hvdtrain.convert_sync_batch_norm(layers, backend)
+    compiled = copy.deepcopy(plain)
+    compile_module(compiled, {"backend": "eager"})
+    inputs = torch.randn(5 + backend.rank, 4)
+    for model in (plain, compiled):
+        model(inputs).square().mean().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torch.equal(plain[1].running_mean, compiled[1].running_mean)
+    torch._dynamo.reset()
