@@ -26,6 +26,7 @@ from hvdtrain.backends.compressed import CompressedReplica
 from hvdtrain.backends.device import choose_device
 from hvdtrain.backends.exclusions import check_combination, not_by
 from hvdtrain.backends.group import Group
+from hvdtrain.backends.group import settle as settle_groups
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
@@ -220,6 +221,7 @@ class Backend(Communicator):
             if group is not None:
                 group.close()
         self._lasting = {}
+        settle_groups()
         with groups_turn:
             self._disconnect()
         leash.release()

@@ -7,7 +7,9 @@ inside the engine too.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -71,37 +73,75 @@ turn = threading.Lock()
 
 
 class _Janitor:
-    """A thread that frees what was collected as garbage; there is one as long as there are groups."""
+    """A thread that frees what was collected as garbage; there is one as long as there are groups.
+
+    At the end of the process it has freed what there was, or frees nothing any more: a thread that Python ends inside the engine
+    would end the process by SIGABRT.
+    """
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | threading.Event] = SimpleQueue()
         self._counting = threading.Lock()
-        self._groups = 0
+        self._tasks = 0  # groups, and questions whether all is free
+        self._process = 0  # whose end it hears of
+        self._over = False
         self.free = self._queue.put  # the one call that is safe inside a garbage collection
 
     def employ(self) -> None:
         with self._counting:
-            self._groups += 1
-            if self._groups == 1:
+            self._tasks += 1
+            if self._tasks == 1:
                 threading.Thread(target=self._run, name="hvdtrain-groups", daemon=True).start()
+            if not self._process:
+                self._process = os.getpid()
+                atexit.register(self._end)
+
+    def settle(self) -> None:
+        """Wait, within bounds, until all is free that was garbage when this was called."""
+        done = threading.Event()
+        self.employ()
+        self.free(done)
+        done.wait(_SETTLE_S)
+
+    def _end(self) -> None:
+        if os.getpid() != self._process:
+            return
+        self.settle()
+        held = turn.acquire(timeout=_SETTLE_S)  # unless the engine never gives a group back
+        self._over = True
+        if held:
+            turn.release()
 
     def _run(self) -> None:
         while True:
-            close = self._queue.get()
-            try:
-                with turn:
-                    close()
-            except Exception as error:
-                _log.warning("a group of ranks could not be freed: %s", error)
-            del close
+            task = self._queue.get()
+            if isinstance(task, threading.Event):
+                task.set()
+            else:
+                self._close(task)
+            del task
             with self._counting:
-                self._groups -= 1
-                if not self._groups:
+                self._tasks -= 1
+                if not self._tasks:
                     return
+
+    def _close(self, close: Callable[[], None]) -> None:
+        try:
+            with turn:
+                if not self._over:
+                    close()
+        except Exception as error:
+            _log.warning("a group of ranks could not be freed: %s", error)
+
+
+def settle() -> None:
+    """Wait, within bounds, until groups that nothing refers to any more are freed."""
+    _janitor.settle()
 
 
 def _nothing() -> None:
     pass
 
 
+_SETTLE_S = 10.0
 _janitor = _Janitor()

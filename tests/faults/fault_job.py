@@ -114,6 +114,12 @@ def main():
         except Leave:  # the user's code swallows it and goes on to the end of the with block
             pass
         rank = backend.rank
+        groups = []
+        if mode.startswith("groups"):
+            groups = [backend.group(range(backend.world_size)) for _ in range(30)]
+        if mode == "groups early":
+            groups.clear()
+    groups.clear()  # garbage, which another thread frees
     print(f"rank {rank} done")
 
 

@@ -27,9 +27,12 @@ def job(launch: Launch, mode: str, timeout_s: int, ranks: int = 3) -> list[str]:
     return launch.argv(ranks, JOB, mode, str(timeout_s), launch.backend)
 
 
-@engines(MPI)
-def test_a_job_without_a_fault_ends_well_and_says_nothing(launch):
-    ended = run(job(launch, "ok", 60))
+@engines(TORCH)
+@pytest.mark.parametrize(
+    "mode", ["groups late", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("ok", "groups early"))]
+)
+def test_a_job_without_a_fault_ends_well_and_says_nothing(launch, mode):
+    ended = run(job(launch, mode, 60))
     assert ended.code == 0, ended.output
     for rank in range(3):  # lines of several ranks may run into each other
         assert ended.output.count(f"rank {rank} done") == 1
