@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.errors import ConfigError
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.report.page import Shown, page
 from hvdtrain.report.reading import names_of, read_run
 
 MOST_RUNS = 10
+_REMEDY = "choose another --out"
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -40,16 +41,6 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     shown = [Shown(name=each.name, title=each.title, note=each.note, svg=each.svg) for each in drawn]
     target = place / "report.html"
     for each in drawn:
-        _write_picture(place / f"{each.name}.png", each.png)
-    write_whole(target, page(runs, shown), remedy="choose another --out")
+        write_whole(place / f"{each.name}.png", each.png, remedy=_REMEDY)
+    write_whole(target, page(runs, shown), remedy=_REMEDY)
     return target
-
-
-def _write_picture(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(
-            f"could not write {path}: {error.strerror}; free space there, or choose another --out"
-        ) from error
