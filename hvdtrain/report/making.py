@@ -28,7 +28,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         ConfigError: A folder is no run's, matplotlib is missing, or there are too many runs.
         OutputError: It cannot be written.
     """
-    distinct = list({folder.resolve(): folder for folder in folders}.values())
+    distinct = list({_real(folder): folder for folder in folders}.values())
     if len(distinct) > MOST_RUNS:
         raise ConfigError(f"{len(distinct)} runs in one picture cannot be told apart; give at most {MOST_RUNS}")
     runs = [read_run(folder, name) for folder, name in zip(distinct, names_of(distinct), strict=True)]
@@ -44,3 +44,10 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         write_whole(place / f"{each.name}.png", each.png, remedy=_REMEDY)
     write_whole(target, page(runs, shown), remedy=_REMEDY)
     return target
+
+
+def _real(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        raise ConfigError(f"{folder} cannot be found ({error}); give the folder of a run") from error

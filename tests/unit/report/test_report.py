@@ -312,3 +312,15 @@ def test_a_picture_takes_the_place_of_a_link_or_a_pipe_and_does_not_write_into_i
     report(place)
     assert (tmp_path / "mine").read_text() == "precious"
     assert all((place / "report" / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "memory.png"))
+
+
+def test_links_in_a_circle_and_a_working_folder_that_is_gone_are_said_in_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "circle").symlink_to("circle")
+    assert main(["report", str(tmp_path / "circle")]) == 2
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["report", "run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("give the folder of a run") == 2
+    assert "Traceback" not in said
