@@ -203,7 +203,10 @@ def _check_combination(config: TrainConfig, backend: Backend) -> None:
 def _console(backend: Backend) -> Console:
     # mpirun and srun give their ranks a terminal that is none: they put a name before each line, or write to a file.
     forwarded = may_join_by_mpi(backend.topology.launcher)
-    return LastingConsole(quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None)
+    return LastingConsole(
+        quiet=backend.rank != 0, soft_wrap=True, force_terminal=False if forwarded else None,
+        markup=False, emoji=False,  # names of metrics, folders and hosts are no markup
+    )  # fmt: skip
 
 
 def _backend(config: TrainConfig) -> Backend:

@@ -39,7 +39,7 @@ class Laps:
         device: Where the model is.
 
     Attributes:
-        listeners: Called with each phase when it ends, in every step.
+        listeners: Called with each phase when it ends, in every step, and with "" by `skip`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,8 +67,12 @@ class Laps:
                 self._events.append(("", _event()))
 
     def skip(self) -> None:
-        """What lies behind belongs to no step."""
+        """What lies behind belongs to no step: an evaluation between epochs, say."""
+        for listener in self.listeners:
+            listener("")
         self._last = time.perf_counter()
+        if self._events:
+            self._events.append(("", _event()))
 
     def lap(self, phase: str) -> None:
         """A phase ends, and the next begins."""
@@ -83,10 +87,13 @@ class Laps:
         self._seconds[phase] += now - self._last
         self._last = now
 
-    def take(self) -> list[float]:
+    def take(self, steps: int | None = None) -> list[float]:
         """Seconds of each of `PHASES` in a step, a mean over the steps measured since the last call; zeros if none was.
 
         On a GPU it waits until the steps are over there.
+
+        Args:
+            steps: How many there were; None for as many as began.
         """
         if self._events:
             self._events[-1][1].synchronize()
@@ -94,7 +101,7 @@ class Laps:
                 if phase:
                     self._seconds[phase] += before.elapsed_time(event) / 1e3
             self._events.clear()
-        steps = max(1, self._steps)
+        steps = max(1, self._steps if steps is None else steps)
         means = [self._seconds[phase] / steps for phase in PHASES]
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._steps = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from hvdtrain.cli.trials import count, own_flags, starters
 from hvdtrain.cli.voice import say
 from hvdtrain.doctor.asking import ask
-from hvdtrain.errors import HvdtrainError
+from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.launch.starting import Starter, surroundings
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import UsageError, build, config_text, read_flags
@@ -70,12 +70,15 @@ def run(argv: Sequence[str]) -> int:
                     continue
                 folder = Path(place) / f"{starter.backend}-{turn}"
                 how = _trained(starter, ranks, steps, config, folder)
-                if how:
+                try:
+                    trial = None if how else read_trial(folder / "run")
+                except ConfigError as error:  # the task ended training early
+                    trial, how = None, str(error)
+                if trial is None:
                     failed[starter.backend] = how
                     say(f"{starter.backend} ({starter.name}) failed: {how}")
                     trials.pop(starter.backend, None)
                     continue
-                trial = read_trial(folder / "run")
                 trials.setdefault(starter.backend, []).append(trial)
                 say(f"round {turn + 1}/{rounds}: {starter.backend:<8} {trial.samples_per_second:,.0f} samples/s")
     if not trials:
@@ -104,6 +107,7 @@ def _trained(starter: Starter, ranks: int, steps: int, config: TrainConfig, fold
     whole = replace(
         config, run_dir=str(folder / "run"), backend=starter.backend, resume="never", epochs=10**6, max_steps=steps,
         log_every=max(1, steps // 8), checkpoint_every=0, checkpoint_minutes=None, logger="none", eval_every=10**6,
+        profile=None,
     )  # fmt: skip
     file.write_text(config_text(whole))
     command = starter.command(ranks, ["-m", "hvdtrain", "--config", str(file)])

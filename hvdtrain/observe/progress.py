@@ -65,7 +65,7 @@ class ProgressLogger:
         """Show an evaluation."""
         metrics = _GAP.join(f"{name} {value:.4f}" for name, value in record.metrics.items())
         when = f"epoch {record.epoch}/{self._epochs} " if self._epochs else ""
-        self._console.print(f"{when}evaluated: {metrics}", highlight=False)
+        self._console.print(f"{when}evaluated: {metrics}", highlight=False, markup=False, emoji=False)
 
     def close(self) -> None:
         """Remove the live line."""

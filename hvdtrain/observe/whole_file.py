@@ -9,12 +9,12 @@ from pathlib import Path
 from hvdtrain.errors import OutputError
 
 
-def write_whole(path: Path, text: str, *, remedy: str = "choose another --run-dir") -> None:
+def write_whole(path: Path, text: str | bytes, *, remedy: str = "choose another --run-dir") -> None:
     """Put ``text`` into a file, which keeps its old content until the new one is complete; its folder is made.
 
     Args:
         path: The file.
-        text: Its content.
+        text: Its content; in UTF-8, if it is text.
         remedy: What else the message says to do, besides freeing space.
 
     Raises:
@@ -23,7 +23,7 @@ def write_whole(path: Path, text: str, *, remedy: str = "choose another --run-di
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(text.encode() if isinstance(text, str) else text)
         beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

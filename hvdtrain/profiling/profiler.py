@@ -50,7 +50,7 @@ class Profiler:
         self._backend, self._steps, self._folder, self._tell = backend, steps, folder, tell
         self._recording: Recording | None = None
         self._python: cProfile.Profile | None = None
-        self._python_until = 0
+        self._python_until = self._python_steps = 0
         self._engine_traced = False
         self._done = False
 
@@ -76,8 +76,10 @@ class Profiler:
                 self._recording.go_on()
         elif event.step == self._steps.first - 1 and not self._done:
             self._begin(trainer)
-        elif self._python is not None and event.step >= self._python_until:
-            self._end_python()
+        elif self._python is not None:
+            self._python_steps += 1
+            if event.step >= self._python_until:
+                self._end_python()
 
     def finish(self, trainer: Trainer) -> None:
         """The run is over, perhaps before these steps; every rank must call it."""
@@ -122,8 +124,12 @@ class Profiler:
         recording, backend = self._recording, self._backend
         assert recording is not None
         trainer.laps.listeners.remove(recording.lap)
-        recording.stop()
         self._recording, self._done = None, True
+        try:
+            recording.stop()
+            unread = ""
+        except OutputError as error:
+            unread = str(error)
         sent = (backend.traffic.sent_bytes - self._sent) / recording.steps
         if self._engine_traced:
             backend.end_engine_trace()
@@ -136,7 +142,7 @@ class Profiler:
             "events": recording.events if backend.rank < _MOST_RANKS else [],
         }
         packed = gzip.compress(json.dumps(own).encode(), compresslevel=3)
-        everyone = backend.gather_object((packed, times))
+        everyone = backend.gather_object((packed, times, unread))
         if backend.device.type == "cuda":
             self._write_memory()
         if everyone is not None:
@@ -144,6 +150,7 @@ class Profiler:
                 self._write(everyone, recording)
             except OutputError as error:
                 _log.warning("%s", error)
+            self._python_steps = 0
             self._begin_python(trainer.position.steps + recording.steps)
 
     def _alone(self, sent_bytes: float, bucket_bytes: int) -> float:
@@ -165,13 +172,18 @@ class Profiler:
             best = min(best, time.perf_counter() - began)
         return best
 
-    def _write(self, everyone: list[tuple[bytes, RankTimes]], recording: Recording) -> None:
+    def _write(self, everyone: list[tuple[bytes, RankTimes, str]], recording: Recording) -> None:
+        for rank, (_, _, unread) in enumerate(everyone):
+            if unread:  # without its events nobody knows compute from Python, nor one clock from another
+                _log.warning("nothing is written of the steps that --profile recorded: rank %d: %s", rank, unread)
+                return
         traces = [
             RankTrace(rank=rank, **json.loads(gzip.decompress(packed)))
-            for rank, (packed, _) in enumerate(everyone[:_MOST_RANKS])
+            for rank, (packed, _, _) in enumerate(everyone[:_MOST_RANKS])
         ]
         remedy = "choose another --run-dir"
-        verdict: Verdict = judge([times for _, times in everyone])
+        verdict: Verdict = judge([times for _, times, _ in everyone])
+        self._tell(verdict.sentence)
         write_whole(self._folder / "trace.json", json.dumps(merged(traces)), remedy=remedy)
         write_whole(self._folder / "operators.txt", recording.operators + "\n", remedy=remedy)
         clocks = max(trace.error_us for trace in traces)
@@ -181,7 +193,6 @@ class Profiler:
             **verdict.as_json(),
         }
         write_whole(self._folder / "verdict.json", json.dumps(told, indent=1) + "\n", remedy=remedy)
-        self._tell(f"{verdict.sentence}")
         clock = "" if len(traces) == 1 else f", the ranks' clocks aligned to {clocks / 1e3:.2g} ms"
         self._tell(f"profiled {recording.steps} steps{clock}: {self._folder}")
 
@@ -208,6 +219,9 @@ class Profiler:
             return
         python, self._python = self._python, None
         python.disable()
+        if not self._python_steps:
+            self._tell("no python.txt is written: no step was left after those that were profiled")
+            return
         text = io.StringIO()
         statistics = pstats.Stats(python, stream=text)
         statistics.sort_stats("tottime").print_stats(40)

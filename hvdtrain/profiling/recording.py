@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hvdtrain.backends.laps import PHASES, Laps
+from hvdtrain.errors import OutputError
 from hvdtrain.profiling.trace import Span, overlap, spans_of, union
 from hvdtrain.profiling.verdict import RankTimes
 
@@ -50,10 +51,14 @@ class Recording:
         self._laps.begin(timed=True)
 
     def lap(self, phase: str) -> None:
-        """A phase of the step ends."""
-        self._laps.lap(phase)
+        """A phase of the step ends; "" is what belongs to no step."""
+        if phase:
+            self._laps.lap(phase)
+        else:
+            self._laps.skip()
         now = self._now()
-        self._phases.append((phase, (self._last, now)))
+        if phase:
+            self._phases.append((phase, (self._last, now)))
         self._last = now
 
     def stepped(self) -> None:
@@ -66,14 +71,27 @@ class Recording:
         self._laps.begin(timed=True)
 
     def stop(self) -> None:
-        """End; right after `stepped`."""
-        self._seconds = dict(zip(PHASES, self._laps.take(), strict=True))
+        """End, after at least one step.
+
+        Raises:
+            OutputError: The events cannot be read, because torch hands them out by a temporary file and its disk is full.
+                The phases are known.
+        """
+        self._seconds = dict(zip(PHASES, self._laps.take(self._steps), strict=True))  # the next step may have begun
         self._profile.stop()
-        with tempfile.TemporaryDirectory(prefix="hvdtrain-profile-") as folder:
-            file = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(file))
-            events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-        self._take(events)
+        events: list[dict[str, Any]] = []
+        try:
+            with tempfile.TemporaryDirectory(prefix="hvdtrain-profile-") as folder:
+                file = Path(folder) / "trace.json"
+                self._profile.export_chrome_trace(str(file))
+                events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise OutputError(
+                f"the events of the profiled steps cannot be read, for which torch writes a temporary file ({error}); free "
+                "space there, or set TMPDIR to another folder"
+            ) from error
+        finally:
+            self._take(events)
 
     def abandon(self) -> None:
         """End without looking at what was recorded."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.errors import ConfigError
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.report.page import Shown, page
 from hvdtrain.report.reading import names_of, read_run
 
 MOST_RUNS = 10
+_REMEDY = "choose another --out"
 
 
 def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -27,7 +28,7 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         ConfigError: A folder is no run's, matplotlib is missing, or there are too many runs.
         OutputError: It cannot be written.
     """
-    distinct = list({folder.resolve(): folder for folder in folders}.values())
+    distinct = list({_real(folder): folder for folder in folders}.values())
     if len(distinct) > MOST_RUNS:
         raise ConfigError(f"{len(distinct)} runs in one picture cannot be told apart; give at most {MOST_RUNS}")
     runs = [read_run(folder, name) for folder, name in zip(distinct, names_of(distinct), strict=True)]
@@ -40,16 +41,13 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     shown = [Shown(name=each.name, title=each.title, note=each.note, svg=each.svg) for each in drawn]
     target = place / "report.html"
     for each in drawn:
-        _write_picture(place / f"{each.name}.png", each.png)
-    write_whole(target, page(runs, shown), remedy="choose another --out")
+        write_whole(place / f"{each.name}.png", each.png, remedy=_REMEDY)
+    write_whole(target, page(runs, shown), remedy=_REMEDY)
     return target
 
 
-def _write_picture(path: Path, content: bytes) -> None:
+def _real(folder: Path) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(
-            f"could not write {path}: {error.strerror}; free space there, or choose another --out"
-        ) from error
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        raise ConfigError(f"{folder} cannot be found ({error}); give the folder of a run") from error

@@ -92,7 +92,7 @@ def _losses(runs: Sequence[Run]) -> list[Curve]:
 
 def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, str, list[Curve]]]:
     names = sorted({name for run in runs for record in run.evaluations for name in record if name.startswith("eval_")})
-    found = []
+    found: list[tuple[str, str, str, str, list[Curve]]] = []
     for name in names:
         if name == "eval_loss":
             continue
@@ -102,7 +102,9 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, str, list[Curve]]
             for at, run in enumerate(runs)
         ]
         safe = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in name)[:60]
-        found.append((safe, title.capitalize(), "over the whole evaluation data", title, curves))
+        if any(safe.lower() == other.lower() for other, *_ in found):  # of names in other scripts little is left
+            safe = f"{safe}_{len(found) + 1}"
+        found.append((safe, title[:1].upper() + title[1:], "over the whole evaluation data", title, curves))
     return found[:24]
 
 

@@ -27,7 +27,8 @@ class Run:
     Attributes:
         name: How the report calls it, different for each run.
         folder: Where it was read.
-        steps: Records of logged steps: numbers by name, and "phases", seconds by phase and rank. NaN for what was not finite.
+        steps: Records of logged steps: numbers by name, NaN for what was not finite; "phases", seconds by phase and rank; and
+            "start", which start of the run wrote it, counted from 1 (0 if it was not told).
         evaluations: Records of evaluations, likewise.
         environments: Of each start of the run, the first first.
         summary: Of its end; empty if there is none.
@@ -101,13 +102,14 @@ class _Thinned:
 
 def _read_records(file: Path, run: Run) -> None:
     steps, evaluations = _Thinned(), _Thinned()
-    damaged: list[int] = []
+    damaged = first_damaged = 0
     number = nonfinite = 0
     first_nonfinite = math.nan
     for number, line in _lines(file):
         record = _record(line)
         if record is None:
-            damaged.append(number)
+            damaged += 1
+            first_damaged = first_damaged or number
         elif record["kind"] == "start":
             run.environments.append(record)
         elif record["kind"] == "eval":
@@ -116,11 +118,12 @@ def _read_records(file: Path, run: Run) -> None:
             if "loss" in record and not math.isfinite(record["loss"]):
                 first_nonfinite = first_nonfinite if nonfinite else record["step"]
                 nonfinite += 1
+            record["start"] = len(run.environments)
             steps.add(record)
     run.steps, run.evaluations = steps.all(), evaluations.all()
     if damaged:
         run.remarks.append(
-            f"{len(damaged)} of {number} lines of metrics.jsonl could not be read and are left out; the first is line {damaged[0]}"
+            f"{damaged} of {number} lines of metrics.jsonl could not be read and are left out; the first is line {first_damaged}"
         )
     if nonfinite:
         run.remarks.append(
@@ -155,7 +158,7 @@ def _record(line: str) -> dict[str, Any] | None:
     record: dict[str, Any] = {"kind": found["kind"]}
     for name, value in found.items():
         number = math.nan if value is None and name.endswith("loss") else _number(value)
-        if number is not None and name != "kind":
+        if number is not None and name not in ("kind", "phases", "start"):
             record[name] = number
     phases = found.get("phase_seconds")
     if isinstance(phases, dict):
@@ -182,7 +185,20 @@ def _number(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    return {str(name): each for name, each in value.items()} if isinstance(value, dict) else {}
+    return {str(name): _shallow(each) for name, each in value.items()} if isinstance(value, dict) else {}
+
+
+def _shallow(value: Any, levels: int = 4) -> Any:
+    """Without what nobody can print or count: nesting without end, long lists, numbers that are none or beyond any float."""
+    if isinstance(value, dict | list) and not levels:
+        return "..."
+    if isinstance(value, dict):
+        return {name: _shallow(each, levels - 1) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_shallow(each, levels - 1) for each in value[:64]]
+    number = _number(value)
+    is_number = isinstance(value, int | float)
+    return str(value) if is_number and (number is None or not math.isfinite(number)) else value
 
 
 def _read_summary(file: Path, remarks: list[str]) -> dict[str, Any]:

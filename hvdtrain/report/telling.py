@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Any
 
 from hvdtrain.observe.quantities import in_bytes, in_duration
@@ -49,12 +50,14 @@ def phases_of(run: Run, *, typical: bool = False) -> Phases | None:
         typical: Medians over the logged steps, and not means: what happened once does not count.
     """
     middle = statistics.median if typical else statistics.fmean
-    measured = [record["phases"] for record in run.steps if "phases" in record]
+    measured = [record for record in run.steps if "phases" in record]
     if not measured:
         return None
-    ranks = len(next(iter(measured[-1].values())))
-    same = [each for each in measured if len(next(iter(each.values()))) == ranks]
-    same = same[1:] or same  # the first has what happens once: files that are read, kernels that are chosen
+    ranks = _ranks(measured[-1])
+    last = list(takewhile(lambda record: _ranks(record) == ranks, reversed(measured)))[::-1]
+    # The first of a start has what happens once: files that are read, kernels that are chosen.
+    later = [record for before, record in pairwise(last) if before["start"] == record["start"]]
+    same = [record["phases"] for record in later or last]
     names = [*PHASES, *sorted({phase for each in same for phase in each} - {*PHASES})]
     seconds = {
         phase: [middle([each.get(phase, [0.0] * ranks)[rank] for each in same]) for rank in range(ranks)]
@@ -63,17 +66,21 @@ def phases_of(run: Run, *, typical: bool = False) -> Phases | None:
     return Phases(seconds={phase: of for phase, of in seconds.items() if any(of)} or {"other": [0.0] * ranks})
 
 
+def _ranks(record: dict[str, Any]) -> int:
+    return len(next(iter(record["phases"].values())))
+
+
 def throughput(run: Run) -> tuple[list[float], list[float]]:
     """Samples per second between logged steps: the steps, and the rates."""
     steps, rates = [], []
-    before = (0.0, 0.0)
+    before, start = (0.0, 0.0), 0
     for record in run.steps:
         seconds, mean = record.get("train_seconds", math.nan), record.get("samples_per_second", math.nan)
         samples = seconds * mean
         if not math.isfinite(samples):
             rate = mean  # an earlier version: the mean since the start
-        elif seconds <= before[0]:  # the run was started again
-            rate, before = mean, (seconds, samples)
+        elif record["start"] != start or seconds <= before[0] or samples < before[1]:  # the run was started again
+            rate, before, start = mean, (seconds, samples), record["start"]
         else:
             rate, before = (samples - before[1]) / (seconds - before[0]), (seconds, samples)
         if 0 <= rate < 1e100:

@@ -63,3 +63,24 @@ def test_an_engine_that_fails_is_said_and_the_others_are_compared(tmp_path):
     assert "mpi (mpirun) failed: " in said
     assert "planted under mpirun" in said
     assert "torch is the fastest: " in said
+
+
+@pytest.mark.slow
+def test_an_engine_under_which_the_task_ends_too_early_is_said_and_nothing_is_profiled(tmp_path):
+    ends = """
+    def build_callbacks(self):
+        return [Ends()]
+
+class Ends:
+    def on_step(self, trainer, event):
+        if event.step == 3 and trainer.backend.name == "mpi":
+            trainer.stop("enough")
+"""
+    text = TASK.replace('if "OMPI_COMM_WORLD_RANK" in os.environ:', "if False:").replace("640", "64")
+    (tmp_path / "my_ending.py").write_text(text + ends)
+    words = ["--task", "my_ending:Task", "--engines", "mpi,torch", "--batch-size", "32", "--profile", "2:3"]
+    code, said = bench(tmp_path, *words)
+    assert code == 1, said
+    assert "has too few logged steps" in said
+    assert "torch is the fastest: " in said
+    assert "Traceback" not in said

@@ -165,6 +165,52 @@ def test_a_run_that_ends_in_the_middle_is_profiled_so_far_and_one_that_never_com
     assert said == ["nothing was profiled: --profile 50:60, and the run ended after step 5"][: backend.rank == 0]
 
 
+def test_an_evaluation_between_the_steps_is_none_of_them_and_a_step_that_never_came_counts_for_nothing(backend, folder):
+    """Two steps an epoch and an evaluation of 0.3 s after each; the run ends in the middle of what is asked for."""
+
+    class Task:
+        def loss(self, model, batch):
+            time.sleep(DELAY_S)
+            return mse_loss(model(batch[0]), batch[1])
+
+        def metrics(self, model, batch):
+            time.sleep(0.3)
+            return {"loss": mse_loss(model(batch[0]), batch[1])}
+
+    data = ArrayDataset(torch.randn(2 * backend.world_size, 4), torch.randn(2 * backend.world_size, 1))
+    model = nn.Linear(4, 1)
+    said = []
+    profiler = Profiler(backend, ProfiledSteps(1, 100), folder, said.append)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    trainer = hvdtrain.Trainer(backend, model, optimizer, task=Task(), callbacks=[profiler])
+    trainer.fit(data, data, epochs=3, global_batch_size=backend.world_size, eval_batch_size=2)
+    profiler.finish(trainer)
+    backend.barrier()
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert verdict["steps"] == 6
+    for rank in verdict["ranks"]:
+        assert rank["python"] > 0.95 * DELAY_S  # a sixth of it was missing, with seven steps
+        assert rank["input"] < 0.1  # 0.15 would be the evaluations
+    assert not (folder / "python.txt").exists()
+    assert backend.rank != 0 or said[-1].startswith("no python.txt is written")
+
+
+def test_without_room_for_the_events_of_some_rank_the_run_goes_on_and_says_why_there_is_no_profile(
+    backend, folder, tmp_path, monkeypatch, caplog
+):
+    if backend.rank == backend.world_size - 1:  # not the only one that must not be left waiting
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    _, verdict = profiled(backend, folder, "none", steps=(2, 3), max_steps=8)
+    assert verdict is None
+    assert not (folder / "trace.json").exists()
+    if backend.rank == 0:
+        assert (
+            f"nothing is written of the steps that --profile recorded: rank {backend.world_size - 1}: " in caplog.text
+        )
+        assert "TMPDIR" in caplog.text
+        assert (folder / "python.txt").exists()
+
+
 def test_the_first_step_can_be_profiled(backend, folder):
     _, verdict = profiled(backend, folder, "none", steps=(1, 1), max_steps=2)
     assert verdict["steps"] == 1

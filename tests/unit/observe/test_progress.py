@@ -137,3 +137,10 @@ def test_a_notebook_has_one_output_that_is_replaced():
     assert len(shown) == 2
     assert shown[0].startswith("step 20/20  epoch 1/2  loss 0.0500  10 samples/s  lr 0.1  ")
     assert shown[1] == "epoch 1/2 evaluated: loss 0.5000"
+
+
+def test_names_of_metrics_are_no_markup_and_no_pictures():
+    said = io.StringIO()
+    metrics = {"precision[cat]": 0.25, "f1[/all]": 0.5, ":x:": 1.0}
+    ProgressLogger(Console(file=said, width=200), 0).log_eval(EvalRecord(step=0, epoch=0, metrics=metrics))
+    assert said.getvalue() == "evaluated: precision[cat] 0.2500  f1[/all] 0.5000  :x: 1.0000\n"

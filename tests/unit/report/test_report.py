@@ -253,3 +253,74 @@ def test_throughput_is_that_between_logged_steps_and_begins_anew_with_the_run(tm
     run = read_run(folder(tmp_path / "run", *records), "run")
     assert throughput(run) == ([10, 20, 30, 40], pytest.approx([100.0, 200.0, 80.0, 120.0]))
     assert not any(math.isnan(rate) for rate in throughput(run)[1])
+
+
+def test_a_start_that_is_slower_than_the_one_before_begins_anew_too(tmp_path):
+    records = [
+        START,
+        step(10, train_seconds=1.0, samples_per_second=100.0),
+        {**START, "step": 10},
+        step(20, train_seconds=4.0, samples_per_second=50.0),  # 200 samples of its own, and not 100 more than before
+        {**START, "step": 20},
+        step(30, train_seconds=5.0, samples_per_second=20.0),
+        step(40, train_seconds=7.0, samples_per_second=60.0),
+    ]
+    run = read_run(folder(tmp_path / "run", *records), "run")
+    assert throughput(run) == ([10, 20, 30, 40], pytest.approx([100.0, 50.0, 20.0, 160.0]))
+
+
+def test_phases_are_those_since_the_world_had_its_last_size_without_the_first_record_of_each_start(tmp_path):
+    def of(number: int, seconds: float, ranks: int = 2) -> dict[str, Any]:
+        return step(number, phase_seconds={"forward": [seconds] * ranks})
+
+    records = [START, of(10, 90.0), of(20, 80.0), START, of(30, 70.0, 3), START, of(40, 60.0), of(50, 1.0), START]
+    records += [of(60, 50.0), of(70, 3.0)]
+    run = read_run(folder(tmp_path / "run", *records), "run")
+    assert phases_of(run).seconds == {"forward": [2.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("environment", "summary"),
+    [
+        ("{}", '{"wall_seconds": Infinity, "steps": NaN}'),
+        ("{}", f'{{"steps": 1{"0" * 400}, "wall_seconds": 1{"0" * 400}}}'),
+        (f'{{"hosts": {"[" * 450}{"]" * 450}, "hvdtrain": {"[" * 450}{"]" * 450}}}', None),
+        ('{"places": ' + '{"a":' * 450 + "1" + "}" * 451, '{"backend": ' + "[" * 450 + "]" * 450 + "}"),
+    ],
+)
+def test_numbers_beyond_all_bounds_and_nesting_without_end_are_no_trouble(tmp_path, environment, summary):
+    start = f'{{"kind": "start", "step": 0, "environment": {environment}}}'
+    report(folder(tmp_path / "run", start, step(10, phases=3, start=7), step(20), summary=summary))
+
+
+def test_metrics_whose_names_differ_only_in_signs_that_no_file_has_keep_their_pictures(tmp_path):
+    evaluated = {**EVAL, "eval_精度": 0.5, "eval_損失": 0.4, "eval_mAP": 0.3, "eval_map": 0.2}
+    place = folder(tmp_path / "run", step(10), step(20), evaluated)
+    page = report(place)
+    shown = re.findall(r"<h2 id='(eval_[^']*)'", page)
+    assert len({name.lower() for name in shown}) == len(shown) == 5
+    assert {f"{name}.png" for name in shown} == {file.name for file in (place / "report").glob("eval_*.png")}
+    assert ">MAP</h2>" in page  # not Map
+
+
+def test_a_picture_takes_the_place_of_a_link_or_a_pipe_and_does_not_write_into_it(tmp_path):
+    place = folder(tmp_path / "run", step(10), step(20))
+    (tmp_path / "mine").write_text("precious")
+    (place / "report").mkdir()
+    (place / "report" / "loss.png").symlink_to(tmp_path / "mine")
+    os.mkfifo(place / "report" / "memory.png")
+    report(place)
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert all((place / "report" / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "memory.png"))
+
+
+def test_links_in_a_circle_and_a_working_folder_that_is_gone_are_said_in_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "circle").symlink_to("circle")
+    assert main(["report", str(tmp_path / "circle")]) == 2
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["report", "run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("give the folder of a run") == 2
+    assert "Traceback" not in said
