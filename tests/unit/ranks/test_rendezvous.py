@@ -47,7 +47,8 @@ def both(tell=None, nodes: int = 1):
 
 
 @pytest.fixture(autouse=True)
-def _same_meeting(monkeypatch):
+def _same_meeting(monkeypatch, tmp_path_factory):
+    tmp_path_factory.getbasetemp()  # pytest's own is not to lie in what follows
     monkeypatch.setattr(
         rendezvous, "_meetings", iter([7] * 100)
     )  # two ranks in one process would count as two meetings
