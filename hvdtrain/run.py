@@ -114,12 +114,7 @@ def run_training(config: TrainConfig) -> Summary:
         resume_from = agree(backend, lambda: _begin(config, backend, run_dir, checkpoints, console))
         environment = surroundings(
             backend.all_gather_object(place_of(backend.device)),
-            backend=backend.name,
-            engine=backend.engine,
-            launcher=backend.topology.launcher,
-            world_size=backend.world_size,
-            num_nodes=backend.topology.num_nodes,
-            device=str(backend.device),
+            **_place(backend),
             global_batch_size=batch,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
@@ -505,17 +500,24 @@ def _conclude(config: TrainConfig, summary: Summary, result: FitResult, console:
     console.print(line, highlight=False, markup=False)
 
 
+def _place(backend: Backend) -> dict[str, Any]:
+    """Where a run runs, by the names that `Summary` has for it."""
+    return {
+        "backend": backend.name,
+        "engine": backend.engine,
+        "launcher": backend.topology.launcher,
+        "world_size": backend.world_size,
+        "num_nodes": backend.topology.num_nodes,
+        "device": str(backend.device),
+    }
+
+
 def _summary(
     config: TrainConfig, backend: Backend, replica: Replica, result: FitResult, batch: int, wall_seconds: float
 ) -> Summary:
     norm, sha256 = _fingerprint(backend, replica)
     return Summary(
-        backend=backend.name,
-        engine=backend.engine,
-        launcher=backend.topology.launcher,
-        world_size=backend.world_size,
-        num_nodes=backend.topology.num_nodes,
-        device=str(backend.device),
+        **_place(backend),
         global_batch_size=batch,
         epochs=result.epochs,
         steps=result.steps,

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hvdtrain.cli.trials import count, own_flags, starters
+from hvdtrain.cli.trials import CONFIG, count, own_flags, starters, trained
 from hvdtrain.cli.voice import say
-from hvdtrain.doctor.asking import ask
 from hvdtrain.errors import ConfigError, HvdtrainError
-from hvdtrain.launch.starting import Starter, surroundings
+from hvdtrain.launch.starting import Starter
 from hvdtrain.settings.config import TrainConfig
-from hvdtrain.settings.flags import UsageError, build, config_text, read_flags
+from hvdtrain.settings.flags import UsageError, build, read_flags
 
 _HELP = """\
 usage: hvdtrain bench engines [--ranks N] [--rounds N] [--steps N] [--engines A,B] [--out FILE] [FLAG VALUE ...]
@@ -102,14 +101,10 @@ def run(argv: Sequence[str]) -> int:
 
 def _trained(starter: Starter, ranks: int, steps: int, config: TrainConfig, folder: Path) -> str:
     """Train under a launcher; returns how it failed, or ""."""
-    folder.mkdir()
-    file = folder / "config.yaml"
     whole = replace(
-        config, run_dir=str(folder / "run"), backend=starter.backend, resume="never", epochs=10**6, max_steps=steps,
-        log_every=max(1, steps // 8), checkpoint_every=0, checkpoint_minutes=None, logger="none", eval_every=10**6,
-        profile=None,
+        config, resume="never", epochs=10**6, max_steps=steps, log_every=max(1, steps // 8), checkpoint_every=0,
+        checkpoint_minutes=None, logger="none", eval_every=10**6, profile=None,
     )  # fmt: skip
-    file.write_text(config_text(whole))
-    command = starter.command(ranks, ["-m", "hvdtrain", "--config", str(file)])
-    answer = ask(command, limit_s=_LIMIT_S, environment=surroundings(os.environ))
-    return answer.how if answer.code else ""
+    return trained(
+        starter, ranks, whole, folder, ["-m", "hvdtrain", "--config", str(folder / CONFIG)], limit_s=_LIMIT_S
+    )

@@ -1,12 +1,19 @@
-"""What commands that try a task under several engines have in common: their own flags beside those of training, and launchers."""
+"""What commands that try a task under several engines have in common: their own flags beside those of training, launchers, and a run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+from hvdtrain.doctor.asking import ask
 from hvdtrain.doctor.launchers import here_with_horovod
-from hvdtrain.launch.starting import Starter
-from hvdtrain.settings.flags import UsageError
+from hvdtrain.launch.starting import Starter, surroundings
+from hvdtrain.settings.config import TrainConfig
+from hvdtrain.settings.flags import UsageError, config_text
+
+CONFIG = "config.yaml"
 
 
 def own_flags(argv: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -57,3 +64,23 @@ def starters(engines: str) -> tuple[Starter, list[Starter]]:
             f"--engines {unknown[0]}: those that are here are {', '.join(n for n in here if n != 'local')}; hvdtrain doctor says why"
         )
     return here["local"], [here[name] for name in dict.fromkeys(wanted)]
+
+
+def trained(
+    starter: Starter, ranks: int, config: TrainConfig, folder: Path, program: Sequence[str], *, limit_s: float
+) -> str:
+    """Train under a launcher; returns how it failed, or "".
+
+    Args:
+        starter: The launcher, and the engine.
+        ranks: How many.
+        config: What to train; the run's folder becomes ``folder / "run"``.
+        folder: Is made; the configuration is written to `CONFIG` in it.
+        program: What each rank runs: words for Python.
+        limit_s: Seconds that it may take.
+    """
+    folder.mkdir()
+    whole = replace(config, run_dir=str(folder / "run"), backend=starter.backend)
+    (folder / CONFIG).write_text(config_text(whole))
+    answer = ask(starter.command(ranks, program), limit_s=limit_s, environment=surroundings(os.environ))
+    return answer.how if answer.code else ""

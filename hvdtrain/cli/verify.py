@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hvdtrain.cli.trials import count, own_flags, starters
+from hvdtrain.cli.trials import CONFIG, count, own_flags, starters, trained
 from hvdtrain.cli.voice import say
-from hvdtrain.doctor.asking import ask
 from hvdtrain.errors import HvdtrainError
-from hvdtrain.launch.starting import Starter, surroundings
+from hvdtrain.launch.starting import Starter
 from hvdtrain.settings.config import TrainConfig
-from hvdtrain.settings.flags import UsageError, build, config_text, read_flags
+from hvdtrain.settings.flags import UsageError, build, read_flags
 
 _HELP = """\
 usage: hvdtrain verify --task MODULE.TASK [--ranks N] [--steps N] [--engines A,B] [FLAG VALUE ...]
@@ -115,9 +113,5 @@ def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
 
 def _trained(starter: Starter, ranks: int, config: TrainConfig, folder: Path) -> str:
     """Train under a launcher; returns how it failed, or ""."""
-    folder.mkdir()
-    file = folder / "config.yaml"
-    file.write_text(config_text(replace(config, run_dir=str(folder / "run"), backend=starter.backend)))
-    command = starter.command(ranks, ["-m", "hvdtrain.verify.rank", str(file), str(folder)])
-    answer = ask(command, limit_s=_LIMIT_S, environment=surroundings(os.environ))
-    return answer.how if answer.code else ""
+    program = ["-m", "hvdtrain.verify.rank", str(folder / CONFIG), str(folder)]
+    return trained(starter, ranks, config, folder, program, limit_s=_LIMIT_S)

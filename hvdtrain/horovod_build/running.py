@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hvdtrain.horovod_build.failure import BuildError
-from hvdtrain.launch.processes import descendants, started
+from hvdtrain.launch.processes import descendants, lives, started
 
 OUT_OF_TIME = 124
 """Exit code of a program that was ended because its time was up, as `timeout` has it."""
@@ -144,7 +144,7 @@ def _end(beginning: Future[subprocess.Popen[str]]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + _ENDS_S
-    while time.monotonic() < end and any(began and started(pid) == began for pid, began in below.items()):
+    while time.monotonic() < end and any(lives(*one) for one in below.items()):
         time.sleep(0.01)
 
 

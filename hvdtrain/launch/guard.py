@@ -25,7 +25,7 @@ from typing import Any
 
 from hvdtrain.errors import Preempted
 from hvdtrain.launch.environment import given, settle
-from hvdtrain.launch.processes import catches, descendants, started
+from hvdtrain.launch.processes import catches, descendants, lives, started
 
 VARIABLE = "HVDTRAIN_GUARD"
 """Where ranks find their guard: its pid, a file descriptor in it, and that file's name."""
@@ -169,22 +169,18 @@ class _Guard:
         code = None
         while time.monotonic() < end:
             code = self._poll() if code is None else code
-            if code is not None and not any(_lives(*one) for one in everybody.items()):
+            if code is not None and not any(lives(*one) for one in everybody.items()):
                 return code
             time.sleep(_POLL_S)
         _say(f"not everything ended within {_KILL_S:g} s of a SIGTERM to the launcher; the rest is killed")
         everybody |= {pid: started(pid) for pid in descendants(self._child)}
         for pid, began in everybody.items():
-            if _lives(pid, began):
+            if lives(pid, began):
                 _send(pid, signal.SIGKILL)
         while code is None:
             code = self._poll()
             time.sleep(_POLL_S)
         return code
-
-
-def _lives(pid: int, began: str) -> bool:
-    return began != "" and started(pid) == began
 
 
 def _as_shells(code: int | None) -> int | None:

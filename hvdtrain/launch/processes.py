@@ -20,6 +20,11 @@ def started(pid: int) -> str:
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
+def lives(pid: int, began: str) -> bool:
+    """Whether a process that was `started` at ``began`` is still there."""
+    return began != "" and started(pid) == began
+
+
 def catches(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal."""
     try:
