@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
 
 import torch
 
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.wire import Work
-from hvdtrain.errors import HorovodInternalError
+from hvdtrain.errors import HorovodInternalError, HvdtrainError
 from hvdtrain.horovod import timeline
 from hvdtrain.horovod.performing import Sending
 from hvdtrain.horovod.requests import Form, Request
@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 
 LIVE, JOINED, LEFT = range(3)
 """What a rank is in a window: one that sends gradients, one that has joined, one that ends its work."""
-_PATIENCE_S = 0.002  # that the program has to come by itself before the helper looks
+_PATIENCE_S = 0.005  # that the program has to come by itself before the helper does its work
+_MOST_IDLE = 200  # looks without any work; then the helper sleeps until there is some
 
 
 class Channel:
@@ -52,7 +53,10 @@ class Channel:
         self._sendings: list[Sending] = []
         self._trouble: HorovodInternalError | None = None
         self._letting_go: threading.Thread | None = None
-        self._held: SimpleQueue[Callable[[], bool] | None] | None = None
+        self._held: Callable[[], bool] | None = None
+        self._held_s = 0.0
+        self._bell = threading.Event()
+        self._helper: threading.Thread | None = None
         self.layouts: list[tuple[Form, ...]] = []
         self.over = False
 
@@ -69,8 +73,13 @@ class Channel:
 
     # -- one window ---------------------------------------------------------------------------------------------------
 
-    def ask(self, state: int, number: int = 0) -> None:
+    def ask(self, state: int, number: int = 0, *, at_once: bool = False) -> None:
         """Begin a window: tell the other ranks what this one is, and by which layout it sends.
+
+        Args:
+            state: LIVE, JOINED or LEFT.
+            number: Of the layout.
+            at_once: The caller waits for the answer next.
 
         Raises:
             HorovodInternalError: There are no more windows, or the engine failed.
@@ -83,7 +92,8 @@ class Channel:
         self._answer, self._sendings, self._open = None, [], True
         self._said[0], self._said[1] = state, number
         with self._translated():
-            self._question = self._communicator.wire.all_gather_into(self._heard, self._said)
+            wire = self._communicator.wire
+            self._question = (wire.at_once if at_once else wire).all_gather_into(self._heard, self._said)
 
     @property
     def answered(self) -> bool:
@@ -167,36 +177,52 @@ class Channel:
             yield
         except BaseException as error:
             self.over = True
+            if isinstance(error, HorovodInternalError):
+                self._trouble = self._trouble or error
+                raise
             if self._trouble is None:
-                self._trouble = (
-                    error
-                    if isinstance(error, HorovodInternalError)
-                    else HorovodInternalError(f"{self._called}: {str(error) or type(error).__name__}")
+                said = str(error) or type(error).__name__
+                self._trouble = HorovodInternalError(
+                    said if isinstance(error, HvdtrainError) else f"{self._called}: {said}"
                 )
-                self._trouble.__cause__ = error if self._trouble is not error else error.__cause__
-            if error is self._trouble or not isinstance(error, Exception):
+                self._trouble.__cause__ = error
+            if not isinstance(error, Exception):
                 raise
             raise self._trouble from error
 
     # -- beside the program -------------------------------------------------------------------------------------------
 
     def hold(self, send: Callable[[], bool]) -> None:
-        """Let a thread send what the program could not, because not all ranks had begun; it may wait elsewhere meanwhile.
+        """Let a thread send what the program has not sent within moments, because it waits elsewhere.
 
         Args:
-            send: Called when they have, unless it says at once, being called early, that there is nothing left to do.
+            send: Asks the other ranks, if that was not done, and sends if they have answered; says whether nothing is left to do.
         """
-        if self._held is None:
-            self._held = SimpleQueue()
-            threading.Thread(
-                target=self._help, args=(self._held,), name=f"hvdtrain {self._called}", daemon=True
-            ).start()
-        self._held.put(send)
+        self._held, self._held_s = send, time.monotonic()
+        if self._helper is None:
+            self._helper = threading.Thread(target=self._help, name=f"hvdtrain {self._called}", daemon=True)
+            self._helper.start()
+        if not self._bell.is_set():
+            self._bell.set()
 
-    def _help(self, held: SimpleQueue[Callable[[], bool] | None]) -> None:
-        pause = threading.Event()
-        while (send := held.get()) is not None:
-            pause.wait(_PATIENCE_S)
+    def release(self) -> None:
+        """The program has come by itself."""
+        self._held = None
+
+    def _help(self) -> None:
+        idle = 0
+        while self._bell.wait() and not self.over:
+            send = self._held
+            if send is None or time.monotonic() - self._held_s < _PATIENCE_S:
+                idle = idle + 1 if send is None else 0
+                if idle > _MOST_IDLE:
+                    idle = 0
+                    self._bell.clear()
+                    if self._held is not None:  # it came just now
+                        self._bell.set()
+                time.sleep(_PATIENCE_S)
+                continue
+            self._held = None
             try:
                 while not send():
                     self.hear()
@@ -233,8 +259,7 @@ class Channel:
     def retire(self) -> None:
         """End the thread; the communicator is freed when nothing refers to this any more."""
         self.over = True
-        if self._held is not None:
-            self._held.put(None)
+        self._bell.set()
 
     def close(self) -> None:
         """Free the communicator now."""

@@ -48,7 +48,8 @@ class _Window:
     channel: Channel | None
     by_name: bool | None  # whether packs go by name; None: the other ranks have not been heard
     job: state.Job
-    held: bool = False  # whether a thread was asked to send what is complete
+    asked: bool = False  # whether the other ranks were told that it has begun
+    held: bool = False  # whether a thread would send what is complete
     sent: int = 0  # packs, where they go in order
     agreeing: Request | None = None
     fired: set[int] = field(default_factory=set)  # ids of parameters with a gradient since the last step
@@ -117,7 +118,7 @@ class Exchange:
         """Begin anew, as after a state was loaded."""
         with self._turn:
             window, self._window = self._window, None
-        if window is not None and window.channel is not None and not window.channel.over:
+        if window is not None and window.asked and window.channel is not None and not window.channel.over:
             window.channel.let_go(lambda: self._give_up(window))
 
     def give_up_window(self) -> None:
@@ -129,6 +130,8 @@ class Exchange:
         with self._turn:
             window = self._window
             if window is None or window.channel is None or window.channel.over:
+                return
+            if not window.asked and all(pack.missing for pack in window.packs):
                 return
             self._give_up(window)
             if not window.by_name:
@@ -153,6 +156,7 @@ class Exchange:
         with self._turn:
             window = self._opened()
         if window.channel is not None:
+            window.channel.release()
             with window.channel.waited_for():
                 with self._turn:
                     self._advance(window, wait=True, rest=True)
@@ -204,9 +208,6 @@ class Exchange:
             channel = channels.of(self._number, self) if channels is not None else None
             for pack in layout.packs:
                 pack.missing = set(range(len(pack.parameters)))
-            if channels is not None and channel is not None:
-                channels.windows += 1
-                channel.ask(LIVE, channel.number_of(layout.forms))
             self._window = _Window(layout, channel, None if channel is not None else True, state.job())
             if channel is None:
                 self._agree(self._window)
@@ -249,11 +250,17 @@ class Exchange:
                     self._send_sparse(parameter, window)
                 return
             pack.missing.discard(at)
-            if not pack.missing:
-                self._advance(window)
-                if window.by_name is None and window.channel is not None and not window.held:
-                    window.held = True
-                    window.channel.hold(_later(weakref.ref(self), window))
+            if pack.missing:
+                return
+            if window.by_name is None:
+                self._hold(window)
+            if window.asked or window.by_name is not None or any(other.missing for other in window.packs):
+                self._advance(window)  # else the program waits next, and is quicker by itself
+
+    def _hold(self, window: _Window) -> None:
+        if window.channel is not None and not window.held:
+            window.held = True
+            window.channel.hold(_later(weakref.ref(self), window))
 
     def _advance(self, window: _Window, *, wait: bool = False, rest: bool = False) -> None:
         """Send the packs that can be sent.
@@ -282,6 +289,12 @@ class Exchange:
         """Whether it is known how this window's packs go."""
         channel = window.channel
         assert channel is not None
+        if not window.asked:
+            channels = state.job().channels
+            assert channels is not None
+            channels.windows += 1
+            window.asked = True
+            channel.ask(LIVE, channel.number_of(window.layout.forms), at_once=wait)
         if not (wait or channel.answered):
             return False
         try:

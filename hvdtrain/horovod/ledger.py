@@ -105,9 +105,7 @@ class Ledger:
         self._joined: list[int] = []  # in the order in which they did
         self.leaving: set[int] = set()
 
-    def compose(
-        self, requests: Sequence[tuple[str, int]], flags: int, trouble: str = "", steps: int = 0
-    ) -> Message:
+    def compose(self, requests: Sequence[tuple[str, int]], flags: int, trouble: str = "", steps: int = 0) -> Message:
         """This rank's message.
 
         Args:
@@ -158,7 +156,9 @@ class Ledger:
                 self.leaving.add(rank)
                 outcome.news = True
                 touched.update(dict.fromkeys(self._waiting))
-        self._joined += [rank for _, rank in sorted(joining)]  # of those heard at once, who took more steps joined later
+        self._joined += [
+            rank for _, rank in sorted(joining)
+        ]  # of those heard at once, who took more steps joined later
         outcome.decisions = [decision for key in touched if (decision := self._decide(key)) is not None]
         if len(self._joined) == len(self._ranks):
             outcome.last_joined = self._joined[-1]
