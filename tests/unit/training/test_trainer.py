@@ -78,17 +78,15 @@ def test_a_run_that_is_killed_at_any_checkpoint_ends_as_if_it_had_not_been(tmp_p
     class Killed(BaseException):
         pass
 
+    class Killer:
+        def on_save(self, trainer, event):
+            saved.append(event.path)
+            if len(saved) == stop:  # the first `stop` checkpoints of the run, those between steps included
+                raise Killed
+
     saved = []
-
-    def killed_after(checkpoint):
-        saved.append(checkpoint)
-        if len(saved) == stop:  # the first `stop` checkpoints of the run, those between steps included
-            raise Killed
-        return checkpoint
-
     expected = trainer.fit(DATA, DATA, epochs=2, global_batch_size=batch)
-    _, first = make(alone, checkpoints=Checkpoints(tmp_path / "cut", keep=99), checkpoint_every=1)
-    first._save = lambda save=first._save: killed_after(save())
+    _, first = make(alone, checkpoints=Checkpoints(tmp_path / "cut", keep=99), checkpoint_every=1, callbacks=[Killer()])
     with pytest.raises(Killed):
         first.fit(DATA, DATA, epochs=2, global_batch_size=batch)
     other, second = make(alone, logger=logs[1])
