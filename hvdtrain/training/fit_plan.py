@@ -20,6 +20,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.parts import Parts
+from hvdtrain.training.position import Position
 from hvdtrain.training.same_call import check_same_call
 
 Data = Dataset[Any] | DataLoader[Any] | Iterable[Any] | Callable[[], Iterable[Any]]
@@ -48,7 +49,7 @@ class FitPlan:
         batches: This rank's share of the training data.
         seen: Sees that samples are missing from a batch, where that would matter.
         epochs: To be completed, those before a resume included.
-        total_steps: After which training ends; infinite if only the epochs say that.
+        max_steps: After which training ends, if the epochs are not done before; infinite for no such number.
         evaluation: What is evaluated; None for nothing.
         eval_every: Epochs between evaluations.
         resume_from: A checkpoint to go on from.
@@ -57,10 +58,21 @@ class FitPlan:
     batches: Batches
     seen: SampleCount | None
     epochs: int
-    total_steps: float
+    max_steps: float
     evaluation: EvaluationData | None
     eval_every: int
     resume_from: Saved | Path | str | None
+
+    def goes_on(self, position: Position) -> bool:
+        """Whether there is anything to train after a position."""
+        return position.epoch < self.epochs and position.steps < self.max_steps
+
+    def total_steps(self, position: Position) -> float:
+        """Steps from the first one to the run's end, as seen from a position; infinite if nobody knows."""
+        batches = self.batches
+        of_epoch = min(math.ceil(position.samples / batches.global_batch_size), batches.steps_in(1))
+        left = batches.steps_in(max(0, self.epochs - position.epoch)) - of_epoch
+        return min(position.steps + max(0, left), self.max_steps)
 
 
 def plan_fit(
@@ -89,8 +101,7 @@ def plan_fit(
         ConfigError: An argument cannot work, or the ranks were given different arguments or data.
         CollectiveError: Some rank did not call it.
     """
-    if epochs < 0:
-        raise ConfigError(f"epochs must be 0 or more, got {epochs}")
+    _check_numbers(epochs, max_steps, eval_every, eval_batch_size)
     parts.pacemaker.check_evaluated(epochs == 0 or eval_data is not None)
     backend, options = parts.backend, parts.options
     backend.assemble("fit")
@@ -128,7 +139,7 @@ def plan_fit(
         batches=batches,
         seen=seen,
         epochs=epochs,
-        total_steps=min(batches.steps_in(epochs), math.inf if max_steps is None else max_steps),
+        max_steps=math.inf if max_steps is None else max_steps,
         evaluation=evaluation,
         eval_every=eval_every,
         resume_from=resume_from,
@@ -162,6 +173,17 @@ def samples_seen(parts: Parts, source: Source) -> SampleCount | None:
     if not parts.lesson.counting.trusts_indices:
         return None
     return sample_count(source, parts.backend, seed=parts.options.seed)
+
+
+def _check_numbers(epochs: int, max_steps: int | None, eval_every: int, eval_batch_size: int | None) -> None:
+    for name, value, least in (
+        ("epochs", epochs, 0),
+        ("max_steps", max_steps, 0),
+        ("eval_every", eval_every, 1),
+        ("eval_batch_size", eval_batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be {least} or more, got {value}")
 
 
 def _compare(parts: Parts, source: Source, eval_source: Source | None, asked: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ samples.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Loop:
         self._trainer, self._parts, self._plan, self._ledger = trainer, parts, plan, ledger
         self._batches = plan.batches
         self._skip_nonfinite = parts.options.skips_nonfinite
+        self._total_steps = math.inf
         self._skipped = self._finishing = False  # the last step; training, by a callback of some rank
 
     def run(self, earlier: Batches | None) -> FitResult:
@@ -58,6 +60,7 @@ class Loop:
             earlier: What the loop before this one read, if there was one.
         """
         parts, plan, position = self._parts, self._plan, self._parts.position
+        self._ledger.begin_call()
         with parts.precision.arithmetic(), parts.own_random_numbers:
             resumed_from = self._begin(earlier)
             parts.events.started(self._trainer)
@@ -84,23 +87,24 @@ class Loop:
             resumed_from = resume(
                 parts.state, plan.resume_from, position, parts.options.seed, parts.backend, self._batches
             )
-            if position.steps < plan.total_steps:
+            if plan.goes_on(position):
                 self._rehearse()
         else:
             go_on(earlier, self._batches, position)
         position.cut = self._batches.cut
-        if parts.options.compiles and position.steps < plan.total_steps:
+        if parts.options.compiles and plan.goes_on(position):
             compile_ahead(parts.backend, parts.replica, self._first_loss())
+        self._total_steps = plan.total_steps(position)
         parts.checkup.begin(position.steps)
         return resumed_from
 
     def _is_over(self) -> bool:
         """Whether training has come to its end; every rank calls it."""
         plan = self._plan
-        return self._finishing or self._parts.position.has_ended(plan.epochs, plan.total_steps, self._batches.is_over)
+        return self._finishing or self._parts.position.has_ended(plan.epochs, plan.max_steps, self._batches.is_over)
 
     def _train_epoch(self) -> None:
-        parts, batches, total_steps = self._parts, self._batches, self._plan.total_steps
+        parts, batches, max_steps = self._parts, self._batches, self._plan.max_steps
         position, checkup, laps, every = parts.position, parts.checkup, parts.laps, parts.options.checkpoint_every
         whole_epoch = True
         parts.replica.module.train()
@@ -116,7 +120,7 @@ class Loop:
                 due |= self._hold_checkup()
             if due:
                 self._save()
-            if (self._finishing or position.steps >= total_steps) and not batches.is_over(position.samples):
+            if (self._finishing or position.steps >= max_steps) and not batches.is_over(position.samples):
                 whole_epoch = False
                 break
             laps.lap("other")
@@ -196,7 +200,7 @@ class Loop:
         report = parts.logger.log_step if logged else parts.progress
         if report is not None:
             ranks = verdict.shared if logged else None
-            report(self._ledger.record(self._plan.total_steps, verdict.tally.mean, ranks))
+            report(self._ledger.record(self._total_steps, verdict.tally.mean, ranks))
         if verdict.stop:
             self._stop()
         self._finishing |= verdict.finish
