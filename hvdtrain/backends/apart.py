@@ -23,7 +23,6 @@ from hvdtrain.backends.backward_graph import ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.fragments import Fragment, cut
 from hvdtrain.backends.groups import Groups
-from hvdtrain.backends.layout import lay_out_states
 from hvdtrain.backends.outer import outer_step, summable, write_
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
@@ -327,7 +326,6 @@ class Apart(Replica):
                 Round.arrived(placed(one["sent"]), placed(one["ways"]), one["left"], self._sync.delay) if one else None
             )
         self.optimizer.load_state_dict(state["optimizer"])
-        lay_out_states(self.optimizer)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.keeper import Keeper, differ, values
 from hvdtrain.backends.laps import no_lap
-from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
+from hvdtrain.backends.layout import lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
@@ -381,7 +381,6 @@ class Replica(ABC):
             raise ConfigError(f"the state is of another model: {error}") from error
         if self._optimizer is not None and "optimizer" in state:
             self._optimizer.load_state_dict(state["optimizer"])
-            lay_out_states(self._optimizer)
 
     def expect_scaler(self, scaler: GradScaler | None) -> None:
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
