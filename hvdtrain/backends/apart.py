@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.backward_graph import ranks_meet
-from hvdtrain.backends.exclusions import check_combination
+from hvdtrain.backends.exclusions import check_combination, sentence
 from hvdtrain.backends.fragments import Fragment, cut
 from hvdtrain.backends.groups import Groups
 from hvdtrain.backends.outer import outer_step, summable, write_
@@ -65,7 +65,11 @@ class Apart(Replica):
         **more: Any,
     ) -> None:
         assert options.sync is not None
-        _check(optimizer)
+        if optimizer is None:
+            raise ConfigError(
+                "sync= (--sync) exchanges weights after the optimizer's steps, and this replica was made without one; give "
+                "backend.replicate(model, optimizer, sync=...) one"
+            )
         self._sync: Sync = options.sync
         self._common: dict[nn.Parameter, Tensor] = {}  # the weights of the last exchange, as they are summed
         self._momentum: dict[nn.Parameter, Tensor] = {}
@@ -117,10 +121,7 @@ class Apart(Replica):
         if self._looks and isinstance(loss, Tensor) and loss.requires_grad:
             self._looks -= 1
             if self._backend.world_size > 1 and ranks_meet(loss):
-                raise TrainingError(
-                    "sync= (--sync) lets each rank train by itself, and in this model's backward pass the ranks exchange gradients (as batch "
-                    "normalisation over all ranks does); leave one of them out"
-                )
+                raise TrainingError(sentence("sync", "meeting_ranks"))
         super().backward(loss, **how)
 
     def step(
@@ -137,16 +138,12 @@ class Apart(Replica):
         Raises:
             ConfigError: A GradScaler or ``skip_nonfinite`` would let a rank skip a step by itself.
         """
-        if skip_nonfinite:
-            check_combination({"sync": True, "on_nan": True})
-        if scaler is not None and scaler.is_enabled():
-            _refuse_scaler()
+        check_combination({"sync": True, "on_nan": skip_nonfinite, "scaler": _scales(scaler)})
         return super().step(clip_norm=clip_norm, want_norm=want_norm)
 
     def expect_scaler(self, scaler: GradScaler | None) -> None:
         """Refuse it."""
-        if scaler is not None and scaler.is_enabled():
-            _refuse_scaler()
+        check_combination({"sync": True, "scaler": _scales(scaler)})
 
     @abstractmethod
     def _own_weight(self, summed: Tally) -> tuple[float, float | None]:
@@ -445,22 +442,5 @@ class _Landed:
     momentum: Tensor | None
 
 
-def _check(optimizer: Optimizer | None) -> None:
-    if optimizer is None:
-        raise ConfigError(
-            "sync= (--sync) exchanges weights after the optimizer's steps, and this replica was made without one; give "
-            "backend.replicate(model, optimizer, sync=...) one"
-        )
-    check_combination({"sync": True, "shard_optimizer": getattr(optimizer, "spreads_state", False)})
-    if getattr(optimizer, "keeps_masters", False):
-        raise ConfigError(
-            "sync= (--sync) does not go with MasterWeights (--precision bf16-pure), whose float32 copies an exchange of the 16-bit weights would "
-            "round; use --precision bf16"
-        )
-
-
-def _refuse_scaler() -> None:
-    raise ConfigError(
-        "sync= (--sync) does not go with a GradScaler (--precision fp16): each rank would skip steps by itself; use --precision bf16, which "
-        "needs none"
-    )
+def _scales(scaler: GradScaler | None) -> bool:
+    return scaler is not None and scaler.is_enabled()

@@ -26,6 +26,8 @@ ASKED_BY = {
     "scaler": "a GradScaler (--precision fp16)",
     "uncut_optimizer": "an optimizer of torch's that is none of SGD (without fused), Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
     "RMSprop and ASGD",
+    "meeting_ranks": "a backward pass in which ranks exchange gradients, as batch normalisation over all ranks does (--sync-batch-norm)",
+    "wide_parameters": "parameters of float64 or of complex numbers",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -92,6 +94,25 @@ EXCLUSIONS = (
         "on_nan",
         "a rank would skip a step by itself, and schedules would differ between the ranks",
         "leave one of them out",
+    ),
+    Exclusion(
+        "sync",
+        "master_weights",
+        "an exchange of the 16-bit weights would round its float32 copies",
+        "use float32 parameters and autocast, precision bf16",
+    ),
+    Exclusion(
+        "sync",
+        "scaler",
+        "each rank would skip steps by itself",
+        "use bfloat16, which needs none: precision bf16",
+    ),
+    Exclusion("sync", "meeting_ranks", "each rank trains by itself", "leave one of them out"),
+    Exclusion(
+        "reduce_dtype",
+        "wide_parameters",
+        "such a type is for gradients of float32 and less",
+        "leave reduce_dtype out, or convert the model",
     ),
     Exclusion(
         "shard_modules",
@@ -164,6 +185,11 @@ EXCLUSIONS = (
 def exclusion(feature: str, other: str) -> Exclusion | None:
     """The row of two features, or of a feature and an engine; None if they go together."""
     return next((row for row in EXCLUSIONS if {row.feature, row.other} == {feature, other}), None)
+
+
+def sentence(feature: str, other: str) -> str:
+    """What the user reads who asked for two features that exclude each other."""
+    return next(row.sentence for row in EXCLUSIONS if {row.feature, row.other} == {feature, other})
 
 
 def not_by(feature: str, engine: str) -> str:

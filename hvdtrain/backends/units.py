@@ -112,8 +112,8 @@ def owner(name: str, units: dict[str, nn.Module]) -> str:
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default="")
 
 
-def cannot_be_cut(optimizer: Optimizer | None) -> dict[str, bool]:
-    """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that excludes a model cut over the ranks."""
+def nature_of(optimizer: Optimizer | None) -> dict[str, bool]:
+    """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that may exclude something."""
     kind = type(optimizer).__name__
     return {
         "master_weights": bool(getattr(optimizer, "keeps_masters", False)),

@@ -11,8 +11,8 @@ from torch.optim import LBFGS, Optimizer
 
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.reduce_dtype import reduce_dtype_of
+from hvdtrain.backends.units import nature_of
 from hvdtrain.errors import ConfigError
-from hvdtrain.optim.sharded import ShardedOptimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +83,7 @@ class LoopOptions:
             "accumulate": self.accumulate > 1,
             "checkpoint_modules": self.checkpoint_modules is not None,
             "compile": self.compiles,
-            "shard_optimizer": isinstance(optimizer, ShardedOptimizer),
+            **nature_of(optimizer),
             "clip_norm": self.clip_norm is not None,
             "on_nan": self.skips_nonfinite,
             "reduce_dtype": reduce_dtype_of(replica_options.get("reduce_dtype")) is not None,
