@@ -29,7 +29,7 @@ from hvdtrain.data.named import NamedData, load_data
 from hvdtrain.data.partition import BatchPartition
 from hvdtrain.data.source import source_of
 from hvdtrain.errors import ConfigError
-from hvdtrain.launch.detect import detect
+from hvdtrain.launch.detect import Detection, detect
 from hvdtrain.launch.launchers import may_join_by_mpi
 from hvdtrain.observe import run_folder, trackers
 from hvdtrain.observe.console import LastingConsole
@@ -70,8 +70,12 @@ from hvdtrain.version import __version__
 _log = logging.getLogger(__name__)
 
 
-def run_training(config: TrainConfig) -> Summary:
+def run_training(config: TrainConfig, detection: Detection | None = None) -> Summary:
     """Train as configured, on this rank.
+
+    Args:
+        config: What is asked for.
+        detection: How this process was started; None to find out.
 
     Returns:
         The summary, the same on every rank. Rank 0 has shown it and written it, unless there was nothing left to train:
@@ -87,7 +91,7 @@ def run_training(config: TrainConfig) -> Summary:
         os.environ.setdefault(
             "KINETO_LOG_LEVEL", "6"
         )  # it tells of every start and stop, and of GPUs that are not there
-    with StopRequest() as stop, _backend(config) as backend:
+    with StopRequest() as stop, _backend(config, detection or detect()) as backend:
         _check_combination(config, backend)
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
@@ -204,8 +208,7 @@ def _console(backend: Backend) -> Console:
     )  # fmt: skip
 
 
-def _backend(config: TrainConfig) -> Backend:
-    detection = detect()
+def _backend(config: TrainConfig, detection: Detection) -> Backend:
     name = backends.choose(detection)[0] if config.backend == "auto" else config.backend
     if config.data_parallel and name != "local":
         raise ConfigError(
