@@ -54,6 +54,7 @@ STAIRS = [
     ["backends.groups"],
     ["backends.rounds", "backends.grouped"],
     ["backends.fragments"],
+    ["backends.common_weights"],
     ["backends.replica_options", "backends.slips"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked", "backends.apart"],
