@@ -115,6 +115,7 @@ STAIRS = [
     ["profiling.trace", "profiling.verdict"],
     ["profiling.recording"],
     ["profiling.profiler"],
+    ["building.learned", "building.optimizing", "building.summing_up"],
     ["run"],
     ["horovod_build.failure", "horovod_build.trial"],
     ["horovod_build.private_folder"],
@@ -157,6 +158,7 @@ STAIRS = [
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
+    "building",
     "data",
     "launch",
     "doctor",
