@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
+from hvdtrain.backends.gradient_norm import shrink_
 from hvdtrain.backends.replica import Replica, copied
 from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
@@ -207,9 +208,7 @@ class FullyShardedReplica(Replica):
 
     def _clip(self, clip_norm: float) -> Tensor:
         norm = self.gradient_norm()
-        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for gradient in self._gradients():
-            own_part(gradient).mul_(factor.to(gradient.dtype))
+        shrink_([own_part(gradient) for gradient in self._gradients()], norm, clip_norm)
         return norm
 
     # -- inside -------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ STAIRS = [
     ["backends.rounds", "backends.grouped"],
     ["backends.fragments"],
     ["backends.common_weights"],
-    ["backends.replica_options", "backends.slips"],
+    ["backends.replica_options", "backends.slips", "backends.gradient_norm"],
     ["backends.replica"],
     ["backends.alone", "backends.hooked", "backends.apart"],
     ["backends.compressed", "backends.seldom"],
