@@ -33,7 +33,7 @@ from hvdtrain.backends.gradient_norm import clip_, norm_of
 from hvdtrain.backends.keeper import Keeper, differ
 from hvdtrain.backends.laps import no_lap
 from hvdtrain.backends.layout import lay_out_what_is_loaded
-from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
+from hvdtrain.backends.loss_scale import found_infinity, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
@@ -114,8 +114,6 @@ class Replica(ABC):
         self._steps = 0
         seldom = options.sync is not None  # then it is weights that are compressed
         self._unsent = None if options.compression is None or seldom else Unsent(options.compression)
-        self._loss_scaler: GradScaler | None = None
-        self._loss_scale = 1.0  # as it was thought to be when gradients were compressed
         self._number = next(backend.replica_numbers)
         divisor = backend.world_size if self._engine_averages else 1
         self._weighting = Weighting(self._weighed_over(), divisor, number=self._number)
@@ -280,7 +278,8 @@ class Replica(ABC):
             scaler = None  # no rank had a sample, or losses are not scaled: there is nothing to unscale
         self._scaler_looked = scaler is not None
         if scaler is not None:
-            self._settle_loss_scale(scaler)
+            if self._unsent is not None:
+                self._unsent.settle(scaler, self._weighting.tally.began)
             unscale(scaler, optimizer, self._gradients(), self._outside(scaler), self._weighting.tally.began)
         norm: Tensor | None = None
         if clip_norm is not None:
@@ -312,7 +311,8 @@ class Replica(ABC):
             late, self._phase = self._keeper.why_late(), _Phase.STEPPED
             if late:  # they were used before, or are lost
                 raise TrainingError(late)
-            self._keep_unsent()
+            if self._unsent is not None:
+                self._unsent.used(self._optimizer)
         if self._phase is _Phase.LEAVING:
             with self._exchanging():
                 self._finish(False)
@@ -388,7 +388,8 @@ class Replica(ABC):
 
     def expect_scaler(self, scaler: GradScaler | None) -> None:
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
-        self._loss_scaler = scaler
+        if self._unsent is not None:
+            self._unsent.expect(scaler)
 
     @property
     def exchanges(self) -> int:
@@ -486,7 +487,8 @@ class Replica(ABC):
             self._phase = _Phase.STEPPED
             if self._any_gradient():
                 self._weighting.steps += 1
-            self._keep_unsent()
+            if self._unsent is not None:
+                self._unsent.used(self._optimizer)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -572,37 +574,8 @@ class Replica(ABC):
 
     def _unit_of(self, summed: Tally) -> float | None:
         """What makes gradients, as they are exchanged, a mean over samples without a loss scale; None if there is no mean."""
-        factor = self._weighting.factor_ahead(summed)
-        if factor is None or math.isnan(factor):
-            return None
-        scaler, began = self._loss_scaler, self._weighting.tally.began
-        self._loss_scale = scale_of(scaler, began) if scaler is not None and scaler.is_enabled() else 1.0
-        return factor / self._loss_scale
-
-    def _settle_loss_scale(self, scaler: GradScaler) -> None:
-        """See that gradients were compressed by the scale that their losses have.
-
-        Raises:
-            TrainingError: They were not, and what was added to them was of another scale.
-        """
-        if self._unsent is None:
-            return
-        scale = scale_of(scaler, self._weighting.tally.began)
-        if scale != self._loss_scale and self._unsent.any_rest:
-            raise TrainingError(
-                "the losses of this step were scaled by a GradScaler that was not known when their gradients were compressed; call "
-                "replica.expect_scaler(scaler) before the first backward(), or give LoopState the scaler"
-            )
-        self._unsent.rescale(self._loss_scale / scale)
-        self._loss_scaler = scaler
-
-    def _keep_unsent(self) -> None:
-        """The exchanged gradients have been used; by a fused optimizer only if no infinity was found in them."""
-        if self._unsent is None:
-            return
-        infinite = getattr(self._optimizer, "found_inf", None)
-        if infinite is None or not bool(infinite):
-            self._unsent.keep()
+        assert self._unsent is not None
+        return self._unsent.unit(self._weighting.factor_ahead(summed), self._weighting.tally.began)
 
     def _board(self) -> None:
         """Let a number that waits for an exchange travel with this one."""
