@@ -40,7 +40,7 @@ from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkpoint_files import Saved
 from hvdtrain.training.checkup import Checkup, Tally, norm_seconds
-from hvdtrain.training.compiling import compile_ahead, compile_module
+from hvdtrain.training.compiling import compile_ahead, compile_model
 from hvdtrain.training.counting import Counting
 from hvdtrain.training.epoch_metrics import described
 from hvdtrain.training.evaluator import Evaluator
@@ -181,7 +181,8 @@ class Trainer:
             checkpoint_activations(model, checkpoint_modules, policy=checkpoint_policy)
         self._compile = compile is not False
         if self._compile:
-            compile_module(model, {} if compile is True else compile)  # type: ignore[arg-type]
+            how = {} if compile is True else compile
+            compile_model(model, how, shard_modules=replica_options.get("shard_modules"))  # type: ignore[arg-type]
         self.replica: Replica = backend.replicate(model, optimizer, **replica_options)
         self.laps = Laps.of(self.replica, backend.device)
         self.task: Learning = task if task is not None else Supervised(loss)  # type: ignore[arg-type]
