@@ -21,7 +21,6 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import units_of
 from hvdtrain.errors import ConfigError
-from hvdtrain.sync_batch_norm import SyncBatchNorm, leave_uncompiled
 from hvdtrain.training.loop_state import left_as_it_was
 
 LONGEST_S = 3600.0
@@ -93,8 +92,6 @@ def compile_module(model: nn.Module, options: Mapping[str, Any] | None = None) -
     whole = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None
     if whole or isinstance(model.forward, CompiledForward):
         raise ConfigError(f"this {type(model).__name__} is compiled already; compile it once")
-    if any(isinstance(module, SyncBatchNorm) for module in model.modules()):
-        leave_uncompiled()
     try:
         model.forward = CompiledForward(model.forward, options or {})
     except (TypeError, RuntimeError) as error:
