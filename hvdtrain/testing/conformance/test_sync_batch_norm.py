@@ -155,7 +155,10 @@ def wrapped(model):
 
 
 def called_in_a_function(model):
-    return torch.compile(lambda inputs: model(inputs), backend="eager")
+    def call(inputs):
+        return model(inputs)
+
+    return torch.compile(call, backend="eager")
 
 
 @pytest.mark.filterwarnings(
