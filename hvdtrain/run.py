@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import ASKED_BY, check_combination
+from hvdtrain.backends.recommended import asked_for
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import whole
 from hvdtrain.backends.watched import without_compile
@@ -206,7 +207,7 @@ def _console(backend: Backend) -> Console:
 
 def _backend(config: TrainConfig) -> Backend:
     detection = detect()
-    name = backends.choose(detection)[0] if config.backend == "auto" else config.backend
+    name, _ = backends.choose(detection, config.backend)
     if config.data_parallel and name != "local":
         raise ConfigError(
             f"--data-parallel is one process with several GPUs, but backend {name} was chosen for {detection.reason}"
@@ -227,7 +228,8 @@ def _backend(config: TrainConfig) -> Backend:
             f"--horovod.* settings are for backend horovod, but backend {name} was chosen for {detection.reason}; leave them out, "
             "or give --backend horovod"
         )
-    return backends.create(name, detection=detection, **options)
+    recommended = asked_for(config.backend) is not None
+    return backends.create(config.backend if recommended else name, detection=detection, **options)
 
 
 def _headline(backend: Backend) -> str:
