@@ -41,7 +41,10 @@ def draw_bandwidths(measured: Measured, collectives: Sequence[str], file: Path) 
 
 
 def draw_scaling(
-    curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], measured: Sequence[tuple[int, float]], file: Path
+    curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
+    measured: Sequence[tuple[int, float]],
+    file: Path,
+    engine: str,
 ) -> None:
     """Scaling efficiency by ranks.
 
@@ -49,6 +52,7 @@ def draw_scaling(
         curves: A name, and points of ranks and efficiency from 0 to 1, of each form of exchange.
         measured: The same, of what was measured.
         file: Is written.
+        engine: Whose they are.
     """
 
     def draw(figure: Figure) -> None:
@@ -58,7 +62,9 @@ def draw_scaling(
             axes.plot(ranks, [100 * value for value in values], color=COLORS[at % len(COLORS)], label=plain_text(name))
         if measured:
             ranks, values = zip(*measured, strict=True)
-            axes.plot(ranks, [100 * value for value in values], "ko", label="measured", markersize=4)
+            axes.plot(
+                ranks, [100 * value for value in values], "ko", label=plain_text(f"{engine}, measured"), markersize=4
+            )
         axes.set(xscale="log", xlabel="ranks", ylabel="scaling efficiency, %")
         axes.set_ylim(bottom=0)
         every = sorted({number for _, points in curves for number, _ in points} | {number for number, _ in measured})

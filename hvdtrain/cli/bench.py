@@ -11,13 +11,17 @@ from hvdtrain.settings.wording import did_you_mean
 
 BENCHMARKS: Mapping[str, str] = {
     "engines": "hvdtrain.cli.bench_engines",
+    "step": "hvdtrain.cli.bench_step",
     "collectives": "hvdtrain.cli.bench_collectives",
+    "scaling": "hvdtrain.cli.bench_scaling",
 }
 _HELP = """\
-usage: hvdtrain bench {engines,collectives} [FLAG VALUE ...]
+usage: hvdtrain bench {engines,step,collectives,scaling} [FLAG VALUE ...]
 
   engines       a task of yours under each engine: which one to take
+  step          Horovod's synthetic benchmark under each engine, DDP and Horovod
   collectives   latency and bus bandwidth by size
+  scaling       1, 2, 4, ... ranks, and what more of them would come to
 
 hvdtrain bench NAME --help shows the flags of each."""
 

@@ -40,7 +40,7 @@ exit codes:
   0    done
   1    some engine failed
   2    wrong flag"""
-_MODULE = "hvdtrain.bench.collective_rank"
+MODULE = "hvdtrain.bench.collective_rank"
 _START_S = 120.0
 
 
@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
         def once(contender: Contender, turn: int) -> str:
             folder = Path(place) / f"{contender.name}-{turn}".replace(" ", "")
             ranks = 1 if contender.name == COPY else wishes.ranks
-            how = contender_ran(contender, ranks, _MODULE, wish, folder, limit_s=limit_s)
+            how = contender_ran(contender, ranks, MODULE, wish, folder, limit_s=limit_s)
             if how:
                 return how
             try:

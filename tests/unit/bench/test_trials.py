@@ -65,7 +65,7 @@ def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["collective"], "hvdtrain bench has no 'collective'; did you mean 'collectives'? There are engines, "),
+        (["collective"], "hvdtrain bench has no 'collective'; did you mean 'collectives'? There are engines, step"),
         (["engines", "--profile", "2:3"], "sets --profile itself; give it to hvdtrain train"),
         (["engines", "--epochs", "3"], "sets --epochs itself; leave it out"),
         (["engines", "--backend", "mpi"], "sets --backend itself; --engines says which"),
