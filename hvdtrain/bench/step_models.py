@@ -53,14 +53,11 @@ def model_and_batch(name: str, batch_size: int, image_size: int, rank: int) -> t
         rank: Which rank's batch.
     """
     torch.manual_seed(0)
-    if name in OWN:
-        make, inputs, classes = OWN[name]
-        model, shape = make(), (batch_size, inputs)
-    else:
-        model, classes = _torchvision(name).get_model(name), _CLASSES
-        shape = (batch_size, 3, image_size, image_size)
+    make, inputs, classes = OWN[name] if name in OWN else (lambda: _torchvision(name).get_model(name), 0, _CLASSES)
+    model = make()
+    shape = (inputs,) if inputs else (3, image_size, image_size)
     torch.manual_seed(1 + rank)
-    return model, torch.randn(shape), torch.randint(0, classes, (batch_size,))
+    return model, torch.randn(batch_size, *shape), torch.randint(0, classes, (batch_size,))
 
 
 def gradient_bytes(name: str, item_bytes: int) -> int:

@@ -179,8 +179,9 @@ PUBLIC_DOORS = {
     "tasks",
 }  # no code of their own
 HOME = {
-    "horovod": {"backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
+    "horovod": {"bench.plain_horovod", "backends.hvd.library", "backends.hvd.joining", "horovod_build.trial"},
     "mpi4py": {
+        "bench.raw_mpi",
         "mpi.library",
         "mpi.dtypes",
         "mpi.agreement",
