@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import ASKED_BY, check_combination
-from hvdtrain.backends.recommended import asked_for
+from hvdtrain.backends.recommended import asked_for, measured_otherwise, read_recommendation
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import whole
 from hvdtrain.backends.watched import without_compile
@@ -92,6 +92,7 @@ def run_training(config: TrainConfig) -> Summary:
         _check_combination(config, backend)
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
+        _say_recommendation(config, console)
         run_dir = Path(backend.broadcast_object(str(run_folder.choose(config.run_dir)) if backend.rank == 0 else ""))
         seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = _task(config, backend)
@@ -240,6 +241,13 @@ def _headline(backend: Backend) -> str:
         f"hvdtrain {__version__}: backend {backend.name} ({backend.engine}), {ranks}{nodes}, {backend.device.type} "
         f"({backend.detection.reason})"
     )
+
+
+def _say_recommendation(config: TrainConfig, console: Console) -> None:
+    run = asked_for(config.backend)
+    differs = "" if run is None else measured_otherwise(read_recommendation(run), config)
+    if differs:
+        console.print(f"note: {differs}", highlight=False)
 
 
 def _be_deterministic() -> None:

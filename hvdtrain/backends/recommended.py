@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.machine import Machine
+from hvdtrain.settings.options import flag_of
 from hvdtrain.settings.wording import shown
 from hvdtrain.topology import Topology
 
 PREFIX = "auto:"
 RECORD = "engines.json"
 """The record's name in a folder."""
+TRAINED = ("task", "model", "data", "batch_size", "global_batch_size", "precision")
+"""Settings on which the order of engines hangs most."""
 _MOST_BYTES = 2**24
 _REMEDY = "record one by hvdtrain bench engines --out FILE"
 
@@ -32,6 +36,7 @@ class Recommendation:
         launcher: Which started those of the best engine, as `Topology.launcher` has it.
         command: How that launcher was called, up to the program.
         device: What the ranks computed on: "cpu" or "cuda".
+        trained: What they trained: settings that `TRAINED` names, as text.
     """
 
     file: Path
@@ -42,6 +47,7 @@ class Recommendation:
     launcher: str
     command: str
     device: str
+    trained: Mapping[str, str]
 
 
 def asked_for(backend: str) -> str | None:
@@ -67,7 +73,7 @@ def read_recommendation(run: str) -> Recommendation:
         raise ConfigError(f"{where}: {file} is damaged, no JSON as a whole; {_REMEDY}") from error
     try:
         return _understood(file, found)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{where}: {file} is no record of hvdtrain bench engines ({what}); {_REMEDY}") from error
 
@@ -108,6 +114,22 @@ def check_device(found: Recommendation, device: str) -> None:
         )
 
 
+def trained_of(config: Any) -> dict[str, str]:
+    """What a configuration trains, for a record."""
+    return {name: str(getattr(config, name)) for name in TRAINED}
+
+
+def measured_otherwise(found: Recommendation, config: Any) -> str:
+    """How what a record was made with differs from what is trained now, for people; "" if it does not."""
+    now = trained_of(config)
+    differing = [
+        f"{flag_of(name)} {there} there, {now[name]} here"
+        for name, there in found.trained.items()
+        if now.get(name, there) != there
+    ]
+    return f"{found.file} recommends {found.best} for another training: {'; '.join(differing)}" if differing else ""
+
+
 def _understood(file: Path, found: Any) -> Recommendation:
     if not isinstance(found, dict):
         raise TypeError(f"it is {shown(found)}")
@@ -126,6 +148,7 @@ def _understood(file: Path, found: Any) -> Recommendation:
         launcher=_text(launch["launcher"]),
         command=_text(launch["command"]),
         device=_text(launch["device"]),
+        trained={name: _text(value) for name, value in found.get("trained", {}).items()},
     )
 
 

@@ -19,6 +19,7 @@ import hvdtrain
 from hvdtrain.bench.bandwidth import whole_size
 from hvdtrain.bench.calls import BackendCalls, Calls, Copy
 from hvdtrain.bench.collectives import COPY, RAW
+from hvdtrain.bench.gathered import write_own
 
 _WARM_UP = 3
 _FEWEST, _MOST = 5, 500
@@ -38,7 +39,7 @@ def main() -> int:
             }
             for collective in ([COPY] if contender == COPY else wish["collectives"])
         }
-    (Path(folder) / f"rank{calls.rank}.json").write_text(json.dumps(found))
+    write_own(Path(folder), calls.rank, found)
     return 0
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.bench.bandwidth import FACTORS, bus_bandwidth, size_named, whole_size
+from hvdtrain.bench.gathered import read_ranks, slowest
 from hvdtrain.bench.spread import Spread, digits
 from hvdtrain.errors import ConfigError
 
@@ -54,15 +54,9 @@ def read_times(folder: Path, ranks: int) -> Times:
     Raises:
         ConfigError: Not every rank wrote what it should.
     """
-    try:
-        of_ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"not all of {ranks} ranks wrote their times: {error}") from error
+    of_ranks = read_ranks(folder, ranks)
     return {
-        collective: {
-            int(size): [max(each) for each in zip(*(one[collective][size] for one in of_ranks), strict=True)]
-            for size in by_size
-        }
+        collective: {int(size): slowest(one[collective][size] for one in of_ranks) for size in by_size}
         for collective, by_size in of_ranks[0].items()
     }
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hvdtrain
 from hvdtrain.backends.device import choose_device
+from hvdtrain.bench.gathered import write_own
 from hvdtrain.bench.step_models import model_and_batch
 from hvdtrain.bench.steps import ALONE, DDP, DDP_MPI4PY, HOROVOD
 from hvdtrain.launch.detect import detect
@@ -65,7 +66,7 @@ def main() -> int:
         if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    (Path(folder) / f"rank{topology.rank}.json").write_text(json.dumps(found))
+    write_own(Path(folder), topology.rank, found)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.bench.gathered import read_ranks, slowest
 from hvdtrain.bench.spread import Spread
-from hvdtrain.errors import ConfigError
 from hvdtrain.observe.quantities import in_bytes
 
 ALONE, DDP, DDP_MPI4PY, HOROVOD = "alone", "ddp", "ddp-mpi4py", "horovod-plain"
@@ -78,12 +77,9 @@ def read_launch(folder: Path, ranks: int) -> Launch:
     Raises:
         ConfigError: Not every rank wrote what it should.
     """
-    try:
-        of_ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"not all of {ranks} ranks wrote their times: {error}") from error
+    of_ranks = read_ranks(folder, ranks)
     return Launch(
-        seconds=[max(each) for each in zip(*(one["seconds"] for one in of_ranks), strict=True)],
+        seconds=slowest(one["seconds"] for one in of_ranks),
         began=min(one["began"] for one in of_ranks),
         ended=max(one["ended"] for one in of_ranks),
         third_loss=of_ranks[0]["third_loss"],

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.backends.recommended import RECORD
+from hvdtrain.backends.recommended import RECORD, trained_of
 from hvdtrain.cli.trials import (
     CONFIG,
     Contender,
@@ -120,6 +120,7 @@ def run(argv: Sequence[str]) -> int:
         commands={each.name: f"{each.starter.name} -np {ranks}" for each in contenders},
         **environment(),
         world_size=ranks,
+        trained=trained_of(config),
         steps=steps,
         failed=failed,
         energy=[counter.name for counter in counters[0]] or counters[1],

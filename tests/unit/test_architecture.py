@@ -128,7 +128,7 @@ STAIRS = [
     ["report.telling"],
     ["report.drawing", "report.page"],
     ["report.pictures"],
-    ["report.making", "bench.trial", "bench.spread", "bench.bandwidth", "bench.energy", "bench.forms"],
+    ["report.making", "bench.trial", "bench.spread", "bench.bandwidth", "bench.energy", "bench.forms", "bench.gathered"],
     ["bench.comparing", "bench.collectives", "bench.raw_mpi", "bench.plain_horovod", "bench.calls", "bench.fitting", "bench.step_models"],
     ["bench.collective_rank", "bench.pictures", "bench.step_rank", "bench.steps", "bench.scaling"],
     ["cli.voice"],

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 import hvdtrain
 from hvdtrain import backends
-from hvdtrain.backends.recommended import asked_for, check_recommendation, read_recommendation
+from hvdtrain.backends.recommended import (
+    asked_for,
+    check_recommendation,
+    measured_otherwise,
+    read_recommendation,
+    trained_of,
+)
 from hvdtrain.bench.comparing import as_json, choose
 from hvdtrain.bench.trial import Trial
 from hvdtrain.errors import ConfigError, HvdtrainError
@@ -116,14 +122,14 @@ def test_a_record_that_is_missing_or_damaged_is_refused(tmp_path, content, said)
 
 ODD = [None, True, -1, 0, 2, 1.5, math.nan, 10**400, "", "torch", "x" * 2000, [], [1], ["mpi"], {}, {"torch": 1}]
 PLACES = [
-    ("best",), ("rivals",), ("machine",), ("machine", "host"), ("machine", "cpus"), ("world_size",), ("launches",),
+    ("best",), ("trained",), ("trained", "model"), ("rivals",), ("machine",), ("machine", "host"), ("machine", "cpus"), ("world_size",), ("launches",),
     ("launches", "torch"), ("launches", "torch", "launcher"), ("launches", "torch", "device"), ("benchmark",),
 ]  # fmt: skip
 
 
 @given(place=st.sampled_from(PLACES), value=st.sampled_from(ODD))
 def test_whatever_stands_in_a_record_it_is_understood_or_refused(tmp_path_factory, place, value):
-    content = record()
+    content = record(trained=trained_of(TrainConfig()))
     inner = content
     for name in place[:-1]:
         inner = inner[name]
@@ -136,6 +142,15 @@ def test_whatever_stands_in_a_record_it_is_understood_or_refused(tmp_path_factor
     except HvdtrainError as error:
         refused = str(error)
     assert file in refused or found.best == "torch"
+
+
+def test_what_was_trained_otherwise_is_said_and_followed_all_the_same(tmp_path):
+    made = TrainConfig(model="mlp", batch_size=8)
+    found = read_recommendation(written(tmp_path, record(trained=trained_of(made))))
+    assert measured_otherwise(found, made) == ""
+    said = measured_otherwise(found, replace(made, model="cnn"))
+    assert said == f"{found.file} recommends torch for another training: --model mlp() there, cnn() here"
+    assert measured_otherwise(read_recommendation(written(tmp_path, record())), made) == ""
 
 
 def test_an_engine_that_is_not_known_here_is_refused(tmp_path):
