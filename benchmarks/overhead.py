@@ -6,7 +6,7 @@ horovodrun -np 2 python benchmarks/overhead.py --backend horovod
 
 By hand means DistributedDataParallel, or horovod.torch.DistributedOptimizer. Both sides do the same work on the same
 model: fetch a batch, forward, cross-entropy, backward, all-reduce, clip, momentum SGD, read the loss. They take turns in
-rounds of steps within one process, so Horovod has its own default settings for both, and not ours; benchmarks/engines.py
+rounds of steps within one process, so Horovod has its own default settings for both, and not ours; `hvdtrain bench step`
 compares those. The figure is the ratio of the medians over all steps. The last line of the output is one JSON object.
 
 The last row is what streams cost besides: before each step all ranks learn how many samples it has. Steps on batches that

@@ -18,6 +18,7 @@ from rich.console import Console
 from hvdtrain import backends
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.exclusions import ASKED_BY, check_combination
+from hvdtrain.backends.recommended import asked_for, measured_otherwise, read_recommendation
 from hvdtrain.building.learned import place_model, task_of
 from hvdtrain.building.optimizing import global_batch_size, optimizer_of, schedule_of, steps_per_epoch
 from hvdtrain.building.summing_up import place, summary_of
@@ -80,6 +81,7 @@ def run_training(config: TrainConfig, detection: Detection | None = None) -> Sum
         _check_combination(config, backend)
         console = _console(backend)
         console.print(_headline(backend), highlight=False)
+        _say_recommendation(config, console)
         run_dir = Path(backend.broadcast_object(str(run_folder.choose(config.run_dir)) if backend.rank == 0 else ""))
         seed_everything(config.seed)  # alike on every rank: so are the models, whatever the world size
         task = task_of(config)
@@ -190,7 +192,7 @@ def _console(backend: Backend) -> Console:
 
 
 def _backend(config: TrainConfig, detection: Detection) -> Backend:
-    name = backends.choose(detection)[0] if config.backend == "auto" else config.backend
+    name, _ = backends.choose(detection, config.backend)
     if config.data_parallel and name != "local":
         raise ConfigError(
             f"--data-parallel is one process with several GPUs, but backend {name} was chosen for {detection.reason}"
@@ -211,7 +213,8 @@ def _backend(config: TrainConfig, detection: Detection) -> Backend:
             f"--horovod.* settings are for backend horovod, but backend {name} was chosen for {detection.reason}; leave them out, "
             "or give --backend horovod"
         )
-    return backends.create(name, detection=detection, **options)
+    recommended = asked_for(config.backend) is not None
+    return backends.create(config.backend if recommended else name, detection=detection, **options)
 
 
 def _headline(backend: Backend) -> str:
@@ -222,6 +225,13 @@ def _headline(backend: Backend) -> str:
         f"hvdtrain {__version__}: backend {backend.name} ({backend.engine}), {ranks}{nodes}, {backend.device.type} "
         f"({backend.detection.reason})"
     )
+
+
+def _say_recommendation(config: TrainConfig, console: Console) -> None:
+    run = asked_for(config.backend)
+    differs = "" if run is None else measured_otherwise(read_recommendation(run), config)
+    if differs:
+        console.print(f"note: {differs}", highlight=False)
 
 
 def _be_deterministic() -> None:

@@ -24,8 +24,8 @@ ASKED_BY = {
     "channels_last": "channels_last=True (--channels-last)",
     "master_weights": "MasterWeights (--precision bf16-pure)",
     "scaler": "a GradScaler (--precision fp16)",
-    "uncut_optimizer": "an optimizer of torch's that is none of SGD (without fused), Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
-    "RMSprop and ASGD",
+    "uncut_optimizer": "an optimizer of torch's that is none of SGD and Adagrad (without fused), Adam, AdamW, NAdam, RAdam, Adamax, "
+    "Adadelta, RMSprop and ASGD",
     "meeting_ranks": "a backward pass in which ranks exchange gradients, as batch normalisation over all ranks does (--sync-batch-norm)",
     "wide_parameters": "parameters of float64 or of complex numbers",
 }
@@ -132,18 +132,6 @@ EXCLUSIONS = (
     Exclusion("shard_modules", "reduce_dtype", "torch exchanges its gradients as they are", "leave reduce_dtype out"),
     Exclusion(
         "shard_modules",
-        "checkpoint_modules",
-        "parameters are gathered around the plain forward pass, which checkpoint_modules replaces",
-        "leave one of them out",
-    ),
-    Exclusion(
-        "shard_modules",
-        "compile",
-        "parameters are gathered around the plain forward pass, which compile replaces",
-        "leave one of them out",
-    ),
-    Exclusion(
-        "shard_modules",
         "channels_last",
         "torch cuts contiguous parameters alone",
         "leave one of them out",
@@ -159,12 +147,6 @@ EXCLUSIONS = (
         "master_weights",
         "its copies are of whole parameters",
         "use float32 parameters and autocast, precision bf16",
-    ),
-    Exclusion(
-        "shard_modules",
-        "scaler",
-        "each rank would look for infinities in its own part alone",
-        "use bfloat16, which needs none: precision bf16",
     ),
     Exclusion(
         "shard_modules",

@@ -33,6 +33,7 @@ with suppress(ImportError):  # an old torch, which units_of() has refused
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
 if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
     from hvdtrain.backends.base import Backend
@@ -210,6 +211,13 @@ class FullyShardedReplica(Replica):
         norm = self.gradient_norm()
         shrink_([own_part(gradient) for gradient in self._gradients()], norm, clip_norm)
         return norm
+
+    def _outside(self, scaler: GradScaler) -> list[Tensor]:
+        return [own_part(gradient) for gradient in super()._outside(scaler)]
+
+    def _agree_on_infinities(self, scaler: GradScaler) -> None:
+        for found in scaler._found_inf_per_device(self.optimizer).values():
+            self._backend.all_reduce_(found, "max")
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

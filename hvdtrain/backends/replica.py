@@ -267,8 +267,6 @@ class Replica(ABC):
             TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
-        if scaler is not None:
-            check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": True})
         self._exchange()
         self.lap("exchange")
         self._keeper.refuse_late()
@@ -281,6 +279,7 @@ class Replica(ABC):
             if self._unsent is not None:
                 self._unsent.settle(scaler, self._weighting.tally.began)
             unscale(scaler, optimizer, self._gradients(), self._outside(scaler), self._weighting.tally.began)
+            self._agree_on_infinities(scaler)
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
@@ -571,6 +570,9 @@ class Replica(ABC):
         self._keeper.forget()
         if self._unsent is not None:
             self._unsent.forget()
+
+    def _agree_on_infinities(self, scaler: GradScaler) -> None:  # noqa: B027 - every rank has looked at all gradients
+        """After `unscale`: let what any rank has found in its part of the gradients count on all."""
 
     def _unit_of(self, summed: Tally) -> float | None:
         """What makes gradients, as they are exchanged, a mean over samples without a loss scale; None if there is no mean."""

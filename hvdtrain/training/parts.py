@@ -17,7 +17,7 @@ from hvdtrain.sync_batch_norm import SyncBatchNorm
 from hvdtrain.training.activation_checkpointing import checkpoint_activations
 from hvdtrain.training.checkpoint import Checkpoints
 from hvdtrain.training.checkup import Checkup, norm_seconds
-from hvdtrain.training.compiling import compile_module
+from hvdtrain.training.compiling import compile_model
 from hvdtrain.training.evaluator import Evaluator
 from hvdtrain.training.events import Events
 from hvdtrain.training.lesson import Lesson
@@ -101,7 +101,7 @@ def put_together(
         pacemaker.check_savable(optimizer)
         events.check_savable()
     precision = Precision(options.precision, backend.device, channels_last=options.channels_last)
-    _prepare(model, optimizer, precision, options)
+    _prepare(model, optimizer, precision, options, replica_options.get("shard_modules"))
     replica: Replica = backend.replicate(model, optimizer, **replica_options)
     laps = Laps.of(replica, backend.device)
     position = Position()
@@ -142,10 +142,13 @@ def put_together(
     )
 
 
-def _prepare(model: nn.Module, optimizer: Optimizer, precision: Precision, options: LoopOptions) -> None:
+def _prepare(
+    model: nn.Module, optimizer: Optimizer, precision: Precision, options: LoopOptions, shard_modules: str | None
+) -> None:
     """Let a model compute as it was asked for, in place."""
     precision.prepare(model, optimizer)
     if options.checkpoint_modules is not None:
         checkpoint_activations(model, options.checkpoint_modules, policy=options.checkpoint_policy)
     if options.compiles:
-        compile_module(model, {} if options.compile is True else options.compile)  # type: ignore[arg-type]
+        how = {} if options.compile is True else options.compile
+        compile_model(model, how, shard_modules=shard_modules)  # type: ignore[arg-type]
