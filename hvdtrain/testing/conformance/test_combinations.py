@@ -38,10 +38,11 @@ ALONE = (
 )
 """What does not train in float64, or not this model, or not as one process: tests of their own try what excludes it."""
 CHANGES_THE_RESULT = ("clip_norm",)
-PAIRS = [
-    pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())
-    for pair in itertools.combinations(ASKED, 2)
-]
+COMPILE = (
+    pytest.mark.feature("compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch hides it by itself
+)
+PAIRS = [pytest.param(*pair, marks=COMPILE if "compile" in pair else ()) for pair in itertools.combinations(ASKED, 2)]
 
 
 def trained(backend, *features):
