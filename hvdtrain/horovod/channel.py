@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
@@ -52,7 +52,6 @@ class Channel:
         self._open = False
         self._sendings: list[Sending] = []
         self._trouble: HorovodInternalError | None = None
-        self._letting_go: threading.Thread | None = None
         self._held: Callable[[], bool] | None = None
         self._held_s = 0.0
         self._bell = threading.Event()
@@ -84,9 +83,6 @@ class Channel:
         Raises:
             HorovodInternalError: There are no more windows, or the engine failed.
         """
-        if self._letting_go is not None:
-            self._letting_go.join()
-            self._letting_go = None
         if self.over:
             raise HorovodInternalError(f"{self._called}: {self._trouble or 'the ranks have ended their work'}")
         self._answer, self._sendings, self._open = None, [], True
@@ -230,11 +226,6 @@ class Channel:
                 _log.debug("%s: %s", self._called, error)
             del send
 
-    def let_go(self, finish: Callable[[], None]) -> None:
-        """Let a thread end a window that the program has given up; the next one waits for it."""
-        self._letting_go = threading.Thread(target=_quietly, args=(finish,), daemon=True)
-        self._letting_go.start()
-
     def serve(self, state: int) -> None:
         """Take part in the others' windows with zeros until none of them sends gradients; having left, in one.
 
@@ -267,11 +258,6 @@ class Channel:
         self._communicator.close()
 
 
-def _quietly(finish: Callable[[], None]) -> None:
-    with suppress(HorovodInternalError):  # the next window is told
-        finish()
-
-
 def agreement(number: int, forms: Sequence[Form]) -> Form:
     """What ranks say when they agree on a layout.
 
@@ -281,5 +267,8 @@ def agreement(number: int, forms: Sequence[Form]) -> Form:
     """
     tensors = tuple(tensor for form in forms for tensor in form.tensors)
     first = forms[0] if forms else None
-    told = (*(first.details if first is not None else ()), ("packs", [form.name for form in forms]))
+    told = (
+        *(first.details if first is not None else ()),
+        ("packs", [[form.name, form.detail("parameters")] for form in forms]),
+    )
     return Form(kind="gradients", name=f"DistributedOptimizer {number}", tensors=tensors, details=told)

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from hvdtrain.backends.hooked import Pack
 from hvdtrain.backends.layout import laid_out_like
+from hvdtrain.errors import HorovodInternalError
 from hvdtrain.horovod import state
 from hvdtrain.horovod.channel import LIVE, Channel
 from hvdtrain.horovod.controller import Controller
 from hvdtrain.horovod.hooks import Hooks
 from hvdtrain.horovod.operations import sparse_allreduce_async
 from hvdtrain.horovod.packing import packed
-from hvdtrain.horovod.packs import Layout, Manner, laid_out
+from hvdtrain.horovod.packs import Layout, Manner, contents, laid_out
 from hvdtrain.horovod.process_sets import global_process_set
 from hvdtrain.horovod.requests import Request, form
 
@@ -57,7 +59,7 @@ class _Window:
     requests: dict[str, Request] = field(default_factory=dict)  # by a pack's name
     contexts: dict[str, Any] = field(default_factory=dict)  # what decompression needs, by a pack's name
     sparse: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
-    versions: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # of gradients when they left
+    versions: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # of gradients when they were complete
     told: bool = False  # that there was a backward pass too many; who catches it may go on with what was sent
 
     @property
@@ -115,11 +117,21 @@ class Exchange:
         return not (failed or (window.channel is not None and window.channel.over))
 
     def forget(self) -> None:
-        """Begin anew, as after a state was loaded."""
-        with self._turn:
-            window, self._window = self._window, None
-        if window is not None and window.asked and window.channel is not None and not window.channel.over:
-            window.channel.let_go(lambda: self._give_up(window))
+        """Begin anew, as after a state was loaded: end the window that is under way with the other ranks, and drop what it brings."""
+        window = self._window
+        try:
+            if window is None or window.job is not state.job():
+                return
+            self._controller()
+        except ValueError:  # there is nobody to end it with
+            return
+        finally:
+            self._window = None
+        with suppress(HorovodInternalError):  # the next window is told
+            self._exchange_all(window)
+        for request in [*window.requests.values(), *([window.agreeing] if window.agreeing is not None else [])]:
+            with suppress(HorovodInternalError):
+                self._controller().wait(request)
 
     def give_up_window(self) -> None:
         """Send what is complete, and, where other ranks wait for packs in order, zeros for the rest.
@@ -155,17 +167,7 @@ class Exchange:
         self._hooks.refuse_if_lost()
         with self._turn:
             window = self._opened()
-        if window.channel is not None:
-            window.channel.release()
-            with window.channel.waited_for():
-                with self._turn:
-                    self._advance(window, wait=True, rest=True)
-                window.channel.finish()
-        else:
-            with self._turn:
-                self._advance(window, rest=True)
-        if window.by_name:
-            self._wait_by_name(window)
+        self._exchange_all(window)
         changed = self._changed(window)
         if changed:
             self._window = None
@@ -181,6 +183,20 @@ class Exchange:
 
     def _controller(self) -> Controller:
         return state.controller_of(self._manner.process_set, "hvd.DistributedOptimizer")
+
+    def _exchange_all(self, window: _Window) -> None:
+        """Send what was not sent, and return when all packs have arrived."""
+        if window.channel is not None:
+            window.channel.release()
+            with window.channel.waited_for():
+                with self._turn:
+                    self._advance(window, wait=True, rest=True)
+                window.channel.finish()
+        else:
+            with self._turn:
+                self._advance(window, rest=True)
+        if window.by_name:
+            self._wait_by_name(window)
 
     def _wait_by_name(self, window: _Window) -> None:
         controller = self._controller()
@@ -201,8 +217,8 @@ class Exchange:
         return ""
 
     def _opened(self) -> _Window:
+        self._controller()  # refuses where nothing can be sent
         if self._window is None:
-            self._controller()  # refuses where nothing can be sent
             layout = self._layout()
             channels = state.job().channels if self._manner.process_set is global_process_set else None
             channel = channels.of(self._number, self) if channels is not None else None
@@ -244,6 +260,8 @@ class Exchange:
             window.left[id(parameter)] = left
             if left:
                 return
+            assert parameter.grad is not None
+            window.versions[id(parameter)] = (parameter.grad, parameter.grad._version)
             pack, at = window.layout.place.get(id(parameter), (None, 0))
             if pack is None:
                 if id(parameter) in self._sparse:
@@ -345,12 +363,12 @@ class Exchange:
 
     def _send_by_name(self, pack: Pack, window: _Window) -> None:
         tensor = self._taken(pack, window)
-        asked = form("allreduce", pack.name, [tensor], **self._manner.details)
+        asked = form("allreduce", pack.name, [tensor], **self._manner.details, parameters=contents(pack, self.names))
         self._controller().submit(self._noted(pack, window, Request(asked, tensors=[tensor], outputs=[tensor])))
 
     def _taken(self, pack: Pack, window: _Window) -> Tensor:
         """A pack's gradients as what is sent."""
-        gradients = [self._dense(parameter) for parameter in pack.parameters]
+        gradients = [self._dense(parameter, window) for parameter in pack.parameters]
         context: Any = None
         with torch.no_grad():
             if pack.flat:
@@ -362,9 +380,6 @@ class Exchange:
             else:
                 tensor = torch.empty(0)
         window.contexts[pack.name] = context
-        for parameter in pack.parameters:
-            assert parameter.grad is not None
-            window.versions[id(parameter)] = (parameter.grad, parameter.grad._version)
         return tensor
 
     def _noted(self, pack: Pack, window: _Window, request: Request) -> Request:
@@ -372,11 +387,15 @@ class Exchange:
         window.requests[pack.name] = request
         return request
 
-    def _dense(self, parameter: nn.Parameter) -> Tensor:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, requires_grad=False)
+    def _dense(self, parameter: nn.Parameter, window: _Window) -> Tensor:
+        """A gradient as it was when it was complete, though it may have been taken away since; zeros where there is none."""
+        if id(parameter) not in window.versions:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, requires_grad=False)
+            window.versions[id(parameter)] = (parameter.grad, parameter.grad._version)
+        gradient, _ = window.versions[id(parameter)]
         # Not detach(): what the exchange writes must not look like a change of the user's.
-        return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad.data
+        return gradient.to_dense() if gradient.is_sparse else gradient.data
 
     def _bring_back(self, pack: Pack, request: Request, context: Any) -> None:
         with torch.no_grad():
@@ -393,8 +412,9 @@ class Exchange:
                 elif grad is not None and grad.dtype != tensor.dtype:
                     grad.copy_(tensor)
                 elif pack.flat and tensor.dtype == parameter.dtype:
-                    # Where it lies, as DistributedDataParallel's gradient_as_bucket_view; a new view, which tells who keeps it.
-                    parameter.grad = tensor.view(parameter.shape)
+                    # Where it lies, as DistributedDataParallel's gradient_as_bucket_view; a new view, which tells who keeps it,
+                    # and whose version is its own, not that of all that lie in the buffer.
+                    parameter.grad = tensor.data.view(parameter.shape)
                 else:
                     parameter.grad = laid_out_like(tensor.to(parameter.dtype).view(parameter.shape), parameter)
 

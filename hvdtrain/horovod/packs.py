@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,7 +85,7 @@ def laid_out(parameters: Sequence[nn.Parameter], manner: Manner, number: int, na
     known = not _of_its_own_kind(manner) and 0 < len(packs) <= _MOST_IN_ORDER
     if not known or any(parameter.device.type != "cpu" for parameter in parameters):
         return Layout(packs, place, None, None)
-    forms = tuple(_form(pack, manner) for pack in packs)
+    forms = tuple(_form(pack, manner, names) for pack in packs)
     return Layout(packs, place, forms, agreement(number, forms))
 
 
@@ -99,14 +101,33 @@ def _carried(manner: Manner) -> Callable[[torch.dtype], torch.dtype]:
     return carried
 
 
-def _form(pack: Pack, manner: Manner) -> Form:
+def contents(pack: Pack, names: dict[int, str]) -> str:
+    """What a pack holds, for comparison over the ranks: packs of the same length may hold other gradients.
+
+    Args:
+        pack: Whose parameters.
+        names: Of parameters, by their ids.
+    """
+    held = [(names[id(parameter)], list(parameter.shape)) for parameter in pack.parameters]
+    if not held:
+        return "none"
+    digest = hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
+    return f"{len(held)} from {held[0][0]} to {held[-1][0]}, {digest}"
+
+
+def _form(pack: Pack, manner: Manner, names: dict[int, str]) -> Form:
     shape: tuple[int, ...]
     if pack.flat:
         dtype, shape = pack.dtype, (sum(parameter.numel() for parameter in pack.parameters),)
     else:
         dtype, shape = _carried(manner)(pack.dtype), tuple(pack.parameters[0].shape)
     tensors = ((str(dtype).removeprefix("torch."), shape),)
-    return Form(kind="allreduce", name=pack.name, tensors=tensors, details=tuple(manner.details.items()))
+    return Form(
+        kind="allreduce",
+        name=pack.name,
+        tensors=tensors,
+        details=(*manner.details.items(), ("parameters", contents(pack, names))),
+    )
 
 
 def _packs(parameters: Sequence[nn.Parameter], manner: Manner) -> list[Pack]:
