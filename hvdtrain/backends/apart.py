@@ -88,6 +88,10 @@ class Apart(Replica):
         self._beside = self._backend.beside() if self._sync.delay else self._backend
 
     def _set_up(self) -> None:
+        self._find_new()
+
+    def _find_new(self) -> None:
+        """Let parameters that are trained by now be exchanged too."""
         new = [parameter for parameter in self._parameters if parameter not in self._common]  # alike on all ranks
         self._named |= {parameter: name for name, parameter in plain_names(self.module).items()}
         if not self._common:
@@ -111,10 +115,7 @@ class Apart(Replica):
         Raises:
             TrainingError: Also if ranks meet in the backward pass, or inside `shared_weights`.
         """
-        if self._is_shared:
-            raise TrainingError(
-                "a backward pass inside replica.shared_weights() would train weights that are put back at its end; end the block first"
-            )
+        self._refuse_inside("a backward pass")
         if self._looks and isinstance(loss, Tensor) and loss.requires_grad:
             self._looks -= 1
             if self._backend.world_size > 1 and ranks_meet(loss):
@@ -137,7 +138,9 @@ class Apart(Replica):
 
         Raises:
             ConfigError: A GradScaler or ``skip_nonfinite`` would let a rank skip a step by itself.
+            TrainingError: Inside `shared_weights`.
         """
+        self._refuse_inside("step()")
         if skip_nonfinite:
             check_combination({"sync": True, "on_nan": True})
         if scaler is not None and scaler.is_enabled():
@@ -214,6 +217,7 @@ class Apart(Replica):
 
     def settle(self) -> None:
         """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
+        self._refuse_inside("settle()")
         if not self._apart:
             return
         agreed = self._average()
@@ -228,14 +232,18 @@ class Apart(Replica):
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
-        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit."""
-        if not self._apart or self._is_shared:
+        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit.
+
+        Inside, nothing may train or load weights.
+        """
+        if self._is_shared:
             yield
             return
-        own = {parameter: parameter.detach().clone() for parameter in self._common}
+        own = {parameter: parameter.detach().clone() for parameter in self._common} if self._apart else {}
         try:
-            for parameter, new in self._average().items():
-                write_(parameter, new)
+            if own:
+                for parameter, new in self._average().items():
+                    write_(parameter, new)
             self._is_shared, self._aside = True, own
             yield
         finally:
@@ -246,6 +254,7 @@ class Apart(Replica):
 
     def copy_from_rank_zero(self) -> None:
         """As of every replica; the next exchange is due as if this had been one."""
+        self._refuse_inside("copy_from_rank_zero()")
         super().copy_from_rank_zero()
         self._begin_anew()
 
@@ -256,6 +265,7 @@ class Apart(Replica):
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """As of every replica; the next exchange is due as if this had been one."""
+        self._refuse_inside("loading a state")
         super().load_whole_state(state)
         self._begin_anew()
 
@@ -276,6 +286,7 @@ class Apart(Replica):
         }
         return {
             "sync": repr(self._sync),
+            "group": self._leaders[self._backend.rank],
             "own": {  # copies: the model may hold others when it is written
                 name: self._aside.get(p, p.detach()).clone() for p, name in names.items()
             },
@@ -291,7 +302,8 @@ class Apart(Replica):
         }
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
+        """Go on as each rank was; on another number of ranks, in other groups, or with another sync, from the common weights."""
+        self._refuse_inside("loading a state")
         named = plain_names(self.module)
         if any("rests" in state for state in states):
             _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
@@ -301,15 +313,15 @@ class Apart(Replica):
         if not same or len(same) != len(states):
             self._begin_anew()
             return
-        everyone_is_here = len(same) == self._backend.world_size
-        state = same[self._backend.rank] if everyone_is_here else same[0]
+        as_they_were = tuple(state.get("group", rank) for rank, state in enumerate(same)) == self._leaders
+        state = same[self._backend.rank] if as_they_were else same[0]
 
         def placed(values: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
             known = {named[name]: value for name, value in values.items() if name in named}
             return {parameter: value.to(parameter.device, copy=True) for parameter, value in known.items()}
 
         self._momentum = placed(state["momentum"])
-        if not everyone_is_here:
+        if not as_they_were:
             self._begin_anew()
             for one in state["arrived"].values():  # the common weights have come to that already
                 for parameter, way in placed(one["ways"]).items():
@@ -326,6 +338,7 @@ class Apart(Replica):
             fragment.under_way = (
                 Round.arrived(placed(one["sent"]), placed(one["ways"]), one["left"], self._sync.delay) if one else None
             )
+        self._find_new()
         self.optimizer.load_state_dict(state["optimizer"])
         lay_out_states(self.optimizer)
 
@@ -334,12 +347,23 @@ class Apart(Replica):
     @property
     def _speaks(self) -> tuple[bool, ...]:
         """Of each rank, whether it sends weights."""
-        return (True,) * self._backend.world_size if self._together is None else self._together.speaks
+        return tuple(leader == rank for rank, leader in enumerate(self._leaders))
+
+    @property
+    def _leaders(self) -> tuple[int, ...]:
+        """Of each rank, which one sends its weights."""
+        return tuple(range(self._backend.world_size)) if self._together is None else self._together.leaders
 
     @property
     def _apart(self) -> bool:
         """Whether the ranks' weights differ; the same on every rank."""
         return any(one.since or one.under_way is not None for one in self._fragments)
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._is_shared:
+            raise TrainingError(
+                f"{what} inside replica.shared_weights() would change weights that are put back at its end; end the block first"
+            )
 
     def _count_anew(self) -> None:
         for number, fragment in enumerate(self._fragments):

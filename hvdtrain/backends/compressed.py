@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded, as_it_is
+from hvdtrain.backends.coded import Coded, as_it_is, begun
 from hvdtrain.backends.grouped import OfGroups
 from hvdtrain.backends.groups import groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
@@ -99,7 +99,7 @@ class CompressedReplica(HookedReplica):
                 part.add_(rest)
             seed = zlib.crc32(without_compile(self._names[id(parameter)]).encode())
             exchanges.append(
-                self._compression.exchange(part, self._memory(parameter), seed) if wire.size > 1 else as_it_is(part)
+                begun(self._compression, part, self._memory(parameter), seed) if wire.size > 1 else as_it_is(part)
             )
         self._encoded[pack] = parts
         flag = torch.stack([part.sum() for part in parts]).sum().mul(0)  # NaN where a number is infinite

@@ -300,3 +300,8 @@ def test_one_of_ones_own_is_found_by_its_import_path(joint):
 def test_what_is_no_compression_is_refused(name, said):
     with pytest.raises(ConfigError, match=said):
         chosen(f"{__name__}:{name}")
+
+
+def test_one_without_a_name_is_refused_also_as_an_object():
+    with pytest.raises(ConfigError, match=r'compression= of Nameless has no name; .*: name = "nameless"'):
+        chosen(Nameless())
