@@ -218,6 +218,7 @@ class Apart(Replica):
     def settle(self) -> None:
         """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
         self._refuse_inside("settle()")
+        self._assemble("settle()")
         if not self._apart:
             return
         agreed = self._average()
@@ -239,6 +240,7 @@ class Apart(Replica):
         if self._is_shared:
             yield
             return
+        self._assemble("shared_weights()")
         own = {parameter: parameter.detach().clone() for parameter in self._common} if self._apart else {}
         try:
             if own:
@@ -365,6 +367,10 @@ class Apart(Replica):
                 f"{what} inside replica.shared_weights() would change weights that are put back at its end; end the block first"
             )
 
+    def _assemble(self, what: str) -> None:
+        """A rank that has taken other steps, or is elsewhere, would wait in another exchange."""
+        self._backend.assemble(f"{what} after step {self._steps}")
+
     def _count_anew(self) -> None:
         for number, fragment in enumerate(self._fragments):
             fragment.begin(self._sync.first_due(number))
@@ -386,11 +392,13 @@ class Apart(Replica):
                 states[0]["name"],
             )
 
-    def _way(self, *, beside: bool = False, exactly: bool = False) -> Way:
+    def _way(self, *, due: bool) -> Way:
+        """How weights travel that are exchanged in time, at the end of a step, or else for an average in between."""
+        exactly = not due
         return Way(
-            everyone=self._beside if beside else self._backend,
+            everyone=self._beside if due else self._backend,
             groups=self._together,
-            what=f"exchange of weights after step {self._steps}",
+            what=f"exchange of weights after step {self._steps + due}",
             names=self._named,
             compression=None if exactly else self.options.compression,
             unsent=None if exactly else self._not_sent,
@@ -410,7 +418,7 @@ class Apart(Replica):
         if self._sync.delay:  # steps are taken before it is needed for the last time
             own = {p: value.clone() for p, value in own.items()}
         window = self._window(fragment)
-        fragment.under_way = Round(self._way(beside=True), [window], own, self._common, self._sync.delay)
+        fragment.under_way = Round(self._way(due=True), [window], own, self._common, self._sync.delay)
         fragment.begin(self._sync.steps)
 
     def _take_in(self, fragment: Fragment) -> None:
@@ -458,7 +466,7 @@ class Apart(Replica):
             if fragment.since:
                 own |= {p: landed[p].own if p in landed else summable(p) for p in fragment.parameters}
                 windows.append(self._window(fragment))
-        ways = Round(self._way(exactly=True), windows, own, common).ways() if windows else {}
+        ways = Round(self._way(due=False), windows, own, common).ways() if windows else {}
         return {parameter: at + ways[parameter] if parameter in ways else at for parameter, at in common.items()}
 
 

@@ -25,6 +25,7 @@ from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Wire, Work
 from hvdtrain.backends.worth import Worth
 from hvdtrain.compression.base import Compression
+from hvdtrain.compression.later import Later
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -55,7 +56,8 @@ class CompressedReplica(HookedReplica):
         self._coded: set[Pack] = set()
         self._encoded: dict[Pack, list[Tensor]] = {}
         self._latest: OfGroups | None = None
-        self._worth = Worth(backend, self._compression.name)
+        after = self._compression.after if isinstance(self._compression, Later) else 0
+        self._worth = Worth(backend, self._compression.name, after)
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
 
     def _make_alike(self) -> None:

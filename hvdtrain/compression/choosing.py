@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvdtrain.compression.base import Compression
+from hvdtrain.compression.later import Later
 from hvdtrain.compression.low_rank import PowerSGD
 from hvdtrain.compression.quantized import Float8, Int8, OneBit
 from hvdtrain.compression.sparse import RandomK, TopK
@@ -35,8 +36,11 @@ def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | N
         raise ConfigError(
             f"compression= takes a name or a hvdtrain.Compression, got {asked!r:.80} of {type(asked).__name__}"
         )
-    name, number = parsed(asked)
-    return (None, name) if name in TYPES else (_made(name, number), None)
+    name, number, after = parsed(asked)
+    if name in TYPES:
+        return None, name
+    made = _made(name, number)
+    return (Later(made, after) if after else made), None
 
 
 def _made(name: str, number: float) -> Compression:

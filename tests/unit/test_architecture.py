@@ -19,7 +19,7 @@ STAIRS = [
     ["topology", "memory", "file_lock", "folder_lock", "settings.wording", "settings.yaml_bounds"],
     ["settings.yaml_text"],
     ["settings.options", "settings.sync", "compression.base"],
-    ["compression.quantized", "compression.sparse", "compression.low_rank"],
+    ["compression.quantized", "compression.sparse", "compression.low_rank", "compression.later"],
     ["settings.layers", "settings.horovod_config", "settings.components", "settings.compression", "settings.profiling"],
     ["compression.choosing"],
     ["settings.config", "settings.flags"],

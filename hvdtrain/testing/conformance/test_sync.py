@@ -8,7 +8,7 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
-from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
+from hvdtrain.errors import CollectiveError, ConfigError, ModelMismatch, TrainingError
 
 pytestmark = pytest.mark.feature("sync")
 
@@ -219,6 +219,34 @@ def test_inside_a_block_of_shared_weights_nothing_changes_weights(backend, steps
             ):
                 act()
     assert torch.equal(flat(replica.module), own)
+
+
+@pytest.mark.parametrize("act", ["settle", "shared_weights"])
+def test_ranks_that_have_taken_other_steps_are_named_where_they_meet(backend, act):
+    replica = trained(backend, "diloco:4,delay=2", "AdamW", 5)
+    last = backend.world_size > 1 and backend.rank == backend.world_size - 1
+    for step in range(5, 8):
+        if last and step == 6:
+            continue
+        take_step(backend, replica, step, even=True)
+
+    def meet():
+        if act == "settle":
+            replica.settle()
+        else:
+            with replica.shared_weights():
+                pass
+
+    if backend.world_size > 1:
+        behind = backend.world_size - 1
+        with pytest.raises(CollectiveError, match=rf"{act}\(\) after step 8, and rank {behind} at .* after step 7"):
+            meet()
+    if last:
+        take_step(backend, replica, 7, even=True)
+    meet()  # nothing was lost
+    replica.settle()
+    now = flat(replica.module)
+    assert all(torch.equal(now, one) for one in backend.all_gather(now))
 
 
 def test_losses_may_say_their_total_in_some_steps_alone(backend):
