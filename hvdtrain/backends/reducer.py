@@ -105,21 +105,26 @@ class ReducerReplica(Replica):
         self._uncounted_bytes = 0 if hooked else self._bytes_of_buckets()
         self._first = True
         self._laid_out = self._seeks_unused  # as it was at first, for ever
+        # What earlier micro-batches of this step have used, of which this reducer's hooks know nothing.
+        self._used_before = [p for p in self._parameters if p.grad is not None] if self._seeks_unused else []
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
-        root = self._prepare(loss)
+        early = self._early(loss)
+        root = self._prepare(loss, *early)
         loss.backward(weight, retain_graph=retain_graph)
         self.lap("backward")
         # The tally goes last: until then the reducer is not done, and notices a gradient that comes twice.
-        torch.autograd.backward(root, self._numbers(tally))
+        torch.autograd.backward([*early, root], [*map(torch.zeros_like, early), self._numbers(tally)])
         self._end_of_backward()
         if not self._complete():
             self._send_early_ones(loss)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
-        root = self._prepare()
+        early = self._early()
+        root = self._prepare(*early)
         late = [] if self.options.allows_unused else self._parameters[::-1]
-        torch.autograd.backward([*late, root], [*map(self._zero, late), self._numbers(tally)])
+        zeros = [*map(torch.zeros_like, early), *map(self._zero, late)]
+        torch.autograd.backward([*early, *late, root], [*zeros, self._numbers(tally)])
         self._end_of_backward()
 
     def _finish(self, empty: bool) -> Tensor:
@@ -169,6 +174,13 @@ class ReducerReplica(Replica):
             root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
         self._reducer.prepare_for_backward([*losses, root] if self._seeks_unused else [])
         return root
+
+    @torch.enable_grad()
+    def _early(self, loss: Tensor | None = None) -> list[Tensor]:
+        """What leads to parameters that were used before this reducer was there, and are not used in its first pass."""
+        before, self._used_before = self._used_before, []
+        reached = {id(parameter) for parameter in _parameters_behind(loss)} if loss is not None and before else set()
+        return [p.view_as(p) for p in before if id(p) not in reached]
 
     def _lay_out(self) -> None:
         """Let the reducer lay out its buckets anew, which it does once, after its first backward pass.

@@ -150,6 +150,48 @@ def test_a_change_is_followed_by_a_rank_without_samples(backend):
     assert all(state == states[0] for state in states)
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, *, one):
+        return self.head(self.one(x).tanh() if one else x)
+
+
+@pytest.mark.parametrize("kind", ["freeze", "unfreeze", "same"])
+@pytest.mark.parametrize("when", ["in all, no overlap", "in the first", "in the last", "in the second of three"])
+def test_what_one_rank_used_in_a_step_of_a_change_reaches_all_ranks(backend, when, kind):
+    torch.manual_seed(0)
+    model = Branches().double()
+    model.other.requires_grad_(kind == "freeze")
+    alone = copy.deepcopy(model)
+    used = {"in all, no overlap": [True, True], "in the first": [True, False], "in the last": [False, True]}
+    micro_batches = used.get(when, [False, True, False])
+    pair = (model, alone)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in pair]
+    replica = backend.replicate(model, optimizers[0], find_unused_parameters=True)
+    for step in range(3):
+        if step == 1 and kind != "same":
+            for net in pair:
+                net.other.requires_grad_(kind == "unfreeze")
+        for number, one in enumerate(micro_batches):
+            for rank in range(backend.world_size):
+                x = samples(3, start=100 * step + 10 * number + 3 * rank)
+                losses = [net(x, one=one and rank == 0).square().mean() for net in pair]
+                if rank == backend.rank:
+                    with replica.accumulate(
+                        last=number == len(micro_batches) - 1, overlap=when != "in all, no overlap"
+                    ):
+                        replica.backward(losses[0], samples=3)
+                (losses[1] / (backend.world_size * len(micro_batches))).backward()
+        replica.step()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
 def test_a_changed_parameter_that_is_not_the_models_is_refused(backend):
     net = made()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
