@@ -47,7 +47,7 @@ def hooked(model: nn.Module, rank: int, begin: int) -> DistributedDataParallel:
         None, matrix_approximation_rank=rank, start_powerSGD_iter=begin, min_compression_rate=1, orthogonalization_epsilon=0
     )  # fmt: skip
     replica = DistributedDataParallel(model)
-    replica.register_comm_hook(state, hooks.powerSGD_hook)
+    replica.register_comm_hook(state, hooks.powerSGD_hook)  # type: ignore[no-untyped-call]
     return replica
 
 

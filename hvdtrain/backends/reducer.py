@@ -84,6 +84,25 @@ class ReducerReplica(Replica):
         # Of a static graph DDP finds them out itself, in the first step.
         self._seeks_unused = self.options.find_unused_parameters and not self.options.static_graph
         other = self._other_dtype()
+        self._wrap(device, other)
+        if other is not None:
+            check_sums(other, device)
+        self._first = True
+        self._laid_out = self._seeks_unused  # as it was at first, for ever
+        # What earlier micro-batches of this step have used, of which this reducer's hooks know nothing.
+        self._used_before = [p for p in self._parameters if p.grad is not None] if self._seeks_unused else []
+
+    def clear(self) -> None:
+        """As of every replica; gradients of micro-batches that are given up are not taken for used by the next exchange."""
+        given_up = (
+            self._seeks_unused and self._is_gathering and bool(_NO_COPY)
+        )  # older ones compare the ranks when made
+        super().clear()
+        if given_up:  # the reducer's record of what was used ends with an exchange alone
+            self._wrap(self._backend.device, self._other_dtype())
+
+    def _wrap(self, device: torch.device, other: torch.dtype | None) -> None:
+        """Make a reducer; nothing is sent."""
         self._model = _WithTally(self.module, self._parameters, device, apart=other is not None)
         self._ddp = None  # the hooks of an earlier one go with it
         self._ddp = _Ddp(
@@ -95,18 +114,12 @@ class ReducerReplica(Replica):
             static_graph=self.options.static_graph,
             **_NO_COPY,
         )
-        if other is not None:
-            check_sums(other, device)
         hooked = other is not None or any(
             p.is_complex() for p in self._parameters
         )  # Gloo of torch 2.4 sums no complex ones
         if hooked:
             self._ddp.register_comm_hook(Buckets(other, self._backend.world_size, self._backend.traffic), send_bucket)
         self._uncounted_bytes = 0 if hooked else self._bytes_of_buckets()
-        self._first = True
-        self._laid_out = self._seeks_unused  # as it was at first, for ever
-        # What earlier micro-batches of this step have used, of which this reducer's hooks know nothing.
-        self._used_before = [p for p in self._parameters if p.grad is not None] if self._seeks_unused else []
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
         early = self._early(loss)
