@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engines import missing, model_of, report, run_once
+from launching import missing, model_of, report, run_once
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import machine, model_of, run_once
+from launching import model_of, run_once
 from torch.nn.functional import cross_entropy
+
+from hvdtrain.cli.trials import environment
 
 ENGINES = ("horovod", "mpi", "torch")
 STEPS = {"mlp": 40, "resnet18": 12, "small": 100, "many": 40}
@@ -98,7 +100,7 @@ def main() -> None:
         {
             "benchmark": "horovod_api",
             "world_size": args.ranks,
-            "machine": machine(),
+            **environment(),
             "rounds": args.rounds,
             "figures": figures,
         }

@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ WAYS = (
     "powersgd:4",
     "torch 4 from 2",
 )
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
 }
@@ -47,7 +47,7 @@ def hooked(model: nn.Module, rank: int, begin: int) -> DistributedDataParallel:
         None, matrix_approximation_rank=rank, start_powerSGD_iter=begin, min_compression_rate=1, orthogonalization_epsilon=0
     )  # fmt: skip
     replica = DistributedDataParallel(model)
-    replica.register_comm_hook(state, hooks.powerSGD_hook)  # type: ignore[no-untyped-call]
+    replica.register_comm_hook(state, hooks.powerSGD_hook)
     return replica
 
 

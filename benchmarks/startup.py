@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines import machine
+from hvdtrain.cli.trials import environment
 
 BIN = Path(sys.executable).parent
 
@@ -82,7 +82,7 @@ def main() -> None:
     medians = {name: round(statistics.median(times), 3) for name, times in found.items() if times}
     for name, value in medians.items():
         print(f"{name:<20}{value:7.3f} s")
-    whole = {"benchmark": "startup", "world_size": args.ranks, "machine": machine(), "median_s": medians}
+    whole = {"benchmark": "startup", "world_size": args.ranks, **environment(), "median_s": medians}
     if args.out:
         Path(args.out).write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))

@@ -12,8 +12,10 @@ import logging
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain.backends.recommended import asked_for, check_device, check_recommendation, read_recommendation
 from hvdtrain.errors import BackendUnavailable, ConfigError
 from hvdtrain.launch.detect import Detection, detect
+from hvdtrain.launch.machine import this_machine
 
 if TYPE_CHECKING:
     from hvdtrain.backends.base import Backend
@@ -74,12 +76,23 @@ def load(name: str) -> type[Backend]:
     return found
 
 
-def choose(detection: Detection) -> tuple[str, str]:
-    """Choose a backend for ``--backend auto``.
+def choose(detection: Detection, wanted: str = "auto") -> tuple[str, str]:
+    """Choose a backend for ``--backend auto``, ``--backend auto:RUN``, or one that has a name.
 
     Returns:
         Its name, and the reason in words.
+
+    Raises:
+        ConfigError: There is no record at RUN, or it was made on another machine, launcher or number of ranks.
+        BackendUnavailable: None can be used.
     """
+    run = asked_for(wanted)
+    if run is not None:
+        found = read_recommendation(run)
+        check_recommendation(found, detection.topology, this_machine())
+        return found.best, f"{detection.reason}, {found.file} -> {found.best}"
+    if wanted != "auto":
+        return wanted, ""
     topology = detection.topology
     for name in _PREFERRED.get(topology.launcher, ("torch",)):
         if name in _sources() and not why_not(name):
@@ -91,19 +104,19 @@ def create(name: str = "auto", *, detection: Detection | None = None, **options:
     """Make a backend for this process's place in the job; it is started by its `with` block or `start()`.
 
     Args:
-        name: A registered name, or "auto" to go by the launcher.
+        name: A registered name, "auto" to go by the launcher, or "auto:RUN" to go by what ``hvdtrain bench engines --out RUN``
+            has found.
         detection: What the launcher's environment says; read from the environment if not given.
         options: Of the backend's class; see `Backend`, `LocalBackend`, `TorchBackend`.
 
     Raises:
-        ConfigError: Unknown name or option.
+        ConfigError: Unknown name or option; or what RUN holds is of another machine, launcher, device or number of ranks.
         BackendUnavailable: Not installed here; says how to install it.
         LaunchError: The launcher's environment is contradictory, or cannot carry this backend.
     """
     detection = detection or detect()
-    reason = ""
-    if name == "auto":
-        name, reason = choose(detection)
+    run = asked_for(name)
+    name, reason = choose(detection, name)
     cls = load(name)
     missing = cls.unusable()
     if missing:
@@ -115,6 +128,8 @@ def create(name: str = "auto", *, detection: Detection | None = None, **options:
             raise
         option = str(error).rsplit("'", 2)[-2]
         raise ConfigError(f"backend {name!r} has no option {option!r}") from error
+    if run is not None:
+        check_device(read_recommendation(run), backend.device.type)
     if reason:
         _log.debug("backend: %s", reason)
     return backend

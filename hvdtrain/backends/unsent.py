@@ -10,13 +10,18 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.backends.loss_scale import scale_of
 from hvdtrain.compression.base import Compression, Memory
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+    from torch.optim import Optimizer
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ class Unsent:
         self._kept: dict[nn.Parameter, Remembered] = {}
         self._new: dict[nn.Parameter, Remembered] = {}
         self._flags: list[Tensor] = []
+        self._scaler: GradScaler | None = None
+        self._scale = 1.0  # of the losses, as it was thought to be when gradients were compressed
 
     def of(self, parameter: nn.Parameter) -> Remembered:
         """What is remembered of a parameter."""
@@ -69,15 +76,50 @@ class Unsent:
         """Keep nothing of this step if a number, the same on every rank, is none."""
         self._flags.append(flag)
 
-    def rescale(self, factor: float) -> None:
-        """Multiply the new rests, whose units have become known."""
+    def expect(self, scaler: GradScaler | None) -> None:
+        """Losses are scaled by it from now on."""
+        self._scaler = scaler
+
+    def unit(self, factor: float | None, began: int) -> float | None:
+        """What makes gradients, as they are exchanged, a mean over samples without a loss scale; None if there is no mean.
+
+        Args:
+            factor: What makes a mean of them; None or NaN if there is none.
+            began: When the step's first backward pass did (`hvdtrain.backends.loss_scale.now`).
+        """
+        if factor is None or math.isnan(factor):
+            return None
+        scaled = self._scaler is not None and self._scaler.is_enabled()
+        self._scale = scale_of(self._scaler, began) if self._scaler is not None and scaled else 1.0
+        return factor / self._scale
+
+    def settle(self, scaler: GradScaler, began: int) -> None:
+        """See that gradients were compressed by the scale that their losses have.
+
+        Raises:
+            TrainingError: They were not, and what was added to them was of another scale.
+        """
+        scale = scale_of(scaler, began)
+        if scale != self._scale and self.any_rest:
+            raise TrainingError(
+                "the losses of this step were scaled by a GradScaler that was not known when their gradients were compressed; call "
+                "replica.expect_scaler(scaler) before the first backward(), or give LoopState the scaler"
+            )
+        factor = self._scale / scale
         self._new = {
             parameter: Remembered(None if one.rest is None else one.rest * factor, one.memory)
             for parameter, one in self._new.items()
         }
+        self._scaler = scaler
+
+    def used(self, optimizer: Optimizer | None) -> None:
+        """This step's gradients have been used; by a fused optimizer only if no infinity was found in them."""
+        infinite = getattr(optimizer, "found_inf", None)
+        if infinite is None or not bool(infinite):
+            self.keep()
 
     def keep(self) -> None:
-        """This step's gradients have been used."""
+        """Remember what is new, if the numbers that say so are finite."""
         if all(math.isfinite(float(flag)) for flag in self._flags):
             self._kept.update(self._new)
         self.forget()

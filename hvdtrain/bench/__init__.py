@@ -1,1 +1,1 @@
-"""``hvdtrain bench``: the user's own task under each engine, in turns. `trial` reads one run, `comparing` makes a choice of many."""
+"""``hvdtrain bench``: how fast are engines here? `trial` and `comparing` for a task, `bandwidth` for collectives, `scaling` for many ranks."""

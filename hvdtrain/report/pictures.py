@@ -1,53 +1,24 @@
-"""Pictures of runs, by matplotlib: SVG for the page, PNG for elsewhere. Nothing here touches matplotlib's global state."""
+"""Pictures of runs: which there are, and what is in each."""
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from hvdtrain.report.drawing import COLORS, Picture, drawn, plain_text
 from hvdtrain.report.reading import Run
 from hvdtrain.report.telling import PHASES, phases_of, throughput
 
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 _PHASE_COLORS = {
     "data": "#e69f00", "forward": "#56b4e9", "backward": "#0072b2", "exchange": "#d55e00", "optimizer": "#009e73",
     "other": "#999999",
 }  # fmt: skip
-_INCHES = (7.6, 3.4)
 _MOST_RANKS = 32
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """One picture.
-
-    Attributes:
-        name: Of its file.
-        title: Its heading.
-        note: What one sees, in a sentence.
-        svg: An ``<svg>`` element.
-        png: A file's content.
-    """
-
-    name: str
-    title: str
-    note: str
-    svg: str
-    png: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +53,7 @@ def pictures(runs: Sequence[Run]) -> list[Picture]:
 def _losses(runs: Sequence[Run]) -> list[Curve]:
     found = []
     for at, run in enumerate(runs):
-        color = _COLORS[at % len(_COLORS)]
+        color = COLORS[at % len(COLORS)]
         prefix = "" if len(runs) == 1 else f"{run.name} "
         found.append(Curve(f"{prefix}training", *_points(run.steps, "loss"), color))
         evaluated = Curve(f"{prefix}evaluation", *_points(run.evaluations, "eval_loss"), color, "--", {"marker": "o"})
@@ -98,7 +69,7 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, str, list[Curve]]
             continue
         title = name.removeprefix("eval_")
         curves = [
-            Curve(run.name, *_points(run.evaluations, name), _COLORS[at % len(_COLORS)], extra={"marker": "o"})
+            Curve(run.name, *_points(run.evaluations, name), COLORS[at % len(COLORS)], extra={"marker": "o"})
             for at, run in enumerate(runs)
         ]
         safe = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in name)[:60]
@@ -117,7 +88,7 @@ def _named(runs: Sequence[Run], name: str, factor: float = 1.0) -> list[Curve]:
 
 
 def _each(runs: Sequence[Run], points: Callable[[Run], tuple[list[float], list[float]]]) -> list[Curve]:
-    return [Curve(run.name, *points(run), _COLORS[at % len(_COLORS)]) for at, run in enumerate(runs)]
+    return [Curve(run.name, *points(run), COLORS[at % len(COLORS)]) for at, run in enumerate(runs)]
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -142,7 +113,7 @@ def _curves(
             alone = sum(math.isfinite(value) for value in curve.values) == 1
             extra = {"marker": "o", **curve.extra} if alone else curve.extra
             axes.plot(
-                curve.steps, curve.values, curve.style, color=curve.color, label=_text(curve.label), linewidth=1.4,
+                curve.steps, curve.values, curve.style, color=curve.color, label=plain_text(curve.label), linewidth=1.4,
                 markersize=3.5, **extra,
             )  # fmt: skip
         if from_zero:
@@ -150,11 +121,11 @@ def _curves(
         else:
             _scale(axes, [value for curve in shown for value in curve.values if math.isfinite(value)])
         axes.set_xlabel("step")
-        axes.set_ylabel(_text(unit))
+        axes.set_ylabel(plain_text(unit))
         if len(shown) > 1:
             axes.legend(fontsize=8)
 
-    return _drawn(name, title, note, draw)
+    return drawn(name, title, note, draw)
 
 
 def _amounts(name: str, title: str, note: str, unit: str, curves: Sequence[Curve]) -> Picture | None:
@@ -192,9 +163,9 @@ def _phase_bars(runs: Sequence[Run]) -> Picture | None:
         left = [0.0] * len(rows)
         for phase in dict.fromkeys(phase for _, seconds in rows for phase in seconds):
             width = [1e3 * seconds.get(phase, 0.0) for _, seconds in rows]
-            axes.barh(places, width, left=left, color=_PHASE_COLORS.get(phase, "#444444"), label=_text(phase))
+            axes.barh(places, width, left=left, color=_PHASE_COLORS.get(phase, "#444444"), label=plain_text(phase))
             left = [a + b for a, b in zip(left, width, strict=True)]
-        axes.set_yticks(list(places), [_text(label) for label, _ in rows])
+        axes.set_yticks(list(places), [plain_text(label) for label, _ in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("milliseconds of a step")
@@ -202,7 +173,7 @@ def _phase_bars(runs: Sequence[Run]) -> Picture | None:
 
     note = "mean over the run, by rank; exchange is what is not hidden behind the backward pass, waiting for slower ranks included"
     height = max(2.2, 1.3 + 0.3 * len(rows))
-    return _drawn("phases", "Where the time of a step goes", note, draw, height=height)
+    return drawn("phases", "Where the time of a step goes", note, draw, height=height)
 
 
 def _phases_over_time(runs: Sequence[Run]) -> Picture | None:
@@ -225,7 +196,7 @@ def _phases_over_time(runs: Sequence[Run]) -> Picture | None:
         axes.set_ylabel("milliseconds of a step")
         _legend_above(axes)
 
-    return _drawn("phases_over_time", "The same over the run", "mean over the ranks at logged steps", draw)
+    return drawn("phases_over_time", "The same over the run", "mean over the ranks at logged steps", draw)
 
 
 def _stragglers(runs: Sequence[Run]) -> Picture | None:
@@ -242,9 +213,9 @@ def _stragglers(runs: Sequence[Run]) -> Picture | None:
     steps = [record["step"] for record in records]
     each = [own(record) for record in records]
     curves = [
-        Curve("slowest rank", steps, [max(of) for of in each], _COLORS[1]),
-        Curve("median rank", steps, [statistics.median(of) for of in each], _COLORS[0]),
-        Curve("fastest rank", steps, [min(of) for of in each], _COLORS[2]),
+        Curve("slowest rank", steps, [max(of) for of in each], COLORS[1]),
+        Curve("median rank", steps, [statistics.median(of) for of in each], COLORS[0]),
+        Curve("fastest rank", steps, [min(of) for of in each], COLORS[2]),
     ]
     note = "milliseconds of a step that ranks spend on their own work, all but the exchange"
     return _curves("stragglers", "Slow and fast ranks", note, "ms", curves)
@@ -252,22 +223,3 @@ def _stragglers(runs: Sequence[Run]) -> Picture | None:
 
 def _legend_above(axes: Any) -> None:
     axes.legend(ncols=6, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, columnspacing=1.2)
-
-
-def _drawn(name: str, title: str, note: str, draw: Callable[[Figure], None], *, height: float = _INCHES[1]) -> Picture:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # signs that the font lacks, as in the name of a run
-        figure = Figure(figsize=(_INCHES[0], height), layout="constrained")
-        draw(figure)
-        text, data = io.StringIO(), io.BytesIO()
-        vector: Any = FigureCanvasSVG(figure)
-        vector.print_svg(text, metadata={"Date": None, "Creator": None})
-        raster: Any = FigureCanvasAgg(figure)
-        raster.print_png(data)
-    svg = text.getvalue()
-    return Picture(name=name, title=title, note=note, svg=svg[svg.index("<svg") :], png=data.getvalue())
-
-
-def _text(text: str) -> str:
-    """Text as it is: a dollar would begin a formula, and a line of control signs none at all."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)[:80].replace("$", r"\$").lstrip("_") or "?"

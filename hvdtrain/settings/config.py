@@ -250,8 +250,8 @@ class TrainConfig:
 
     backend: str = option(
         "auto",
-        "what moves the gradients: auto (what fits the launcher), local, torch, mpi, horovod, or one that another "
-        "package registers",
+        "what moves the gradients: auto (what fits the launcher), auto:RUN (what hvdtrain bench engines --out RUN found the fastest), "
+        "local, torch, mpi, horovod, or one that another package registers",
         group=_DISTRIBUTED,
         metavar="NAME",
     )
@@ -560,7 +560,11 @@ def trackers_of(text: str) -> list[str]:
 
 def _check_backend(name: str) -> None:
     """Refuses a name that nobody registered; no :class:`ConfigError`, since what is installed may differ by host."""
-    if name in BACKENDS:
+    if name == "auto:":
+        raise ConfigError(
+            "--backend auto: names no RUN; give what hvdtrain bench engines --out RUN has written, or auto"
+        )
+    if name in BACKENDS or name.startswith("auto:"):
         return
     from importlib import metadata  # noqa: PLC0415  (20 ms that only other packages' backends need)
 

@@ -14,6 +14,7 @@ from pages import PAGES, ROOT, blocks
 import hvdtrain
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.options import options_of
+from hvdtrain.testing.features import exclusions
 
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 NAMED = [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES]
@@ -82,3 +83,7 @@ def test_messages_that_troubleshooting_shows_are_what_is_written():
     for message in messages:
         said = r"[^\n]*".join(re.escape(part) for part in message.split("…"))
         assert any(re.search(said, text) for text in texts), message
+
+
+def test_the_compatibility_page_lists_the_table_of_what_excludes_each_other():
+    assert exclusions() in (ROOT / "docs" / "compatibility.md").read_text()

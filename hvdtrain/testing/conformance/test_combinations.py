@@ -26,13 +26,23 @@ ASKED = {
     "shard_modules": {"shard_modules": "1"},
     "bucket_bytes": {"bucket_bytes": 100},
 }
-ALONE = ("reduce_dtype", "channels_last", "master_weights", "scaler", "uncut_optimizer", "sync")
+ALONE = (
+    "reduce_dtype",
+    "channels_last",
+    "master_weights",
+    "scaler",
+    "uncut_optimizer",
+    "sync",
+    "meeting_ranks",
+    "wide_parameters",
+)
 """What does not train in float64, or not this model, or not as one process: tests of their own try what excludes it."""
 CHANGES_THE_RESULT = ("clip_norm",)
-PAIRS = [
-    pytest.param(*pair, marks=pytest.mark.feature("compile") if "compile" in pair else ())
-    for pair in itertools.combinations(ASKED, 2)
-]
+COMPILE = (
+    pytest.mark.feature("compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch hides it by itself
+)
+PAIRS = [pytest.param(*pair, marks=COMPILE if "compile" in pair else ()) for pair in itertools.combinations(ASKED, 2)]
 
 
 def trained(backend, *features):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from hvdtrain.bench.comparing import as_json, choose, table
+from hvdtrain.bench.comparing import as_json, choose, rows
 from hvdtrain.bench.trial import Trial, read_trial
 from hvdtrain.cli import main
 from hvdtrain.errors import ConfigError
@@ -34,10 +35,15 @@ def test_one_engine_alone_is_the_fastest():
 
 def test_the_table_has_medians_and_the_spread_and_json_has_all():
     given = {"torch": trials(100, 110, 90)}
-    assert table(given).splitlines()[1].split() == ["torch", "100", "90", "110", "10", "2", "500", "MB"]
-    whole = json.loads(json.dumps(as_json(given, choose(given), world_size=2)))
+    assert rows(given)[1] == ["torch", "100", "90", "110", "10", "2", "500 MB"]
+    whole = json.loads(json.dumps(as_json(given, choose(given), commands={}, world_size=2), allow_nan=False))
     assert [each["samples_per_second"] for each in whole["rounds"]["torch"]] == [100, 110, 90]
     assert (whole["best"], whole["world_size"]) == ("torch", 2)
+
+
+def test_joules_stand_in_the_table_where_they_could_be_read():
+    known = [replace(trial, joules=30.0, samples=60.0) for trial in trials(100, 110)]
+    assert [row[-1] for row in rows({"torch": known, "mpi": trials(1)})] == ["J/sample", "0.5", ""]
 
 
 def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
@@ -59,7 +65,13 @@ def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["scaling"], "hvdtrain bench scaling: there is engines"),
+        (["collective"], "hvdtrain bench has no 'collective'; did you mean 'collectives'? There are engines, step"),
+        (["engines", "--profile", "2:3"], "sets --profile itself; give it to hvdtrain train"),
+        (["engines", "--epochs", "3"], "sets --epochs itself; leave it out"),
+        (["engines", "--backend", "mpi"], "sets --backend itself; --engines says which"),
+        (["engines", "--max-steps", "3"], "sets --max-steps itself; --steps says how many"),
+        (["engines", "--launcher", "srun"], "--launcher srun: those that are here are torchrun"),
+        (["engines", "--launcher", "torchrun", "--engines", "mpi"], "--engines mpi: torchrun can start torch here"),
         (["engines", "--steps", "5"], "give at least 16"),
         (["engines", "--ranks", "none"], "give a number from 1 to 1024"),
         (["engines", "--rounds"], "--rounds needs a value"),
@@ -69,3 +81,11 @@ def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
 def test_wrong_words_are_refused_in_a_sentence(capsys, words, said):
     assert main(["bench", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_trained(capsys, tmp_path):
+    (tmp_path / "taken").write_text("")
+    assert main(["bench", "engines", "--out", str(tmp_path / "taken" / "found.json")]) == 1
+    shown = capsys.readouterr()
+    assert "could not write" in shown.err
+    assert shown.out == ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError
-from hvdtrain.training.compiling import compile_module
+from hvdtrain.training.compiling import CompiledForward, compile_model, compile_module
 
 DATA = ArrayDataset(torch.ones(8, 3), torch.ones(8, 1))
 
@@ -87,3 +87,13 @@ def test_a_model_whose_forward_is_replaced_is_not_copied_to_several_gpus(alone: 
     hvdtrain.checkpoint_activations(model, "0")
     with pytest.raises(ConfigError, match=r"forward.. of '0' has been replaced"):
         replica.split_over_gpus()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "compiled"),
+    [(None, [""]), (r"\d", ["0", "1", "2"]), (r"\d|1[.]0", ["0", "1.0", "2"]), (r"1|1[.][01]", ["1.0", "1.1"])],
+)
+def test_of_modules_that_are_gathered_the_innermost_are_compiled(pattern: str | None, compiled: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    compile_model(model, {"backend": "eager"}, shard_modules=pattern)
+    assert [name for name, part in model.named_modules() if isinstance(part.forward, CompiledForward)] == compiled

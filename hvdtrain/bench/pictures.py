@@ -1,0 +1,80 @@
+"""Pictures of benchmarks, in the style of a report's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from hvdtrain.bench.bandwidth import size_named
+from hvdtrain.bench.collectives import Measured, bandwidths
+from hvdtrain.observe.whole_file import write_whole
+from hvdtrain.report.drawing import COLORS, drawn, plain_text
+
+_PANEL_INCHES = 3.0
+
+
+def draw_bandwidths(measured: Measured, collectives: Sequence[str], file: Path) -> None:
+    """Bus bandwidth by size, a panel a collective, with the quartiles behind each line."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(collectives), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, collective in zip(panels, collectives, strict=True):
+            for at, (contender, points) in enumerate(bandwidths(measured, collective).items()):
+                sizes = [size for size, _ in points]
+                rates = [spread.scaled(1e-9) for _, spread in points]
+                color = COLORS[at % len(COLORS)]
+                axes.plot(
+                    sizes, [rate.median for rate in rates], "o-", color=color, label=plain_text(contender), markersize=3
+                )
+                axes.fill_between(
+                    sizes, [r.low for r in rates], [r.high for r in rates], color=color, alpha=0.15, linewidth=0
+                )
+            axes.set(xscale="log", yscale="log", ylabel="GB/s", title=f"{collective}, {measured.ranks} ranks")
+        every = sorted({size for of in measured.times.values() for by_size in of.values() for size in by_size})[::2]
+        panels[-1].set_xticks(every, [size_named(size) for size in every], rotation=45)
+        panels[-1].minorticks_off()
+        panels[0].legend(fontsize=8, ncols=5)
+
+    _write("bandwidth", draw, file, _PANEL_INCHES * len(collectives))
+
+
+def draw_scaling(
+    curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
+    measured: Sequence[tuple[int, float]],
+    file: Path,
+    engine: str,
+) -> None:
+    """Scaling efficiency by ranks.
+
+    Args:
+        curves: A name, and points of ranks and efficiency from 0 to 1, of each form of exchange.
+        measured: The same, of what was measured.
+        file: Is written.
+        engine: Whose they are.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for at, (name, points) in enumerate(curves):
+            ranks, values = zip(*points, strict=True)
+            axes.plot(ranks, [100 * value for value in values], color=COLORS[at % len(COLORS)], label=plain_text(name))
+        if measured:
+            ranks, values = zip(*measured, strict=True)
+            axes.plot(
+                ranks, [100 * value for value in values], "ko", label=plain_text(f"{engine}, measured"), markersize=4
+            )
+        axes.set(xscale="log", xlabel="ranks", ylabel="scaling efficiency, %")
+        axes.set_ylim(bottom=0)
+        every = sorted({number for _, points in curves for number, _ in points} | {number for number, _ in measured})
+        axes.set_xticks(every, [str(number) for number in every])
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+
+    _write("scaling", draw, file, 3.4)
+
+
+def _write(name: str, draw: Callable[[Figure], None], file: Path, height: float) -> None:
+    picture = drawn(name, name, "", draw, height=height)
+    write_whole(file, picture.svg if file.suffix == ".svg" else picture.png, remedy="choose another --plot")

@@ -1,0 +1,145 @@
+"""``hvdtrain bench engines``: which engine trains a task fastest on this machine?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.backends.recommended import RECORD, trained_of
+from hvdtrain.cli.trials import (
+    CONFIG,
+    Contender,
+    conclude,
+    count,
+    environment,
+    in_turns,
+    out_file,
+    own_flags,
+    starters,
+    table,
+    trained,
+    under,
+)
+from hvdtrain.cli.voice import say
+from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.settings.config import TrainConfig
+from hvdtrain.settings.flags import Flags, UsageError, build, read_flags
+from hvdtrain.settings.options import flag_of
+
+_HELP = """\
+usage: hvdtrain bench engines [--ranks N] [--rounds N] [--steps N] [--engines A,B] [--launcher NAME] [--out FILE]
+                              [FLAG VALUE ...]
+
+Train a few steps of a task on several ranks of each engine that is here, in
+turns and anew in each round, so that a slow minute meets all of them. Say how
+fast each was, what of the exchange was waited for, and which to take. Flags of
+training say what is trained, as in
+  hvdtrain bench engines --task my_module:MyTask --batch-size 32
+How long, where and with which records a --config file trains is left out here.
+
+  --ranks N        ranks of each engine (2)
+  --rounds N       how often each engine is started (3)
+  --steps N        optimizer steps of each start, an eighth of them to warm up (80)
+  --engines A,B    of torch, mpi, horovod (all that are here)
+  --launcher NAME  start all engines by this one: torchrun, mpirun, horovodrun
+                   (each by its own)
+  --out FILE       write everything as JSON; --backend auto:FILE follows it, on
+                   this machine, with as many ranks and the same launcher
+
+exit codes: 0 done, 1 an engine failed, 2 wrong flag"""
+_OWN = {"--ranks": "2", "--rounds": "3", "--steps": "80", "--engines": "", "--launcher": "", "--out": ""}
+_LIMIT_S = 1800.0
+_FIXED: Mapping[str, Any] = {
+    "resume": "never", "epochs": 10**6, "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_url": None,
+    "logger": "none", "eval_every": 10**6, "profile": None,
+}  # fmt: skip
+_OURS = (*_FIXED, "max_steps", "log_every", "run_dir", "backend")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Reads the flags, runs the task in turns and says what was found.
+
+    Returns:
+        0, or 1 if some engine failed.
+
+    Raises:
+        HvdtrainError: A flag is wrong, or no engine could train the task.
+    """
+    if {"--help", "-h"} & set(argv):
+        say(_HELP)
+        return 0
+    own, rest = own_flags(argv, _OWN)
+    ranks, rounds, steps = (count(name, own[name]) for name in ("--ranks", "--rounds", "--steps"))
+    if steps < 16:
+        raise UsageError(f"--steps {steps}: give at least 16; the first ones are slower than the others")
+    flags = read_flags(TrainConfig, rest)
+    _refuse_ours(flags)
+    config: TrainConfig = build(TrainConfig, flags)
+    out = out_file(own["--out"], RECORD)
+    tried = under(own["--launcher"], own["--engines"]) if own["--launcher"] else starters(own["--engines"])[1]
+    from hvdtrain.bench.comparing import as_json, choose, rows  # noqa: PLC0415  (the standard library would do, but torch)
+    from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415
+    from hvdtrain.bench.trial import Trial, read_trial  # noqa: PLC0415
+
+    trials: dict[str, list[Trial]] = {}
+    counters = find_counters()
+    contenders = [Contender(name=each.backend, starter=each) for each in tried]
+    whole = replace(config, **_FIXED, max_steps=steps, log_every=max(1, steps // 8))
+    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
+
+        def once(contender: Contender, turn: int) -> str:
+            folder = Path(place) / f"{contender.name}-{turn}"
+            program = ["-m", "hvdtrain", "--config", str(folder / CONFIG)]
+            with metered(counters) as meter:
+                how = trained(contender.starter, ranks, whole, folder, program, limit_s=_LIMIT_S)
+            if how:
+                return how
+            try:
+                trial = read_trial(folder / "run")
+            except ConfigError as error:  # the task ended training early
+                return str(error)
+            trial = replace(trial, joules=meter.between(trial.began, trial.ended))
+            trials.setdefault(contender.name, []).append(trial)
+            say(f"round {turn + 1}/{rounds}: {contender.name:<8} {trial.samples_per_second:,.0f} samples/s")
+            return ""
+
+        failed = in_turns(contenders, rounds, once)
+    trials = {each.name: trials[each.name] for each in contenders if each.name in trials and each.name not in failed}
+    if not trials:
+        raise HvdtrainError("no engine could train the task; hvdtrain doctor says what is wrong here")
+    choice = choose(trials)
+    said = f"\n{table(rows(trials))}\n\n{choice.sentence}"
+    if counters[1]:
+        said += f"\njoules: not readable here: {counters[1]}."
+    found = as_json(
+        trials,
+        choice,
+        commands={each.name: f"{each.starter.name} -np {ranks}" for each in contenders},
+        **environment(),
+        world_size=ranks,
+        trained=trained_of(config),
+        steps=steps,
+        failed=failed,
+        energy=[counter.name for counter in counters[0]] or counters[1],
+    )
+    conclude(found, said, out)
+    return int(bool(failed))
+
+
+def _refuse_ours(flags: Flags) -> None:
+    """Refuse flags of training that a benchmark has to set itself, and would otherwise ignore.
+
+    Raises:
+        UsageError: There is such a flag.
+    """
+    typed = [name for name in _OURS if name in flags.values]
+    if typed:
+        remedy = {
+            "backend": "--engines says which engines",
+            "max_steps": "--steps says how many steps",
+            "profile": "give it to hvdtrain train, since what is profiled is slower",
+        }.get(typed[0], "leave it out")
+        raise UsageError(f"hvdtrain bench engines sets {flag_of(typed[0])} itself; {remedy}")

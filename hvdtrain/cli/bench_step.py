@@ -1,0 +1,151 @@
+"""``hvdtrain bench step``: Horovod's synthetic benchmark under each engine, beside DDP and Horovod themselves."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.cli.places import read, say_help
+from hvdtrain.cli.trials import Contender, conclude, contender_ran, environment, in_turns, out_file, starters, table
+from hvdtrain.cli.voice import say
+from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.settings.options import option, settle
+
+_USAGE = "hvdtrain bench step [FLAG VALUE ...]"
+_INTRO = """\
+Horovod's synthetic benchmark: a training step on random images, timed under
+every engine that is here, in turns and anew in each round. Beside them "alone"
+(every rank by itself: what is above it is the exchange), plain DDP, plain DDP
+over the mpi4py group, and a script on Horovod itself. Its defaults are for GPUs;
+on CPUs
+  hvdtrain bench step --model mlp --batch-size 16
+  hvdtrain bench step --model resnet18 --image-size 64 --batch-size 8 --batches 2"""
+_EPILOG = """\
+exit codes:
+  0    done
+  1    something failed, or they do not train alike
+  2    wrong flag"""
+MODULE = "hvdtrain.bench.step_rank"
+LIMIT_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWishes:
+    """The flags of ``hvdtrain bench step``."""
+
+    ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=1, at_most=1024)
+    model: str = option("resnet50", "mlp, small, many, or a classifier of torchvision", group="what", metavar="NAME")
+    batch_size: int = option(32, "samples of each rank and step", group="what", metavar="N", at_least=1, at_most=2**20)
+    image_size: int = option(
+        224, "height and width of torchvision's images", group="what", metavar="N", at_least=8, at_most=4096
+    )
+    engines: str | None = option(
+        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
+    )
+    beside: bool = option(True, "measure alone, DDP and Horovod itself too", group="what")
+    device: str = option("auto", "where", group="what", choices=("auto", "cpu", "cuda"))
+    rounds: int = option(3, "how often each is started", group="how", metavar="N", at_least=1, at_most=1000)
+    warmup: int = option(
+        10, "steps before the first that is timed", group="how", metavar="N", at_least=0, at_most=10**6
+    )
+    batches: int = option(10, "steps that are timed together", group="how", metavar="N", at_least=1, at_most=10**6)
+    iterations: int = option(10, "so many times in each start", group="how", metavar="N", at_least=1, at_most=10**6)
+    json: bool = option(False, "print JSON instead of a table", group="where")
+    out: str | None = option(
+        None, "write everything as JSON into this file", group="where", metavar="FILE", default_text="nowhere"
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Reads the flags, measures in turns and says what was found.
+
+    Returns:
+        0, or 1 if something failed.
+
+    Raises:
+        HvdtrainError: A flag is wrong, or nothing could be measured.
+    """
+    command = read(StepWishes, argv, ())
+    if command.config is None:
+        return say_help(StepWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
+    wishes: StepWishes = command.config
+    out = out_file(wishes.out or "", "step.json")
+    contenders = _contenders(wishes)
+    from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415  (torch: seconds)
+    from hvdtrain.bench.step_models import check_model_name  # noqa: PLC0415
+    from hvdtrain.bench.steps import Steps, as_json, in_order, read_launch, rows, unlike  # noqa: PLC0415
+
+    check_model_name(wishes.model)
+    counters = find_counters()
+    steps = Steps(samples=wishes.batch_size * wishes.ranks * wishes.batches, batches=wishes.batches)
+    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
+        wish = Path(place) / "wish.json"
+        wish.write_text(json.dumps(step_wish(wishes)))
+
+        def once(contender: Contender, turn: int) -> str:
+            folder = Path(place) / f"{contender.name}-{turn}"
+            with metered(counters) as meter:
+                how = contender_ran(contender, wishes.ranks, MODULE, wish, folder, limit_s=LIMIT_S)
+            if how:
+                return how
+            try:
+                launch = read_launch(folder, wishes.ranks)
+            except ConfigError as error:
+                return str(error)
+            launch = replace(launch, joules=meter.between(launch.began, launch.ended))
+            steps.launches.setdefault(contender.name, []).append(launch)
+            if not wishes.json:
+                rate = steps.samples * len(launch.seconds) / sum(launch.seconds)
+                say(f"round {turn + 1}/{wishes.rounds}: {contender.name:<14} {rate:,.1f} samples/s")
+            return ""
+
+        failed = in_turns(contenders, wishes.rounds, once, quiet=wishes.json)
+    steps.launches = in_order(steps.launches, [each.name for each in contenders if each.name not in failed])
+    if not steps.launches:
+        raise HvdtrainError("nothing could be measured; hvdtrain doctor says what is wrong here")
+    wrong = unlike(steps)
+    said = [f"\n{wishes.model}, {wishes.ranks} ranks, {wishes.batch_size} samples each", table(rows(steps)), wrong]
+    if counters[1]:
+        said.append(f"joules: not readable here: {counters[1]}.")
+    known = {
+        "world_size": wishes.ranks, "model": wishes.model, "batch_size": wishes.batch_size, "image_size": wishes.image_size,
+        "batches": wishes.batches, "rounds": wishes.rounds, "failed": failed, "unlike": wrong,
+        "energy": [counter.name for counter in counters[0]] or counters[1],
+    }  # fmt: skip
+    conclude(as_json(steps, **environment(), **known), "\n".join(filter(None, said)), out, as_json=wishes.json)
+    return int(bool(failed or wrong))
+
+
+def step_wish(wishes: Any) -> dict[str, object]:
+    """What the ranks are told.
+
+    Args:
+        wishes: Flags that say how steps are timed: `StepWishes`, or others that have the same.
+    """
+    return {
+        "model": wishes.model, "batch_size": wishes.batch_size, "image_size": wishes.image_size, "warmup": wishes.warmup,
+        "batches": wishes.batches, "iterations": wishes.iterations, "device": wishes.device,
+    }  # fmt: skip
+
+
+def _contenders(wishes: StepWishes) -> list[Contender]:
+    from hvdtrain.bench.steps import ALONE, DDP, DDP_MPI4PY, HOROVOD  # noqa: PLC0415
+
+    _, engines = starters(wishes.engines or "")
+    _, everything = starters("")
+    found: list[Contender] = []
+    if wishes.beside:
+        beside = {"torch": (ALONE, DDP), "mpi": (DDP_MPI4PY,), "horovod": (HOROVOD,)}
+        for starter in everything:
+            if starter.backend == "mpi" and find_spec("mpi4py") is None:
+                continue
+            found += [Contender(name=name, starter=starter) for name in beside.get(starter.backend, ())]
+    return [*found, *(Contender(name=each.backend, starter=each) for each in engines)]
