@@ -157,7 +157,7 @@ STAIRS = [
      "testing.conformance.test_messages", "testing.conformance.test_local_rank_first",
      "testing.conformance.test_whole_data", "testing.conformance.test_callbacks", "testing.conformance.test_ahead", "testing.conformance.test_streams", "testing.conformance.test_trainer", "testing.conformance.test_weights", "testing.conformance.test_weights_apart", "testing.conformance.test_several",
      "testing.conformance.test_partition", "testing.conformance.test_combinations", "testing.conformance.test_nn", "testing.conformance.test_activations", "testing.conformance.test_sharded", "testing.conformance.test_fully_sharded", "testing.conformance.test_sharded_runs", "testing.conformance.test_sharded_with", "testing.conformance.test_reduce_dtype", "testing.conformance.test_compression", "testing.conformance.test_traffic", "testing.conformance.test_sync", "testing.conformance.test_channels_last", "testing.conformance.test_optimizers", "testing.conformance.test_master_weights", "testing.conformance.test_odd_parameters", "testing.conformance.test_laps", "testing.conformance.test_profiling"],
-    ["testing.conformance.test_sync_forms", "testing.conformance.test_sync_groups", "testing.conformance.test_sync_resumed"],
+    ["testing.conformance.test_sync_forms", "testing.conformance.test_sync_groups", "testing.conformance.test_sync_resumed", "testing.conformance.test_sync_programs"],
 ]  # fmt: skip
 PUBLIC_DOORS = {
     "",
