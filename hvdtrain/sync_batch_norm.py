@@ -8,6 +8,7 @@ batch, as `Trainer` and `Backend.loader` see to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ class SyncBatchNorm(_BatchNorm):
             made.register_buffer(name, getattr(layer, name))
         made.training = layer.training
         made.link = Link(communicator)
+        _leave_uncompiled()
         return made
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -180,10 +182,11 @@ class _Normalise(torch.autograd.Function):
 _normalise: Callable[..., Any] = _Normalise.apply
 
 
-def leave_uncompiled() -> None:
-    """Let a compiler break its graph at each of these layers, because it cannot look into what ranks exchange.
+@functools.cache
+def _leave_uncompiled() -> None:
+    """Let compilers break their graph at each of these layers, because they cannot look into what ranks exchange.
 
-    Not done before something is compiled: it loads all of torch's compiler, which takes seconds.
+    Not done before there is one: it loads torch's compiler, which takes seconds (and which every optimizer loads too).
     """
     global _normalise  # noqa: PLW0603 - a compiler recognises the function itself
     _normalise = torch.compiler.disable(_Normalise.apply)

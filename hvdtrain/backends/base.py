@@ -24,19 +24,17 @@ from hvdtrain.backends.alone import LocalReplica
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.compressed import CompressedReplica
 from hvdtrain.backends.device import choose_device
-from hvdtrain.backends.exclusions import check_combination, not_by
+from hvdtrain.backends.exclusions import not_by
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import settle as settle_groups
 from hvdtrain.backends.group import turn as groups_turn
 from hvdtrain.backends.local_first import LocalFirst
-from hvdtrain.backends.reduce_dtype import reduce_dtype_of
 from hvdtrain.backends.replica import Replica
-from hvdtrain.backends.replica_options import ReplicaOptions
+from hvdtrain.backends.replica_options import ReplicaOptions, options_of
 from hvdtrain.backends.seldom import SeldomOfGroups, SeldomReplica
 from hvdtrain.backends.traffic import Traffic
-from hvdtrain.backends.units import cannot_be_cut, units_of
+from hvdtrain.backends.units import units_of
 from hvdtrain.compression.base import Compression
-from hvdtrain.compression.choosing import chosen
 from hvdtrain.data.rank_batches import RankBatches
 from hvdtrain.data.rank_stream import RankStream, batches_of
 from hvdtrain.data.source import source_of
@@ -61,7 +59,7 @@ from hvdtrain.ranks.exit import end_anyway, prepare
 from hvdtrain.ranks.rendezvous import Announce, Meeting, needs_announcement
 from hvdtrain.ranks.watch import ALL_THE_SAME, NullWatch
 from hvdtrain.settings.options import MOST_SECONDS
-from hvdtrain.settings.sync import Sync, group_of, sync_of
+from hvdtrain.settings.sync import Sync
 from hvdtrain.settings.wording import shown
 
 if TYPE_CHECKING:
@@ -315,56 +313,31 @@ class Backend(Communicator):
             ConfigError: The model is on another device, the optimizer holds foreign parameters, or gradients do not fit into
                 ``reduce_dtype``.
         """
-        how, reduced = chosen(compression)
-        seldom = sync_of(sync)
-        compressed = how is not None or reduced is not None
-        cut = {"shard_modules": True, **cannot_be_cut(optimizer)} if shard_modules is not None else {}
-        check_combination(
-            {
-                "compression": compressed,
-                "reduce_dtype": reduce_dtype not in (None, "auto"),
-            }
-        )
-        check_combination(
-            {
-                "reduce_dtype": reduced is not None or reduce_dtype not in (None, "auto"),
-                "sync": seldom is not None,
-                "find_unused_parameters": find_unused_parameters,
-                "static_graph": static_graph,
-                "bucket_bytes": bucket_bytes is not None,
-                **cut,
-            },
+        options = options_of(
+            optimizer,
             self.name,
-        )
-        group = group_of(sync_group)
-        if group is not None and how is None and seldom is None:
-            raise ConfigError(
-                f"sync_group={sync_group} (--sync-group) says inside which groups of ranks nothing is sent less, and nothing is said to be: give "
-                "sync= (--sync) or compression= (--compression) too, fp16 and bf16 excepted, or leave it out"
-            )
-        if compressed:
-            self._check_exchange("compression= (--compression)")
-        options = ReplicaOptions(
             find_unused_parameters=find_unused_parameters,
             static_graph=static_graph,
             bucket_bytes=bucket_bytes,
-            reduce_dtype=reduce_dtype_of(reduced or reduce_dtype),
-            compression=how,
-            sync=seldom,
-            sync_group=group,
+            reduce_dtype=reduce_dtype,
+            compression=compression,
+            sync=sync,
+            sync_group=sync_group,
             shard_modules=shard_modules,
         )
+        if options.sends_less:
+            self._check_exchange("compression= (--compression)")
         if shard_modules is not None:
             if not self.shards_models:
                 raise ConfigError(not_by("shard_modules", self.name))
             units_of(model, shard_modules)
-        if seldom is not None:
+        if options.sync is not None:
             self._check_exchange("sync= (--sync)")
-            kind = SeldomReplica if group is None else SeldomOfGroups
+            kind = SeldomReplica if options.sync_group is None else SeldomOfGroups
             return kind(self, model, optimizer, options)
         if self.world_size == 1:
             return self._replicate_alone(model, optimizer, options)
-        if how is not None:
+        if options.compression is not None:
             return CompressedReplica(self, model, optimizer, options)
         return self._replicate(model, optimizer, options)
 

@@ -24,8 +24,10 @@ ASKED_BY = {
     "channels_last": "channels_last=True (--channels-last)",
     "master_weights": "MasterWeights (--precision bf16-pure)",
     "scaler": "a GradScaler (--precision fp16)",
-    "uncut_optimizer": "an optimizer of torch's that is none of SGD (without fused), Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
-    "RMSprop and ASGD",
+    "uncut_optimizer": "an optimizer of torch's that is none of SGD and Adagrad (without fused), Adam, AdamW, NAdam, RAdam, Adamax, "
+    "Adadelta, RMSprop and ASGD",
+    "meeting_ranks": "a backward pass in which ranks exchange gradients, as batch normalisation over all ranks does (--sync-batch-norm)",
+    "wide_parameters": "parameters of float64 or of complex numbers",
 }
 """Features that may meet, each with how it is asked for."""
 
@@ -94,6 +96,25 @@ EXCLUSIONS = (
         "leave one of them out",
     ),
     Exclusion(
+        "sync",
+        "master_weights",
+        "an exchange of the 16-bit weights would round its float32 copies",
+        "use float32 parameters and autocast, precision bf16",
+    ),
+    Exclusion(
+        "sync",
+        "scaler",
+        "each rank would skip steps by itself",
+        "use bfloat16, which needs none: precision bf16",
+    ),
+    Exclusion("sync", "meeting_ranks", "each rank trains by itself", "leave one of them out"),
+    Exclusion(
+        "reduce_dtype",
+        "wide_parameters",
+        "such a type is for gradients of float32 and less",
+        "leave reduce_dtype out, or convert the model",
+    ),
+    Exclusion(
         "shard_modules",
         "find_unused_parameters",
         "ranks that use other parameters would gather others",
@@ -109,18 +130,6 @@ EXCLUSIONS = (
     Exclusion("shard_modules", "compression", "torch exchanges its gradients as they are", "leave compression out"),
     Exclusion("shard_modules", "sync", "no rank holds weights to train by itself", "leave sync out"),
     Exclusion("shard_modules", "reduce_dtype", "torch exchanges its gradients as they are", "leave reduce_dtype out"),
-    Exclusion(
-        "shard_modules",
-        "checkpoint_modules",
-        "parameters are gathered around the plain forward pass, which checkpoint_modules replaces",
-        "leave one of them out",
-    ),
-    Exclusion(
-        "shard_modules",
-        "compile",
-        "parameters are gathered around the plain forward pass, which compile replaces",
-        "leave one of them out",
-    ),
     Exclusion(
         "shard_modules",
         "channels_last",
@@ -141,12 +150,6 @@ EXCLUSIONS = (
     ),
     Exclusion(
         "shard_modules",
-        "scaler",
-        "each rank would look for infinities in its own part alone",
-        "use bfloat16, which needs none: precision bf16",
-    ),
-    Exclusion(
-        "shard_modules",
         "uncut_optimizer",
         "torch has its step for whole parameters alone, or rounds otherwise where they are cut",
         "use one of these",
@@ -164,6 +167,11 @@ EXCLUSIONS = (
 def exclusion(feature: str, other: str) -> Exclusion | None:
     """The row of two features, or of a feature and an engine; None if they go together."""
     return next((row for row in EXCLUSIONS if {row.feature, row.other} == {feature, other}), None)
+
+
+def sentence(feature: str, other: str) -> str:
+    """What the user reads who asked for two features that exclude each other."""
+    return next(row.sentence for row in EXCLUSIONS if {row.feature, row.other} == {feature, other})
 
 
 def not_by(feature: str, engine: str) -> str:

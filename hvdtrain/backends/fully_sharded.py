@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from hvdtrain.backends.backward_graph import leaves
+from hvdtrain.backends.gradient_norm import shrink_
 from hvdtrain.backends.replica import Replica, copied
 from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.units import cut_like, own_part, owner, units_of, whole
@@ -32,6 +33,7 @@ with suppress(ImportError):  # an old torch, which units_of() has refused
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
 if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
     from torch.optim import Optimizer
 
     from hvdtrain.backends.base import Backend
@@ -207,10 +209,15 @@ class FullyShardedReplica(Replica):
 
     def _clip(self, clip_norm: float) -> Tensor:
         norm = self.gradient_norm()
-        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for gradient in self._gradients():
-            own_part(gradient).mul_(factor.to(gradient.dtype))
+        shrink_([own_part(gradient) for gradient in self._gradients()], norm, clip_norm)
         return norm
+
+    def _outside(self, scaler: GradScaler) -> list[Tensor]:
+        return [own_part(gradient) for gradient in super()._outside(scaler)]
+
+    def _agree_on_infinities(self, scaler: GradScaler) -> None:
+        for found in scaler._found_inf_per_device(self.optimizer).values():
+            self._backend.all_reduce_(found, "max")
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

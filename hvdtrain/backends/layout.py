@@ -7,7 +7,9 @@ does, would go to other numbers, without a word.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +43,22 @@ _following: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 def lay_out_what_is_loaded(optimizer: Optimizer) -> None:
     """Let states that anybody loads into an optimizer from now on lie as their parameters do."""
-    if optimizer not in _following and hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+    if optimizer in _following:
+        return
+    _following.add(optimizer)
+    ours = hasattr(optimizer, "_optimizer_load_state_dict_post_hooks")  # an optimizer, or what hands all on to one
+    if ours and getattr(type(optimizer), "load_state_dict", Optimizer.load_state_dict) is Optimizer.load_state_dict:
         optimizer.register_load_state_dict_post_hook(lay_out_states)
-        _following.add(optimizer)
+        return
+    plain = optimizer.load_state_dict  # one of its own, in which torch's hooks may not run
+
+    @functools.wraps(plain)
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        lay_out_states(optimizer)
+        return result
+
+    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def lay_out_states(optimizer: Optimizer) -> None:

@@ -124,6 +124,14 @@ class MpiWire(C10dWire):
             works.append(self._group.send([sent], dst, synchronous=True))
         return Together(works)
 
+    def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
+        """Start dist.reduce_scatter_tensor."""
+        self.traffic.reduce_scatter(tensor.nbytes, self.size)
+        work = dist.reduce_scatter_tensor(
+            out.view(-1), tensor.view(-1), self._OPS[op], group=self._group, async_op=True
+        )
+        return self._started(work, out, tensor)
+
     @property
     def at_once(self) -> MpiWireAtOnce:
         """Operations that an idle group performs in the caller's own thread."""
@@ -145,6 +153,9 @@ class MpiWireAtOnce(MpiWire):
     def __init__(self, group: Any, ranks: Sequence[int], device: torch.device) -> None:
         super().__init__(group, ranks, device)
         self._reducing = {op: _now(dist.AllreduceOptions(), reduceOp=engines) for op, engines in self._OPS.items()}
+        self._scattering = {
+            op: _now(dist.ReduceScatterOptions(), reduceOp=engines) for op, engines in self._OPS.items()
+        }
         self._broadcasting = [_now(dist.BroadcastOptions(), rootRank=rank) for rank in range(self.size)]
         self._others = _now(dist.BarrierOptions())
 
@@ -152,6 +163,12 @@ class MpiWireAtOnce(MpiWire):
         """All-reduce."""
         self.traffic.all_reduce(tensor.nbytes, self.size)
         work: Work = self._group.allreduce([tensor], self._reducing[op])
+        return work
+
+    def reduce_scatter_into(self, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
+        """Reduce-scatter."""
+        self.traffic.reduce_scatter(tensor.nbytes, self.size)
+        work: Work = self._group._reduce_scatter_base(out, tensor, self._scattering[op])
         return work
 
     def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvdtrain.backends.exclusions import sentence
 from hvdtrain.backends.traffic import Traffic
 from hvdtrain.errors import ConfigError
 
@@ -41,10 +42,7 @@ def check_reduce_dtype(parameters: Iterable[tuple[str, nn.Parameter]], dtype: to
     """
     for name, parameter in () if dtype is None else parameters:
         if parameter.requires_grad and parameter.dtype in _WIDE:
-            raise ConfigError(
-                f"reduce_dtype (--reduce-dtype) is for gradients of float32 and less, and {name!r} is of {parameter.dtype}; leave "
-                "reduce_dtype out, or convert the model"
-            )
+            raise ConfigError(f"{name!r} is of {parameter.dtype}: {sentence('reduce_dtype', 'wide_parameters')}")
 
 
 def overflowed(gradients: Iterable[Tensor]) -> str:

@@ -29,14 +29,26 @@ from torch import Tensor, nn
 from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
-from hvdtrain.backends.keeper import Keeper, differ, values
+from hvdtrain.backends.gradient_norm import clip_, norm_of
+from hvdtrain.backends.keeper import Keeper, differ
 from hvdtrain.backends.laps import no_lap
-from hvdtrain.backends.layout import lay_out_states, lay_out_what_is_loaded
+from hvdtrain.backends.layout import lay_out_what_is_loaded
 from hvdtrain.backends.loss_scale import found_infinity, scale_of, steps_others, unscale, update_scaler
 from hvdtrain.backends.optimizer_guard import check_optimizer, check_parameters, guard_steps
 from hvdtrain.backends.reduce_dtype import check_reduce_dtype, overflowed
 from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
-from hvdtrain.backends.slips import WEIGHTLESS, explained_backward
+from hvdtrain.backends.slips import (
+    AFTER_THE_LAST,
+    CHANGED_AFTER_CUTTING,
+    INTERRUPTED,
+    LEFT_OVER,
+    NOT_EXCHANGED,
+    REACHED_ANOTHER,
+    WEIGHTLESS,
+    check_scalar,
+    explained_backward,
+    frozen_too_late,
+)
 from hvdtrain.backends.units import state_for_rank_zero
 from hvdtrain.backends.unsent import Unsent, check_compression
 from hvdtrain.backends.watched import Watched, plain_names
@@ -187,7 +199,7 @@ class Replica(ABC):
                 number from 0 to 1e18.
         """
         weight = None if weight is None else checked(weight)
-        self._check_loss(loss, counts=samples > 0 and weight != 0)
+        check_scalar(loss, self._backend.rank, counts=samples > 0 and weight != 0)
         if self._phase is not _Phase.GATHERING:
             self._begin_or_refuse()
         self._keeper.refuse_changes()
@@ -217,10 +229,7 @@ class Replica(ABC):
             self._phase = _Phase.LEAVING
         self._keeper.note()
         if any(differ(other.state(), before) for other, before in others):
-            raise TrainingError(
-                "this backward pass added to gradients of another replica that had been exchanged already; call that replica's step() "
-                "first, or freeze what the loss must not reach"
-            )
+            raise TrainingError(REACHED_ANOTHER)
 
     def reduce_gradients(self) -> None:
         """Complete the exchange: every ``.grad`` is the gradient averaged over the samples of the global batch.
@@ -260,8 +269,6 @@ class Replica(ABC):
             TrainingError: Out of order, or no loss of the step had a weight on any rank (unless ``skip_nonfinite``).
         """
         optimizer = self.optimizer
-        if scaler is not None:
-            check_combination({"shard_modules": self.options.shard_modules is not None, "scaler": True})
         self._exchange()
         self.lap("exchange")
         self._keeper.refuse_late()
@@ -273,6 +280,7 @@ class Replica(ABC):
         if scaler is not None:
             self._settle_loss_scale(scaler)
             unscale(scaler, optimizer, self._gradients(), self._outside(scaler), self._weighting.tally.began)
+            self._agree_on_infinities(scaler)
         norm: Tensor | None = None
         if clip_norm is not None:
             norm = self._clip(clip_norm)
@@ -315,12 +323,7 @@ class Replica(ABC):
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients, float64 for float64 models, else float32; 0 if there is no gradient."""
-        numbers = [values(g) for g in self._gradients()]
-        if not numbers:
-            return torch.zeros((), device=self._backend.device)
-        norms = [torch.linalg.vector_norm(v, dtype=torch.float32 if v.dtype in _NARROW else None) for v in numbers]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return norm
+        return norm_of(self._gradients(), self._backend.device)
 
     @property
     def bucket_bytes(self) -> int:
@@ -381,7 +384,6 @@ class Replica(ABC):
             raise ConfigError(f"the state is of another model: {error}") from error
         if self._optimizer is not None and "optimizer" in state:
             self._optimizer.load_state_dict(state["optimizer"])
-            lay_out_states(self._optimizer)
 
     def expect_scaler(self, scaler: GradScaler | None) -> None:
         """Say which GradScaler scales the losses, before it is given to `step`; a compression needs to know at once."""
@@ -464,14 +466,8 @@ class Replica(ABC):
         if exchanged:
             return late
         if self._phase is _Phase.STEPPED:
-            return (
-                "optimizer.step() on gradients that were there before, or were not exchanged with the other ranks; call "
-                "optimizer.zero_grad() or replica.clear() after each step, then replica.backward(loss, samples=...)"
-            )
-        return (
-            "optimizer.step() on gradients that were not exchanged with the other ranks; call replica.backward(loss, "
-            "samples=...) and replica.step(), or replica.reduce_gradients() before optimizer.step()"
-        )
+            return LEFT_OVER
+        return NOT_EXCHANGED
 
     def _why_not_these(self) -> str:
         """Why the optimizer must not use the averaged gradients; "" if it may."""
@@ -550,10 +546,7 @@ class Replica(ABC):
                 self._send_after(self._weighting.tally, empty)
         for parameter in self._watched.frozen:
             if parameter.grad is not None:
-                raise TrainingError(
-                    f"{self._name(parameter)!r} was frozen after the forward pass of this step, and has a gradient that was not exchanged; "
-                    "freeze before the forward pass, or call replica.clear() first"
-                )
+                raise frozen_too_late(self._name(parameter))
         with self._exchanging():
             summed = self._finish(empty)
         if self._aboard is not None:
@@ -575,6 +568,9 @@ class Replica(ABC):
         self._keeper.forget()
         if self._unsent is not None:
             self._unsent.forget()
+
+    def _agree_on_infinities(self, scaler: GradScaler) -> None:  # noqa: B027 - every rank has looked at all gradients
+        """After `unscale`: let what any rank has found in its part of the gradients count on all."""
 
     def _unit_of(self, summed: Tally) -> float | None:
         """What makes gradients, as they are exchanged, a mean over samples without a loss scale; None if there is no mean."""
@@ -623,10 +619,7 @@ class Replica(ABC):
 
     def _refuse_interrupted(self) -> None:
         if self._phase is _Phase.INTERRUPTED and self._backend.world_size > 1:
-            raise TrainingError(
-                "an exception ended backward() while it exchanged gradients with the other ranks, which cannot be taken up again; let "
-                "it end the run, and continue from a checkpoint"
-            )
+            raise TrainingError(INTERRUPTED)
 
     def _run_backward(self, loss: Tensor, weight: Tensor, *, leaving: bool, retain_graph: bool) -> None:
         if not leaving:
@@ -643,26 +636,11 @@ class Replica(ABC):
         """A backward pass that is not one more of this step begins the next one, if this one's gradients are gone."""
         self._refuse_interrupted()
         if self._phase is _Phase.LEAVING or (self._phase is _Phase.EXCHANGED and self._any_gradient()):
-            raise TrainingError(
-                "backward() after this step's last micro-batch; call step() first. If they belong to one step, mark the earlier micro-"
-                "batches with `with replica.accumulate(last=False):`; two losses of one forward pass are added (loss_1 + loss_2) or get "
-                "retain_graph=True as well"
-            )
+            raise TrainingError(AFTER_THE_LAST)
         if self._phase is not _Phase.EMPTY:
             self._begin_step()
         self._keeper.refuse_foreign()
         self._weighting.begin_backward()
-
-    def _check_loss(self, loss: Tensor, *, counts: bool) -> None:
-        if loss.numel() != 1:
-            raise TrainingError(
-                f"the loss must be a scalar, the mean over the micro-batch's samples; got shape {tuple(loss.shape)}"
-            )
-        if not loss.requires_grad and counts:
-            raise TrainingError(
-                f"rank {self._backend.rank}: the loss depends on no parameter that requires grad (computed under torch.no_grad(), "
-                "from detached outputs, or by frozen layers alone). A rank without samples in a step calls replica.step() alone"
-            )
 
     def _make_alike(self) -> None:
         """Check that all ranks hold the same model, and give them rank 0's numbers."""
@@ -708,10 +686,7 @@ class Replica(ABC):
         if not self._watched.changed():
             return
         if self.options.shard_modules is not None:
-            raise TrainingError(
-                "parameters were frozen, unfrozen, added or removed after the model was cut over the ranks (shard_modules=); do that "
-                "before replicate()"
-            )
+            raise TrainingError(CHANGED_AFTER_CUTTING)
         self._take(self._watched.take(), copied=False)
         self._keeper.refuse_hooks(self._own_hooks)
 
@@ -725,16 +700,7 @@ class Replica(ABC):
         self._set_up()
 
     def _clip(self, clip_norm: float) -> Tensor:
-        if not any(g.is_sparse or g.dtype in _NARROW for g in self._gradients()):
-            return nn.utils.clip_grad_norm_(self._parameters, clip_norm)
-        norm = self.gradient_norm()
-        factor = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
-        for gradient in self._gradients():
-            gradient.mul_(factor.to(gradient.dtype))
-        return norm
-
-
-_NARROW = (torch.bfloat16, torch.float16)  # too few digits for a norm
+        return clip_(self._parameters, clip_norm, self._backend.device)
 
 
 def copied(value: Any) -> Any:

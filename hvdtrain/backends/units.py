@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hvdtrain.backends.watched import COMPILED, without_compile
 from hvdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Tried in all their forms (loops, foreach, fused) against whole parameters.
 _CUT = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD")
+_NOT_FUSED = ("SGD", "Adagrad")
 
 
 def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
@@ -34,11 +36,14 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         wanted = re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"shard_modules= is no regular expression: {error} in {pattern!r}") from error
-    names = {name: module for name, module in model.named_modules() if name}
+    names: dict[str, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        names.setdefault(without_compile(name), (name, module))  # around torch.compile's wrapper rather than in it
+    names.pop("")
     units = {
         name: module
-        for name, module in names.items()
-        if wanted.fullmatch(name) and any(True for _ in module.parameters())
+        for plain, (name, module) in names.items()
+        if wanted.fullmatch(plain) and any(True for _ in module.parameters())
     }
     if not units:
         some = ", ".join(list(names)[:12])
@@ -46,16 +51,11 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
             f"no module of {type(model).__name__} with parameters has a name like shard_modules={pattern!r}; there are {some}"
         )
     for name, module in units.items():
-        if type(module).forward is nn.Module.forward:
+        inside: nn.Module = getattr(module, COMPILED, module)
+        if type(inside).forward is nn.Module.forward:
             raise ConfigError(
                 f"{name!r} is a {type(module).__name__}, which has no forward pass of its own to gather its parameters for; name the "
                 f"modules in it, as shard_modules={name + '[.][^.]+'!r} does"
-            )
-    for name, module in model.named_modules():
-        if "forward" in vars(module):
-            raise ConfigError(
-                f"the forward() of {repr(name) if name else 'the model'} has been replaced, as torch.compile and checkpoint_modules= do, "
-                "and shard_modules= gathers parameters around the plain one; leave one of them out"
             )
     _refuse_ties(model, units)
     if not torch_can_cut():  # on every engine, also where there is one rank and nothing to cut
@@ -112,15 +112,15 @@ def owner(name: str, units: dict[str, nn.Module]) -> str:
     return max((unit for unit in units if name.startswith(f"{unit}.")), key=len, default="")
 
 
-def cannot_be_cut(optimizer: Optimizer | None) -> dict[str, bool]:
-    """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that excludes a model cut over the ranks."""
+def nature_of(optimizer: Optimizer | None) -> dict[str, bool]:
+    """What an optimizer is, in words of `hvdtrain.backends.exclusions.ASKED_BY`, that may exclude something."""
     kind = type(optimizer).__name__
     return {
         "master_weights": bool(getattr(optimizer, "keeps_masters", False)),
         "shard_optimizer": bool(getattr(optimizer, "spreads_state", False)),
         "uncut_optimizer": optimizer is not None
         and type(optimizer).__module__.startswith("torch.optim")
-        and (kind not in _CUT or (kind == "SGD" and any(group.get("fused") for group in optimizer.param_groups))),
+        and (kind not in _CUT or (kind in _NOT_FUSED and any(group.get("fused") for group in optimizer.param_groups))),
     }
 
 

@@ -11,6 +11,8 @@ from hvdtrain.cli.voice import say
 from hvdtrain.settings.flags import Flags, UsageError, build, config_text, help_text, read_flags
 from hvdtrain.version import __version__
 
+_MOST_WORDS = 1000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
@@ -30,14 +32,21 @@ class Command:
 def read(cls: type, argv: Sequence[str], names: tuple[str, ...]) -> Command:
     """Read flags and exactly one word for each of these names.
 
+    Args:
+        cls: The options.
+        argv: What was typed.
+        names: For messages. A last one that ends in "..." stands for one word or more.
+
     Raises:
         ConfigError: A flag is wrong, or a word is missing or too many.
     """
-    flags = read_flags(cls, argv, places=len(names))
+    several = bool(names) and names[-1].endswith("...")
+    flags = read_flags(cls, argv, places=_MOST_WORDS if several else len(names))
     if flags.switches:
         return Command(places=(), config=None, flags=flags)
     if len(flags.places) < len(names):
-        raise UsageError(f"{names[len(flags.places)]} is missing; --help shows what to give")
+        missing = names[len(flags.places)].removesuffix("...")
+        raise UsageError(f"{missing} is missing; --help shows what to give")
     return Command(places=flags.places, config=build(cls, flags), flags=flags)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.cli.places import Command, say_help
+from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.voice import say
-from hvdtrain.settings.flags import UsageError, build, read_flags
 from hvdtrain.settings.options import option, settle
 
 _USAGE = "hvdtrain report RUN... [FLAG VALUE ...]"
@@ -24,7 +23,6 @@ exit codes:
   0    report.html and a PNG for each picture are written
   1    failed; the message says at what
   2    wrong flag or folder"""
-_MOST_WORDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +50,12 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         HvdtrainError: Something is wrong; its ``exit_code`` is the command's.
     """
-    flags = read_flags(ReportWishes, argv, places=_MOST_WORDS)
-    if flags.switches:
-        command = Command(places=(), config=None, flags=flags)
+    command = read(ReportWishes, argv, ("RUN...",))
+    if command.config is None:
         return say_help(ReportWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
-    if not flags.places:
-        raise UsageError("RUN is missing: give the folder of a run; --help shows more")
-    wishes: ReportWishes = build(ReportWishes, flags)
+    wishes: ReportWishes = command.config
     from hvdtrain.report.making import make_report  # noqa: PLC0415  (half a second that a wrong flag should not cost)
 
-    path = make_report([Path(place) for place in flags.places], None if wishes.out is None else Path(wishes.out))
+    path = make_report([Path(place) for place in command.places], None if wishes.out is None else Path(wishes.out))
     say(f"wrote {path}, and a PNG of each picture beside it")
     return 0

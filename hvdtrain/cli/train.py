@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from hvdtrain.cli.voice import say
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import detect
 from hvdtrain.observe import log_lines
 from hvdtrain.settings.config import TrainConfig
@@ -58,7 +58,8 @@ def run(argv: Sequence[str]) -> int:
     if "print_config" in flags.switches:
         say(config_text(config).rstrip())
         return 0
-    _configure_logging()
+    detection = detect()
+    log_lines.configure(detection.topology, socket.gethostname())  # the library only logs
     try:
         here = os.getcwd()
     except FileNotFoundError as error:  # MKL would end the process without a word of where
@@ -70,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     # The last collection of a process would walk all of torch, for a second or more. Not what is loaded from here on: Triton
     # 3.9 complains of all that is not collected.
     gc.freeze()
-    run_training(config)
+    run_training(config, detection)
     return 0
 
 
@@ -87,12 +88,3 @@ def _versions() -> str:
     except metadata.PackageNotFoundError:
         torch = "missing"
     return f"hvdtrain {__version__}, torch {torch}, Python {platform.python_version()}"
-
-
-def _configure_logging() -> None:
-    """The one place where the command line configures logging; the library only logs."""
-    try:
-        topology = detect().topology
-    except LaunchError:  # which is said when the backend is made
-        topology = None
-    log_lines.configure(topology, socket.gethostname())

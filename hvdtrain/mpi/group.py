@@ -212,11 +212,7 @@ class MpiProcessGroup(NamedGroup):
                 whole = torch.cat([part.reshape(-1) for part in ins])
                 operations.reduce_scatter(self._comm, outs[0], whole, opts.reduceOp, kind)
                 return
-            for rank, part in enumerate(ins):
-                copy = part.clone()
-                operations.reduce_(self._comm, copy, opts.reduceOp, kind, rank)
-                if rank == self._comm_rank:
-                    outs[0].copy_(copy.view_as(outs[0]))
+            operations.reduce_scatter_unequal(self._comm, outs[0], ins, opts.reduceOp, kind)
 
         return self._ways.start(
             f"reduce_scatter(op={kind.name}) to {_form(out)}",

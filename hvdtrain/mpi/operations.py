@@ -143,6 +143,29 @@ def reduce_scatter(comm: MPI.Intracomm, out: Tensor, tensor: Tensor, op: Any, ki
         out.div_(comm.size)
 
 
+def reduce_scatter_unequal(comm: MPI.Intracomm, out: Tensor, parts: Sequence[Tensor], op: Any, kind: Any) -> None:
+    """As `reduce_scatter`, of parts that may differ in size."""
+    flats, longest = [part.reshape(-1) for part in parts], max(part.numel() for part in parts)
+    if out.dtype in HALVES:
+        rows = torch.stack([torch.nn.functional.pad(flat, (0, longest - flat.numel())) for flat in flats])
+        mine = torch.empty_like(rows[0])
+        reduce_scatter(comm, mine, rows, op, kind)
+        out.view(-1).copy_(mine[: out.numel()])
+        return
+    how = mpi_op(kind, out.dtype)
+    piece = max(1, PIECE_BYTES // out.element_size() // comm.size)
+    for start in range(0, longest, piece):
+        cut = [flat[start : start + piece] for flat in flats]
+        columns = torch.cat(cut)
+        _premultiply_(columns, op, kind)
+        counts = [len(part) for part in cut]
+        received = torch.empty(counts[comm.rank], dtype=out.dtype)
+        comm.Reduce_scatter(memory(columns), memory(received), counts, how)
+        out.view(-1)[start : start + piece] = received
+    if kind == Kind.AVG:
+        out.div_(comm.size)
+
+
 def _premultiply_(tensor: Tensor, op: Any, kind: Any) -> None:
     if kind == Kind.PREMUL_SUM:
         tensor.mul_(premultiplier(op))

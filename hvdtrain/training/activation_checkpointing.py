@@ -131,8 +131,14 @@ class _Recomputed:
 
     def state(self) -> list[Any]:
         """Whatever the module computes with, as far as it may not change before it computes again."""
+        cut = {
+            inner
+            for part in self._module.modules()
+            if part is not self._module and _is_gathered(part)
+            for inner in part.modules()
+        }
         parts = list(self._module.modules())
-        tensors: list[Tensor] = [*self._module.parameters()]
+        tensors: list[Tensor] = [p for part in parts if part not in cut for p in part.parameters(recurse=False)]
         tensors += [buffer for part in parts if not _counts(part) for buffer in part.buffers(recurse=False)]
         return [(id(tensor), tensor._version) for tensor in tensors] + [part.training for part in parts]
 
@@ -243,6 +249,11 @@ def _reached_past(model: nn.Module, name: str) -> bool:
     """Whether a module's parent computes with its parameters and never calls it."""
     parent = name.rpartition(".")[0]
     return isinstance(model.get_submodule(parent) if parent else model, nn.MultiheadAttention)
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    """Whether a module's parameters are cut over the ranks but while it computes: they are others then."""
+    return hasattr(module, "unshard")
 
 
 def _counts(module: nn.Module) -> bool:

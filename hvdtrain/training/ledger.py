@@ -28,7 +28,7 @@ class FitResult:
         train_loss: Mean over the samples of the last epoch (or part of one) that was trained.
         eval_metrics: Of the last evaluation; empty without one.
         samples: Samples trained on in this call.
-        train_seconds: Time spent in training steps, without evaluation and checkpoints.
+        train_seconds: Time spent in training steps in this call, without evaluation and checkpoints.
         sent_bytes_per_step: By this rank in this call's training steps (see `hvdtrain.backends.traffic`); NaN if it made none.
             Not the same on every rank where their parts of the exchange differ.
         stopped: Why a callback ended the run before its epochs or steps; "" if none did.
@@ -65,8 +65,13 @@ class Ledger:
         self._backend, self._position = backend, position
         self.samples, self.seconds = 0, 0.0
         self._steps, self._sent_bytes = 0, 0.0
+        self.begin_call()
         self.lr: float | Tensor = math.nan
         self.gradient_norm: Tensor | None = None
+
+    def begin_call(self) -> None:
+        """A `Trainer.fit` begins, of which `result` will tell."""
+        self._before = (self.samples, self.seconds, self._steps, self._sent_bytes)
 
     @contextmanager
     def step(self, samples: int) -> Iterator[None]:
@@ -103,15 +108,17 @@ class Ledger:
     def result(self, resumed_from: str | None, stopped: str) -> FitResult:
         """What `Trainer.fit` returns, after it was stopped for a reason or because it was done ("")."""
         position = self._position
+        samples, seconds, steps, sent_bytes = self._before
+        steps, sent_bytes = self._steps - steps, self._sent_bytes - sent_bytes
         return FitResult(
             epochs=position.epoch,
             steps=position.steps,
             skipped_steps=position.skipped_steps,
             train_loss=position.train_loss,
             eval_metrics=dict(position.eval_metrics),
-            samples=self.samples,
-            train_seconds=self.seconds,
-            sent_bytes_per_step=self._sent_bytes / self._steps if self._steps else math.nan,
+            samples=self.samples - samples,
+            train_seconds=self.seconds - seconds,
+            sent_bytes_per_step=sent_bytes / steps if steps else math.nan,
             resumed_from=resumed_from,
             stopped=stopped,
         )

@@ -382,10 +382,9 @@ def _load(part: Any, state: Any) -> None:
         optimizer = _optimizer(part)
         if optimizer is not None and state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
-            lay_out_states(optimizer)
     elif isinstance(part, nn.Module):
         fill(part, state, "the checkpoint")
     else:
         part.load_state_dict(state)
-        if isinstance(part, Optimizer):
+        if isinstance(part, Optimizer):  # which no replica need have
             lay_out_states(part)

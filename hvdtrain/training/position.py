@@ -50,15 +50,15 @@ class Position:
         recent, self._recent = self._recent, Tally()
         return recent
 
-    def has_ended(self, epochs: int, total_steps: float, is_over: Callable[[int], bool]) -> bool:
+    def has_ended(self, epochs: int, max_steps: float, is_over: Callable[[int], bool]) -> bool:
         """Whether so many epochs or steps are done. All samples of an epoch may be done before the epoch is.
 
         Args:
             epochs: Of the run.
-            total_steps: Of the run.
+            max_steps: Of the run.
             is_over: Whether an epoch has no samples left after so many; every rank calls it.
         """
-        return self.epoch >= epochs or (self.steps >= total_steps and not is_over(self.samples))
+        return self.epoch >= epochs or (self.steps >= max_steps and not is_over(self.samples))
 
     def advance(self, samples: int) -> None:
         """One global batch is done."""

@@ -68,9 +68,10 @@ class Precision:
             optimizer: What trains it.
 
         Raises:
-            ConfigError: The optimizer would lose small updates, there are no complex numbers of the type, or the model has
-                nothing that could lie channels last.
+            ConfigError: The model's parameters are float64 and the precision is not, the optimizer would lose small updates,
+                there are no complex numbers of the type, or the model has nothing that could lie channels last.
         """
+        self._refuse_to_round(model)
         if self.name == "bf16-pure" and optimizer is not None and not has_masters(optimizer):
             raise ConfigError(
                 "precision bf16-pure needs an optimizer that works on float32 masters, or updates smaller than bfloat16's digits are "
@@ -92,6 +93,14 @@ class Precision:
         if self.channels_last:
             lie_channels_last(model)
         return model
+
+    def _refuse_to_round(self, model: nn.Module) -> None:
+        wide = [name for name, one in model.named_parameters() if one.dtype in (torch.float64, torch.complex128)]
+        if wide and self.dtype != torch.float64:
+            raise ConfigError(
+                f"the model has parameters of float64 ({wide[0]!r}, {len(wide)} in all), which precision {self.name} would round; say "
+                "precision='fp64' (--precision fp64) to train in float64, or give a model of float32 (model.float())"
+            )
 
     def cast(self, batch: Any) -> Any:
         """Return a batch whose floating-point tensors have the type that the model's parameters have, if that is not float32.

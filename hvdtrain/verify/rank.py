@@ -19,12 +19,13 @@ def main() -> int:
     sys.path.append(os.getcwd())
     config: TrainConfig = build(TrainConfig, read_flags(TrainConfig, ["--config", file]))
     assert config.task is not None
-    topology = detect().topology
+    detection = detect()
+    topology = detection.topology
     given = {
         "name": config.task.name, "args": dict(config.task.args), "folder": folder, "rank": topology.rank,
         "world_size": topology.world_size,
     }  # fmt: skip
-    run_training(replace(config, task=Component("hvdtrain.verify.watching.Watched", given)))
+    run_training(replace(config, task=Component("hvdtrain.verify.watching.Watched", given)), detection)
     return 0
 
 

@@ -205,6 +205,20 @@ def test_parts_of_different_sizes_are_gathered_and_scattered(rank, size):
     assert out.tolist() == [float(sum(range(size)))] * (rank + 1)
 
 
+@pytest.mark.parametrize(("dtype", "op"), list(cases()), ids=str)
+def test_parts_of_different_sizes_are_reduced_and_scattered_in_pieces(rank, size, dtype, op, monkeypatch):
+    monkeypatch.setattr("hvdtrain.mpi.operations.PIECE_BYTES", 40 * size)
+    monkeypatch.setattr("hvdtrain.mpi.operations._HALVES_BYTES", 40 * size)
+    lengths = [0 if part == 0 else 31 * part for part in range(size)]
+    parts = [of(rank + part, (length,), dtype) for part, length in enumerate(lengths)]
+    before = [part.clone() for part in parts]
+    out = torch.empty(lengths[rank], dtype=dtype)
+    dist.reduce_scatter(out, parts, getattr(Op, op))
+    expected = reduced([of(other + rank, (lengths[rank],), dtype) for other in range(size)], op, dtype)
+    torch.testing.assert_close(out, expected)
+    assert all(torch.equal(part, old) for part, old in zip(parts, before, strict=True))
+
+
 def test_coalesced_operations(rank, size):
     tensors = [torch.full((3,), float(rank)), torch.full((2, 2), rank), torch.full((5,), float(rank) + 1)]
     with dist._coalescing_manager(async_ops=True) as manager:

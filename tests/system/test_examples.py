@@ -76,6 +76,9 @@ EXAMPLE_LAUNCHES = [  # each example under one launcher, and under all in `make 
         "wide_features": "",
         "metrics": "horovodrun --mpi",
         "dict_batches": "",
+        "schedule": "",
+        "streams": "",
+        "less_memory": "",
     }.items()
     for launcher in LAUNCHES
     if launcher != "python"
@@ -126,6 +129,56 @@ def test_the_best_of_a_run_is_kept_and_predicts(tmp_path: Path, launcher):
     best, predicted = re.search(r"best (\S+), of its predictions (\S+) right", ended.output).groups()
     assert best == predicted
     assert float(best) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHES)
+def test_a_logger_of_ones_own_hears_of_all(tmp_path: Path, launcher):
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / "own_logger.py"), str(tmp_path / "new" / "losses.csv")))
+    assert ended.code == 0, ended.output
+    first, *others, last = map(float, re.search(r"21 lines, evaluated losses (.*)", ended.output)[1].split(", "))
+    assert len(others) == 1
+    assert last < first < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "horovodrun --mpi"])
+def test_ways_over_a_slow_network_send_less_and_learn(launcher):
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / "slow_network.py")))
+    assert ended.code == 0, ended.output
+    found = re.findall(r"rank\(s\): (\S+) sends (\S+) bytes a step, accuracy (\S+)", ended.output)
+    sent = {way: float(count.replace(",", "")) for way, count, _ in found}
+    assert all(float(right) > 0.9 for *_, right in found)
+    assert sent["int8"] < sent["plain"] / 2
+    assert max(sent["powersgd:2"], sent["local-sgd:8"], sent["diloco:20"]) < sent["plain"] / 6
+
+
+@pytest.mark.slow
+def test_a_slow_input_is_found_and_repaired(tmp_path: Path):
+    flags = ["--task", "slow_input:Slow", "--max-steps", "40", "--profile", "20:30"]
+    said, seconds = {}, {}
+    for name, repair in (("slow", []), ("repaired", ["--workers", "2"])):
+        run_dir = tmp_path / name
+        ended = run(torchrun(2, "-m", "hvdtrain", *flags, *repair, "--run-dir", str(run_dir)), cwd=EXAMPLES)
+        assert ended.code == 0, ended.output
+        said[name] = json.loads((run_dir / "profile" / "verdict.json").read_text())
+        seconds[name] = json.loads((run_dir / "summary.json").read_text())["train_seconds"]
+    assert "input binds the step" in json.dumps(said["slow"])
+    assert seconds["repaired"] < seconds["slow"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_mpi_group_alone(ranks):
+    ended = run(mpirun(ranks, str(EXAMPLES / "mpi_group.py")))
+    assert ended.code == 0, ended.output
+    assert float(re.search(rf"{ranks} rank\(s\): loss (\S+)", ended.output)[1]) < 1e-3
 
 
 @pytest.mark.slow
@@ -187,5 +240,12 @@ def test_every_example_is_run_here():
         "vae",
         "best_of_a_run",
         "own_backend",
+        "schedule",
+        "own_logger",
+        "streams",
+        "slow_network",
+        "less_memory",
+        "slow_input",
+        "mpi_group",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

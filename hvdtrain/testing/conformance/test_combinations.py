@@ -26,7 +26,16 @@ ASKED = {
     "shard_modules": {"shard_modules": "1"},
     "bucket_bytes": {"bucket_bytes": 100},
 }
-ALONE = ("reduce_dtype", "channels_last", "master_weights", "scaler", "uncut_optimizer", "sync")
+ALONE = (
+    "reduce_dtype",
+    "channels_last",
+    "master_weights",
+    "scaler",
+    "uncut_optimizer",
+    "sync",
+    "meeting_ranks",
+    "wide_parameters",
+)
 """What does not train in float64, or not this model, or not as one process: tests of their own try what excludes it."""
 CHANGES_THE_RESULT = ("clip_norm",)
 PAIRS = [

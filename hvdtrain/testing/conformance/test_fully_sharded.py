@@ -271,7 +271,7 @@ def test_torchs_optimizers_step_as_with_the_whole_model(backend, reference, name
         close(backend, ends[1], ends[0])
 
 
-@pytest.mark.parametrize("name", ["Rprop", "Adafactor", "Muon", "fused SGD"])
+@pytest.mark.parametrize("name", ["Rprop", "Adafactor", "Muon", "fused SGD", "fused Adagrad"])
 def test_torchs_other_optimizers_are_refused(backend, name):
     if not offered(backend):
         return
@@ -283,16 +283,6 @@ def test_torchs_other_optimizers_are_refused(backend, name):
         ConfigError, match=r"an optimizer of torch's that is none of SGD .* exclude each other: .*use one"
     ):
         backend.replicate(model, optimizer, shard_modules=UNITS)
-
-
-def test_a_scaler_is_refused(backend):
-    if not offered(backend):
-        return
-    replica = cut(backend)
-    replica.backward(replica.model(torch.ones(2, 5).double()).sum(), samples=2)
-    with pytest.raises(ConfigError, match=r"GradScaler .*bfloat16"):
-        replica.step(scaler=torch.amp.GradScaler("cpu"))
-    replica.step()
 
 
 def test_a_changed_model_is_refused(backend):

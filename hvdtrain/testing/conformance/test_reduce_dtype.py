@@ -160,7 +160,9 @@ def test_sparse_gradients_travel_as_they_are(backend):
 def test_wide_gradients_are_refused(backend, dtype):
     model = made()
     model[0].weight = nn.Parameter(model[0].weight.to(dtype))
-    with pytest.raises(ConfigError, match=r"is for gradients of float32 and less, and '0\.weight'"):
+    with pytest.raises(
+        ConfigError, match=r"'0\.weight' is of .*: reduce_dtype= .* is for gradients of float32 and less"
+    ):
         backend.replicate(model, reduce_dtype="bf16")
 
 

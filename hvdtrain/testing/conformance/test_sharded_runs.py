@@ -324,15 +324,9 @@ def test_ranks_that_run_other_modules_are_told_also_where_nothing_is_trained(bac
 
 
 REFUSED = [
-    (
-        {"precision": "fp16"},
-        r"shard_modules= .* and a GradScaler \(--precision fp16\) exclude each other: .*precision bf16",
-    ),
     ({"channels_last": True}, r"and channels_last=True .* exclude each other"),
     ({"reduce_dtype": "bf16"}, r"and reduce_dtype= .* exclude each other"),
     ({"bucket_bytes": 1000}, r"and bucket_bytes= .* exclude each other"),
-    ({"compile": True}, r"and compile=True .* exclude each other"),
-    ({"checkpoint_modules": "last"}, r"and checkpoint_modules= .* exclude each other"),
     ({"precision": "bf16-pure"}, r"and MasterWeights .* exclude each other"),
 ]
 

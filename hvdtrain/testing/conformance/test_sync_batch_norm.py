@@ -140,18 +140,39 @@ def test_a_layer_alone_is_converted_too(backend):
     assert hvdtrain.convert_sync_batch_norm(converted, backend) is converted
 
 
-@pytest.mark.slow
+def compiled_here(model):
+    compile_module(model, {"backend": "eager"})
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def wrapped(model):
+    return torch.compile(model, backend="eager")
+
+
+def called_in_a_function(model):
+    def call(inputs):
+        return model(inputs)
+
+    return torch.compile(call, backend="eager")
+
+
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # the compiler's own look at it
-def test_a_compiled_model_normalises_over_all_ranks_too(backend):
+@pytest.mark.parametrize("by", [compiled_here, compiled_in_place, wrapped, called_in_a_function])
+def test_a_compiled_model_normalises_over_all_ranks_too(backend, by):
+    torch._dynamo.reset()
     torch.manual_seed(3)
     layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
     plain = hvdtrain.convert_sync_batch_norm(layers, backend)
     compiled = copy.deepcopy(plain)
-    compile_module(compiled, {"backend": "eager"})
     inputs = torch.randn(5 + backend.rank, 4)
-    for model in (plain, compiled):
+    for model in (plain, by(compiled)):
         model(inputs).square().mean().backward()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)

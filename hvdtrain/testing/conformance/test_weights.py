@@ -230,7 +230,7 @@ def test_a_reduction_is_mean_or_sum(backend):
         wrong = type("Wrong", (Language,), change)
         model = model_of()
         with pytest.raises(ConfigError, match=message):
-            hvdtrain.Trainer(backend, model, optimizer_of(model), task=wrong())
+            hvdtrain.Trainer(backend, model, optimizer_of(model), task=wrong(), precision="fp64")
 
 
 # -- batches with other numbers of samples than they were made of ------------------------------------------------------

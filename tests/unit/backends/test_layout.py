@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,62 @@ def test_a_fused_step_is_right_after_states_were_laid_out():
         parameters.append(parameter)
         optimizers.append(optimizer)
     torch.testing.assert_close(*parameters)
+
+
+class Renewed(torch.optim.AdamW):
+    """Loads in a way of its own, in which torch runs no hooks."""
+
+    def load_state_dict(self, state_dict):
+        for parameter, state in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+            self.state[parameter] = dict(state)
+
+
+class Wrapped:
+    """No torch optimizer, but offers what one does."""
+
+    def __init__(self, parameters, **options):
+        self._inner = torch.optim.AdamW(parameters, **options)
+        self.state, self.param_groups = self._inner.state, self._inner.param_groups
+
+    def step(self):
+        self._inner.step()
+
+    def state_dict(self):
+        return self._inner.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self._inner.load_state_dict(state_dict)
+        self.state, self.param_groups = self._inner.state, self._inner.param_groups
+
+
+LOADS = {
+    "by the user": lambda replica, state: replica.optimizer.load_state_dict(state["optimizer"]),
+    "as a whole": lambda replica, state: replica.load_whole_state(state),
+}
+
+
+@pytest.mark.parametrize("how", LOADS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Renewed, Wrapped])
+def test_contiguous_states_that_are_loaded_are_those_of_a_plain_optimizer(kind, how):
+    torch.manual_seed(0)
+    whole = {"model": nn.Conv2d(3, 4, 3).state_dict()}
+    moments = {name: torch.rand(4, 3, 3, 3) for name in ("exp_avg", "exp_avg_sq")}  # contiguous, as out of a file
+    rest = {name: torch.rand(4) for name in moments}
+    states = {0: {"step": torch.tensor(3.0), **moments}, 1: {"step": torch.tensor(3.0), **rest}}
+    found = []
+    with hvdtrain.init("local", device="cpu") as backend:
+        for make, fused in ((torch.optim.AdamW, False), (kind, True)):
+            model = nn.Conv2d(3, 4, 3)
+            model.load_state_dict(whole["model"])
+            replica = backend.replicate(
+                model.to(memory_format=torch.channels_last), make(model.parameters(), lr=0.1, fused=fused)
+            )
+            groups = replica.optimizer.state_dict()["param_groups"]
+            LOADS[how](replica, copy.deepcopy({**whole, "optimizer": {"state": states, "param_groups": groups}}))
+            replica.backward(model(torch.ones(2, 3, 5, 5)).square().mean(), samples=2)
+            replica.step()
+            found.append(model)
+    torch.testing.assert_close(found[1].weight, found[0].weight)
 
 
 def test_a_whole_state_that_lies_otherwise_is_laid_out_when_it_is_loaded():

@@ -76,6 +76,17 @@ def test_help_and_argument_errors_answer_in_half_a_second_without_torch_and_nump
     assert 0 < spent_s < ANSWER_S
 
 
+def test_a_wrong_launch_is_answered_without_torch() -> None:
+    code = "import sys; from hvdtrain.cli import main; main(['--epochs', '1']); sys.exit(' '.join(sys.modules))"
+    wrong = {**os.environ, "RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=wrong
+    )
+    said, *_, loaded = done.stderr.splitlines()
+    assert "WORLD_SIZE='two' is not a whole number" in said
+    assert not set(loaded.split()) & {"torch", "numpy", "hvdtrain.run"}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

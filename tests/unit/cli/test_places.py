@@ -21,6 +21,8 @@ from hvdtrain.cli.commands import main
         (["export", "run", "out", "--optimiser"], "unknown flag '--optimiser'; did you mean '--optimizer'?"),
         (["import", "file"], "RUN is missing; --help shows what to give"),
         (["import", "file", "run", "--trust"], "unknown flag '--trust'; did you mean '--trusted'?"),
+        (["report", "--out", "page"], "RUN is missing; --help shows what to give"),
+        (["report", "run", "--format", "torch"], "unknown flag '--format'; --help lists the flags"),
         (["train", "run"], "unexpected argument 'run'; every setting is a flag with two dashes (--epochs 3)"),
     ],
 )  # fmt: skip

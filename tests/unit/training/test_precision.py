@@ -45,6 +45,19 @@ def test_complex_numbers_keep_their_imaginary_parts(name, kind):
     assert (model.turns.tolist(), model.phase.tolist()) == ([1j, 2 + 1j], [3j])
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "bf16-pure", "fp16"])
+def test_a_model_of_float64_is_not_rounded_in_silence(name, kind):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = nn.Parameter(torch.ones(2, 2, dtype=kind))
+    with pytest.raises(
+        ConfigError, match=f"float64 .'1.weight', 1 in all.*precision {name} would round; say precision='fp64'"
+    ):
+        Precision(name, CPU).prepare(model)
+    assert model[1].weight.dtype == kind
+    Precision("fp64", CPU).prepare(model)
+
+
 def test_bf16_pure_has_no_complex_numbers():
     model = nn.Linear(2, 2)
     model.register_buffer("turns", torch.tensor([1j]))

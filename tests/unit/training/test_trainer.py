@@ -78,17 +78,15 @@ def test_a_run_that_is_killed_at_any_checkpoint_ends_as_if_it_had_not_been(tmp_p
     class Killed(BaseException):
         pass
 
+    class Killer:
+        def on_save(self, trainer, event):
+            saved.append(event.path)
+            if len(saved) == stop:  # the first `stop` checkpoints of the run, those between steps included
+                raise Killed
+
     saved = []
-
-    def killed_after(checkpoint):
-        saved.append(checkpoint)
-        if len(saved) == stop:  # the first `stop` checkpoints of the run, those between steps included
-            raise Killed
-        return checkpoint
-
     expected = trainer.fit(DATA, DATA, epochs=2, global_batch_size=batch)
-    _, first = make(alone, checkpoints=Checkpoints(tmp_path / "cut", keep=99), checkpoint_every=1)
-    first._save = lambda save=first._save: killed_after(save())
+    _, first = make(alone, checkpoints=Checkpoints(tmp_path / "cut", keep=99), checkpoint_every=1, callbacks=[Killer()])
     with pytest.raises(Killed):
         first.fit(DATA, DATA, epochs=2, global_batch_size=batch)
     other, second = make(alone, logger=logs[1])
@@ -120,6 +118,95 @@ def test_two_calls_of_fit_are_one(alone):
     for epochs in (1, 2, 3):
         trainer.fit(DATA, epochs=epochs, global_batch_size=4)
     assert equal(whole, parts)
+
+
+@pytest.mark.parametrize("how", ["called again", "resumed"])
+@pytest.mark.parametrize(
+    ("later", "total"),
+    [({"global_batch_size": 11}, 8), ({"global_batch_size": 4, "last_batch": "merge"}, 10), ({}, 12)],
+)
+def test_epochs_are_trained_to_their_end_when_the_batch_size_changes(tmp_path, alone, records, how, later, total):
+    log, checkpoints = records(), Checkpoints(tmp_path)
+    _, trainer = make(alone, logger=log, log_every=1, checkpoints=checkpoints)
+    trainer.fit(DATA, epochs=2, global_batch_size=4)
+    log.steps.clear()
+    if how == "resumed":
+        _, trainer = make(alone, logger=log, log_every=1)
+        later = {**later, "resume_from": checkpoints.find(alone)}
+    result = trainer.fit(DATA, epochs=4, **({"global_batch_size": 4} | later))
+    assert (result.epochs, result.steps) == (4, total)
+    assert {record.total_steps for record in log.steps} == {total}
+
+
+def test_a_result_is_of_its_own_call(alone):
+    _, trainer = make(alone)
+    results = [trainer.fit(DATA, epochs=epochs, global_batch_size=4) for epochs in (1, 3, 3)]
+    assert [result.samples for result in results] == [11, 22, 0]
+    assert results[2].train_seconds == 0
+
+
+class Summed:
+    """As `Mean`, but for what its loss is."""
+
+    loss_reduction = "sum"
+
+    def loss(self, model, batch):
+        return nn.functional.mse_loss(model(batch[0]), torch.zeros(len(batch[0]), 3), reduction=self.loss_reduction)
+
+    def metrics(self, model, batch):
+        return {"loss": float(self.loss(model, batch)) / len(batch[0])}
+
+
+class Mean(Summed):
+    loss_reduction = "mean"
+
+    def collate(self, samples):
+        self.collated = True
+        return torch.stack([x for x, _ in samples]), None
+
+
+def test_a_task_that_is_given_later_is_learned_as_if_it_had_been_the_first(alone):
+    later, task = Mean(), Mean()
+    models = []
+    for first, second in ((task, None), (Summed(), later)):
+        model, trainer = make(alone, model=nn.Linear(4, 3, dtype=torch.float32), task=first)
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(3, 4))
+            model.bias.zero_()
+        if second is not None:
+            trainer.task = second
+        trainer.fit(DATA, epochs=2, global_batch_size=4)
+        assert trainer.task is (second or first)
+        models.append(model)
+    assert equal(*models)
+    assert later.collated
+
+
+def test_a_task_that_cannot_be_learned_leaves_the_one_before(alone):
+    _, trainer = make(alone, task=(task := Mean()))
+    broken = Mean()
+    broken.loss_reduction = "max"
+    with pytest.raises(ConfigError, match="loss_reduction must be 'mean' or 'sum', got 'max'"):
+        trainer.task = broken
+    assert trainer.task is task
+    assert trainer.fit(DATA, epochs=1, global_batch_size=4).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"epochs": -1}, "epochs must be 0 or more, got -1"),
+        ({"epochs": 1, "eval_every": 0}, "eval_every must be 1 or more, got 0"),
+        ({"epochs": 1, "max_steps": -1}, "max_steps must be 0 or more, got -1"),
+        ({"epochs": 1, "eval_batch_size": 0}, "eval_batch_size must be 1 or more, got 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_trained(alone, arguments, message):
+    model, trainer = make(alone)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ConfigError, match=message):
+        trainer.fit(DATA, DATA, global_batch_size=4, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_one_process_draws_what_was_seeded(alone):
