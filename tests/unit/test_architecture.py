@@ -382,3 +382,10 @@ def test_no_test_file_is_left_out_or_hides_another():
     configured = (PACKAGE.parent / "pyproject.toml").read_text()
     left_out = ast.literal_eval(re.search(r"^norecursedirs = (\[.*\])", configured, re.M)[1])
     assert not {part for file in files for part in file.relative_to(tests).parts} & set(left_out)
+
+
+def test_the_picture_shows_files_that_are_there():
+    picture = (PACKAGE.parent / "docs" / "architecture.svg").read_text()
+    named = [place for text in re.findall(r'class="w">([^<]+)<', picture) for place in text.split()]
+    assert len(named) > 8
+    assert [place for place in named if not (PACKAGE / place).exists()] == []
