@@ -114,6 +114,12 @@ class MpiWire(C10dWire):
 
     _now: MpiWireAtOnce | None = None
 
+    def all_gather_into(self, out: Tensor, tensor: Tensor) -> Work:
+        """Start an all-gather, the same as `at_once` has: ranks that wait and ranks that do not may meet in it."""
+        self.traffic.all_gather(tensor.nbytes, self.size)
+        work: Work = self._group._allgather_base(out, tensor)
+        return work
+
     def send_receive(self, sent: Tensor | None, dst: int | None, out: Tensor | None, src: int | None) -> Work:
         """Start a synchronous send and a receive."""
         self.traffic.message(0 if sent is None else sent.nbytes)

@@ -27,6 +27,7 @@ from hvdtrain.horovod.streams import come_after, reached
 
 _MOST = 62  # requests of one message; more wait for the next round
 _HEAD = struct.Struct("=iii")  # flags, known requests, bytes that do not fit
+_FLAG_BITS, _FLAGS, _MOST_STEPS = 2, 3, 2**28  # flags and steps share an integer
 _ONE = struct.Struct("=ii")
 _ONE_ENDS = _HEAD.size + _ONE.size
 _AREA_AT = -(-(_HEAD.size + 8 * _MOST) // 8) * 8
@@ -123,7 +124,11 @@ class Controller:
         come_after(request.done)
 
     def join(self, request: Request) -> int:
-        """Take part with nothing in what the other ranks still do; the rank that joined last, once all have."""
+        """Take part with nothing in what the other ranks still do; the rank that joined last, once all have.
+
+        Args:
+            request: Its number is that of the steps that were taken without rounds here.
+        """
         with self._state:
             self._refuse_if_over("hvd.join")
             if self._joining is not None:
@@ -198,7 +203,8 @@ class Controller:
             if alone is not None:
                 self._round_of_one(told[0], *alone)
                 return
-            message = self._ledger.compose([(one.text, one.number) for one in told], flags, self._overdue())
+            steps = self._joining.number if self._joining is not None else 0
+            message = self._ledger.compose([(one.text, one.number) for one in told], flags, self._overdue(), steps)
             with torch.no_grad():
                 self._put_small(message)
                 with self._communicator.region(_LABEL, self._waits_in()):
@@ -304,6 +310,10 @@ class Controller:
                 if request is not None:
                     request.fail(HorovodInternalError(decision.error))
                 continue
+            if decision.form.kind == "gradients" and decision.absent:  # agreed on when all are there
+                if request is not None:
+                    request.finish()
+                continue
             if request is not None and len(places) > 1 and all(decision.key in each for each in places):
                 areas, at = self._in[:, _AREA_AT:].unbind(), [each[decision.key] for each in places]
                 with timeline.performing([request]):
@@ -319,7 +329,8 @@ class Controller:
         if wire.size == 1:
             return [message]
         numbers = [number for pair in message.known for number in pair]
-        _HEAD.pack_into(self._sent, 0, message.flags, len(message.known), len(rest))
+        flags = message.flags | min(message.steps, _MOST_STEPS) << _FLAG_BITS
+        _HEAD.pack_into(self._sent, 0, flags, len(message.known), len(rest))
         struct.pack_into(f"={len(numbers)}i", self._sent, _HEAD.size, *numbers)
         self._carry()
         return self._read(message)
@@ -342,7 +353,7 @@ class Controller:
         for rank, (flags, count, _) in enumerate(heads):
             read = struct.unpack_from(f"={2 * count}i", self._heard, rank * _MESSAGE_BYTES + _HEAD.size)
             known = list(zip(read[::2], read[1::2], strict=True))
-            messages.append(Message.read(flags, known, rests[rank]))
+            messages.append(Message.read(flags & _FLAGS, known, rests[rank], flags >> _FLAG_BITS))
         return messages
 
     def _exchange_rests(self, mine: bytes, lengths: Sequence[int]) -> list[bytes]:

@@ -2,31 +2,34 @@
 
 Hooks notice when a gradient is complete. Gradients travel in packs, the same on every rank: small ones copied together, large
 ones as they lie; a pack leaves when its last gradient is there. This is the way of `hvdtrain.backends.hooked`, with Horovod's
-rules of what a gradient is complete after, and each pack a named operation, so that ranks may join and orders may differ.
+rules of what a gradient is complete after. A window's packs go in the order of their layout, through the optimizer's `Channel`; or
+each as an operation by name, as long as the ranks have not agreed on that layout, and where a channel would not do (`packs`).
 """
 
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.hooked import Pack, make_packs
+from hvdtrain.backends.hooked import Pack
 from hvdtrain.backends.layout import laid_out_like
 from hvdtrain.horovod import state
-from hvdtrain.horovod.compression import FP16Compressor, NoneCompressor
+from hvdtrain.horovod.channel import LIVE, Channel
 from hvdtrain.horovod.controller import Controller
+from hvdtrain.horovod.hooks import Hooks
 from hvdtrain.horovod.operations import sparse_allreduce_async
 from hvdtrain.horovod.packing import packed
-from hvdtrain.horovod.process_sets import ProcessSet
+from hvdtrain.horovod.packs import Layout, Manner, laid_out
+from hvdtrain.horovod.process_sets import global_process_set
 from hvdtrain.horovod.requests import Request, form
 
-_PACK_BYTES = 8 * 2**20
 _TOO_MANY = (
     "gradients were computed more often than backward_passes_per_step={passes} before optimizer.step() (the gradient of {name!r} was "
     "sent already); raise backward_passes_per_step, or call optimizer.step() after each window"
@@ -36,46 +39,30 @@ _CHANGED = (
     "optimizer.synchronize() after loss.backward(), then clip or unscale, then `with optimizer.skip_synchronize(): optimizer.step()`"
 )
 
-Groups = Sequence[Sequence[nn.Parameter]] | int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manner:
-    """How gradients are exchanged.
-
-    Attributes:
-        op: Average or Sum.
-        prescale: Multiplies each rank's gradient before.
-        postscale: Multiplies the result.
-        compression: A compressor.
-        groups: What travels together: a number of groups, lists of parameters, or None.
-        sparse_as_dense: Sparse gradients travel as dense ones.
-        process_set: The ranks that take part.
-    """
-
-    op: int
-    prescale: float
-    postscale: float
-    compression: Any
-    groups: Groups
-    sparse_as_dense: bool
-    process_set: ProcessSet
-
 
 @dataclass(slots=True, eq=False)
 class _Window:
     """What is under way between two steps."""
 
-    packs: list[Pack]
-    place: dict[int, tuple[Pack, int]]
+    layout: Layout
+    channel: Channel | None
+    by_name: bool | None  # whether packs go by name; None: the other ranks have not been heard
+    job: state.Job
+    asked: bool = False  # whether the other ranks were told that it has begun
+    held: bool = False  # whether a thread would send what is complete
+    sent: int = 0  # packs, where they go in order
+    agreeing: Request | None = None
     fired: set[int] = field(default_factory=set)  # ids of parameters with a gradient since the last step
     left: dict[int, int] = field(default_factory=dict)  # backward passes until a gradient is complete
-    requests: dict[str, tuple[Request, Any]] = field(
-        default_factory=dict
-    )  # by a pack's name, with what decompression needs
+    requests: dict[str, Request] = field(default_factory=dict)  # by a pack's name
+    contexts: dict[str, Any] = field(default_factory=dict)  # what decompression needs, by a pack's name
     sparse: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
     versions: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # of gradients when they left
     told: bool = False  # that there was a backward pass too many; who catches it may go on with what was sent
+
+    @property
+    def packs(self) -> list[Pack]:
+        return self.layout.packs
 
 
 class Exchange:
@@ -85,18 +72,23 @@ class Exchange:
         named: Names, different for each, and parameters.
         passes: Backward passes after which a gradient is complete.
         manner: How.
+
+    Raises:
+        ValueError: Gradients of one of them are on their way for an older optimizer.
     """
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], passes: int, manner: Manner) -> None:
         self.passes, self._manner = passes, manner
         self._number = state.next_optimizer()
-        self._layouts: dict[tuple[bool, ...], list[Pack]] = {}
+        self._layouts: dict[tuple[bool, ...], Layout] = {}
         self._sparse: set[int] = set()
         self._window: _Window | None = None
         self._turn = threading.RLock()
         self.names: dict[int, str] = {}
         self._parameters: list[nn.Parameter] = []
         self.active = bool(manner.process_set.included()) and (manner.process_set.size() or 1) > 1
+        self._hooks = Hooks(self)
+        self._hooks.refuse_if_under_way([parameter for _, parameter in named])
         for name, parameter in named:
             self.add(name, parameter)
 
@@ -105,21 +97,51 @@ class Exchange:
         self.names[id(parameter)] = name
         self._parameters.append(parameter)
         self._layouts.clear()
-        if not self.active or not (parameter.is_floating_point() or parameter.is_complex()):
-            return
-        trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # a hook is refused on one that is frozen, and it may be unfrozen later
-        parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        parameter.requires_grad_(trained)
+        if self.active and (parameter.is_floating_point() or parameter.is_complex()):
+            self._hooks.add(parameter)
 
     @property
     def under_way(self) -> bool:
         """Whether a backward pass has been made since the last step."""
         return self._window is not None and bool(self._window.fired)
 
+    @property
+    def sending(self) -> bool:
+        """Whether gradients are on their way that can still arrive."""
+        window = self._window
+        if window is None or not window.fired or not state.is_initialized() or window.job is not state.job():
+            return False
+        failed = any(request.error is not None for request in window.requests.values())
+        return not (failed or (window.channel is not None and window.channel.over))
+
     def forget(self) -> None:
         """Begin anew, as after a state was loaded."""
-        self._window = None
+        with self._turn:
+            window, self._window = self._window, None
+        if window is not None and window.asked and window.channel is not None and not window.channel.over:
+            window.channel.let_go(lambda: self._give_up(window))
+
+    def give_up_window(self) -> None:
+        """Send what is complete, and, where other ranks wait for packs in order, zeros for the rest.
+
+        Raises:
+            HorovodInternalError: The engine failed.
+        """
+        with self._turn:
+            window = self._window
+            if window is None or window.channel is None or window.channel.over:
+                return
+            if not window.asked and all(pack.missing for pack in window.packs):
+                return
+            self._give_up(window)
+            if not window.by_name:
+                self._window = None
+
+    def _give_up(self, window: _Window) -> None:
+        assert window.channel is not None
+        with window.channel.waited_for():
+            self._advance(window, wait=True)
+            window.channel.finish()
 
     def complete(self) -> None:
         """Send what was not sent, and return when every gradient is the ranks' average or sum.
@@ -127,23 +149,29 @@ class Exchange:
         A gradient that this rank has not is sent as zeros: other ranks may have one.
 
         Raises:
-            RuntimeError: Something has changed a gradient after it was sent.
+            RuntimeError: Something has changed a gradient after it was sent, or a newer optimizer has its parameters.
+            HorovodInternalError: The exchange failed, or a rank has left.
         """
+        self._hooks.refuse_if_lost()
         with self._turn:
             window = self._opened()
-            for pack in window.packs:
-                if pack.name not in window.requests:
-                    self._take_out_sparse(pack, window)
-                    self._send(pack, window)
-        controller = self._controller()
-        for pack in window.packs:
-            controller.wait(window.requests[pack.name][0])
+        if window.channel is not None:
+            window.channel.release()
+            with window.channel.waited_for():
+                with self._turn:
+                    self._advance(window, wait=True, rest=True)
+                window.channel.finish()
+        else:
+            with self._turn:
+                self._advance(window, rest=True)
+        if window.by_name:
+            self._wait_by_name(window)
         changed = self._changed(window)
         if changed:
             self._window = None
             raise RuntimeError(_CHANGED.format(name=changed))
         for pack in window.packs:
-            self._bring_back(pack, *window.requests[pack.name])
+            self._bring_back(pack, window.requests[pack.name], window.contexts[pack.name])
         for parameter in self._parameters:
             if id(parameter) in window.sparse:
                 parameter.grad = window.sparse[id(parameter)]()
@@ -153,6 +181,13 @@ class Exchange:
 
     def _controller(self) -> Controller:
         return state.controller_of(self._manner.process_set, "hvd.DistributedOptimizer")
+
+    def _wait_by_name(self, window: _Window) -> None:
+        controller = self._controller()
+        if window.agreeing is not None:
+            controller.wait(window.agreeing)
+        for pack in window.packs:
+            controller.wait(window.requests[pack.name])
 
     def _changed(self, window: _Window) -> str:
         """A parameter whose gradient is not what it was when it left; "" if there is none. One that was taken away arrives."""
@@ -167,18 +202,34 @@ class Exchange:
 
     def _opened(self) -> _Window:
         if self._window is None:
-            flags = tuple(parameter.requires_grad for parameter in self._parameters)
-            if flags not in self._layouts:
-                trained = [
-                    p for p, flag in zip(self._parameters, flags, strict=True) if flag and id(p) not in self._sparse
-                ]
-                self._layouts[flags] = self._laid_out(trained)
-            packs = self._layouts[flags]
-            place = {id(p): (pack, at) for pack in packs for at, p in enumerate(pack.parameters)}
-            for pack in packs:
+            self._controller()  # refuses where nothing can be sent
+            layout = self._layout()
+            channels = state.job().channels if self._manner.process_set is global_process_set else None
+            channel = channels.of(self._number, self) if channels is not None else None
+            for pack in layout.packs:
                 pack.missing = set(range(len(pack.parameters)))
-            self._window = _Window(packs, place)
+            self._window = _Window(layout, channel, None if channel is not None else True, state.job())
+            if channel is None:
+                self._agree(self._window)
         return self._window
+
+    def _layout(self) -> Layout:
+        flags = tuple(parameter.requires_grad for parameter in self._parameters)
+        if flags not in self._layouts:
+            trained = [p for p, flag in zip(self._parameters, flags, strict=True) if flag and id(p) not in self._sparse]
+            self._layouts[flags] = laid_out(trained, self._manner, self._number, self.names)
+        return self._layouts[flags]
+
+    def _agree(self, window: _Window) -> None:
+        """Ask the other ranks whether their layout is the same, so that the next window's packs can go in order."""
+        channels, (forms, agreed) = state.job().channels, (window.layout.forms, window.layout.agreed)
+        if self._manner.process_set is not global_process_set or channels is None or forms is None or agreed is None:
+            return
+        if state.job().backend.device.type != "cpu":
+            return
+        number, me = self._number, weakref.ref(self)
+        window.agreeing = Request(agreed, act=lambda: channels.agreed(number, me, forms))
+        self._controller().submit(window.agreeing)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if state.real() is not None or not state.is_initialized():
@@ -191,59 +242,114 @@ class Exchange:
                 window.told = True
                 raise AssertionError(_TOO_MANY.format(passes=self.passes, name=self.names[id(parameter)]))
             window.left[id(parameter)] = left
-            if left or id(parameter) in window.sparse:
+            if left:
                 return
-            if parameter.grad is not None and parameter.grad.is_sparse and not self._manner.sparse_as_dense:
-                self._send_sparse(parameter, window)
-            pack, at = window.place.get(id(parameter), (None, 0))
+            pack, at = window.layout.place.get(id(parameter), (None, 0))
             if pack is None:
+                if id(parameter) in self._sparse:
+                    self._send_sparse(parameter, window)
                 return
             pack.missing.discard(at)
-            if not pack.missing:
-                self._take_out_sparse(pack, window)
-                self._send(pack, window)
+            if pack.missing:
+                return
+            if window.by_name is None:
+                self._hold(window)
+            if window.asked or window.by_name is not None or any(other.missing for other in window.packs):
+                self._advance(window)  # else the program waits next, and is quicker by itself
+
+    def _hold(self, window: _Window) -> None:
+        if window.channel is not None and not window.held:
+            window.held = True
+            window.channel.hold(_later(weakref.ref(self), window))
+
+    def _advance(self, window: _Window, *, wait: bool = False, rest: bool = False) -> None:
+        """Send the packs that can be sent.
+
+        Args:
+            window: The one that is under way.
+            wait: Wait until all ranks have begun it.
+            rest: Send those too that are not complete.
+        """
+        if window.by_name is None and not self._heard(window, wait):
+            return
+        if window.by_name:
+            for pack in window.packs:
+                if (rest or not pack.missing) and pack.name not in window.requests:
+                    self._take_out_sparse(pack, window)
+                    self._send_by_name(pack, window)
+            return
+        assert window.channel is not None
+        for pack in window.packs[window.sent :]:
+            if pack.missing and not rest:
+                return
+            window.channel.send(self._request(pack, window))
+            window.sent += 1
+
+    def _heard(self, window: _Window, wait: bool) -> bool:
+        """Whether it is known how this window's packs go."""
+        channel = window.channel
+        assert channel is not None
+        if not window.asked:
+            channels = state.job().channels
+            assert channels is not None
+            channels.windows += 1
+            window.asked = True
+            channel.ask(LIVE, channel.number_of(window.layout.forms), at_once=wait)
+        if not (wait or channel.answered):
+            return False
+        try:
+            window.by_name = channel.answer() == 0
+        except Exception:
+            if wait:
+                raise
+            return False  # whoever waits is told
+        if window.by_name:
+            self._agree(window)
+        return True
 
     def _send_sparse(self, parameter: Tensor, window: _Window) -> None:
         assert parameter.grad is not None
+        if id(parameter) in window.sparse:
+            return
         name = f"optimizer.{self._number}.{self.names[id(parameter)]}"
-        window.sparse[id(parameter)] = sparse_allreduce_async(
-            parameter.grad, name, self._manner.op, self._manner.process_set
-        )
+        gradient = parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)
+        window.sparse[id(parameter)] = sparse_allreduce_async(gradient, name, self._manner.op, self._manner.process_set)
+
+    def _sparse_in(self, pack: Pack) -> set[int]:
+        """Ids of parameters whose gradients turn out to be sparse; they travel by themselves from the next window on."""
+        if self._manner.sparse_as_dense:
+            return set()
+        found = {id(p) for p in pack.parameters if p.grad is not None and p.grad.is_sparse}
+        if found:
+            self._sparse |= found
+            self._layouts.clear()
+        return found
 
     def _take_out_sparse(self, pack: Pack, window: _Window) -> None:
-        """Gradients that turn out to be sparse travel by themselves, from now on on every rank that has one."""
-        known = {id(p) for p in pack.parameters if id(p) in window.sparse}
+        """Where packs go by name, what turns out to be sparse travels by itself at once."""
+        found = self._sparse_in(pack)
+        if not found:
+            return
         for parameter in pack.parameters:
-            sparse = parameter.grad is not None and parameter.grad.is_sparse and not self._manner.sparse_as_dense
-            if sparse and id(parameter) not in known:
+            if id(parameter) in found:
                 self._send_sparse(parameter, window)
-                known.add(id(parameter))
-        if known:
-            self._sparse |= known
-            self._layouts.clear()
-            pack.parameters = [p for p in pack.parameters if id(p) not in known]
-            pack.buffer, pack.parts = None, ()
+        pack.parameters = [p for p in pack.parameters if id(p) not in found]
+        pack.buffer, pack.parts = None, ()
 
-    def _laid_out(self, parameters: list[nn.Parameter]) -> list[Pack]:
-        compression = self._manner.compression
-        own_kind = compression not in (NoneCompressor, FP16Compressor)
+    def _request(self, pack: Pack, window: _Window) -> Request:
+        """What is sent of a pack, in order."""
+        self._sparse_in(pack)
+        tensor = self._taken(pack, window)
+        assert window.layout.forms is not None
+        return self._noted(pack, window, Request(window.layout.forms[window.sent], tensors=[tensor], outputs=[tensor]))
 
-        def carried(dtype: torch.dtype) -> torch.dtype:
-            return torch.float16 if compression is FP16Compressor and dtype.is_floating_point else dtype
+    def _send_by_name(self, pack: Pack, window: _Window) -> None:
+        tensor = self._taken(pack, window)
+        asked = form("allreduce", pack.name, [tensor], **self._manner.details)
+        self._controller().submit(self._noted(pack, window, Request(asked, tensors=[tensor], outputs=[tensor])))
 
-        packs: list[Pack] = []
-        for group in _grouped(parameters, self._manner.groups):
-            for same in _by_device(group):
-                if own_kind or self._manner.groups == 0:
-                    packs += [Pack("", [p], p.dtype, flat=False) for p in same]
-                else:
-                    size = _PACK_BYTES if self._manner.groups is None else 2**62
-                    packs += make_packs(same, carried, size, None)
-        for at, pack in enumerate(packs):
-            pack.name = f"optimizer.{self._number}.pack.{at}.{self.names[id(pack.parameters[0])]}"
-        return packs
-
-    def _send(self, pack: Pack, window: _Window) -> None:
+    def _taken(self, pack: Pack, window: _Window) -> Tensor:
+        """A pack's gradients as what is sent."""
         gradients = [self._dense(parameter) for parameter in pack.parameters]
         context: Any = None
         with torch.no_grad():
@@ -255,16 +361,16 @@ class Exchange:
                     tensor = tensor.contiguous()
             else:
                 tensor = torch.empty(0)
-        manner = self._manner
-        asked = form(
-            "allreduce", pack.name, [tensor], op=manner.op, prescale=manner.prescale, postscale=manner.postscale
-        )
-        request = Request(asked, tensors=[tensor], outputs=[tensor])
-        self._controller().submit(request)
-        window.requests[pack.name] = (request, context)
+        window.contexts[pack.name] = context
         for parameter in pack.parameters:
             assert parameter.grad is not None
             window.versions[id(parameter)] = (parameter.grad, parameter.grad._version)
+        return tensor
+
+    def _noted(self, pack: Pack, window: _Window, request: Request) -> Request:
+        request.began = time.monotonic()
+        window.requests[pack.name] = request
+        return request
 
     def _dense(self, parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
@@ -293,22 +399,16 @@ class Exchange:
                     parameter.grad = laid_out_like(tensor.to(parameter.dtype).view(parameter.shape), parameter)
 
 
-def _grouped(parameters: list[nn.Parameter], groups: Groups) -> list[list[nn.Parameter]]:
-    """What the user wants to travel together; in about the order in which backward completes gradients."""
-    if groups is None or groups == 0:
-        return [parameters[::-1]]
-    if isinstance(groups, int):
-        count = min(groups, len(parameters)) or 1
-        bounds = [len(parameters) * at // count for at in range(count + 1)]
-        return [parameters[begin:end] for begin, end in pairwise(bounds) if end > begin]
-    trained = {id(parameter) for parameter in parameters}
-    chosen = [[p for p in group if id(p) in trained] for group in groups]
-    named = {id(p) for group in chosen for p in group}
-    return [group for group in [*chosen, *([p] for p in parameters if id(p) not in named)] if group]
+def _later(exchange: weakref.ref[Exchange], window: _Window) -> Callable[[], bool]:
+    """Sends what is complete, once all ranks have begun the window; says whether nothing is left to do."""
 
+    def send() -> bool:
+        sender = exchange()
+        if sender is None or window.channel is None or window.channel.troubled:
+            return True
+        with sender._turn:
+            if sender._window is window and window.by_name is None:
+                sender._advance(window)
+            return sender._window is not window or window.by_name is not None
 
-def _by_device(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    found: dict[torch.device, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault(parameter.device, []).append(parameter)
-    return list(found.values())
+    return send

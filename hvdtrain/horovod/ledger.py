@@ -15,7 +15,7 @@ from hvdtrain.horovod.requests import REDUCING, Form
 _MOST_KNOWN = 8192  # forms; then all ranks forget all of them at the same moment
 JOIN, LEAVE = 1, 2
 """Flags of a message: the sender has joined; the sender wants to end."""
-_WITH_JOINED = (*REDUCING, "barrier")
+_WITH_JOINED = (*REDUCING, "barrier", "gradients")
 
 Key = tuple[str, str]
 
@@ -29,12 +29,14 @@ class Message:
         known: Requests whose forms all ranks know: the form's number, and the request's own among those without a name.
         unknown: Requests with forms that are new: their text, and the request's number.
         trouble: Why this rank gives up; "" if it does not.
+        steps: Of a rank that has joined: how many it has taken of which nobody else was told here.
     """
 
     flags: int = 0
     known: tuple[tuple[int, int], ...] = ()
     unknown: tuple[tuple[str, int], ...] = ()
     trouble: str = ""
+    steps: int = 0
 
     @property
     def rest(self) -> bytes:
@@ -42,10 +44,10 @@ class Message:
         return json.dumps([self.unknown, self.trouble]).encode() if self.unknown or self.trouble else b""
 
     @classmethod
-    def read(cls, flags: int, known: Sequence[tuple[int, int]], rest: bytes) -> Message:
+    def read(cls, flags: int, known: Sequence[tuple[int, int]], rest: bytes, steps: int = 0) -> Message:
         """The message that was sent so."""
         unknown, trouble = json.loads(rest) if rest else ([], "")
-        return cls(flags, tuple(known), tuple((text, number) for text, number in unknown), trouble)
+        return cls(flags, tuple(known), tuple((text, number) for text, number in unknown), trouble, steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +105,18 @@ class Ledger:
         self._joined: list[int] = []  # in the order in which they did
         self.leaving: set[int] = set()
 
-    def compose(self, requests: Sequence[tuple[str, int]], flags: int, trouble: str = "") -> Message:
+    def compose(self, requests: Sequence[tuple[str, int]], flags: int, trouble: str = "", steps: int = 0) -> Message:
         """This rank's message.
 
         Args:
             requests: Text of the form and number of each.
             flags: `JOIN`, `LEAVE`, both or none.
             trouble: Why this rank gives up.
+            steps: See `Message`.
         """
         known = tuple((self._numbers[text], number) for text, number in requests if text in self._numbers)
         unknown = tuple((text, number) for text, number in requests if text not in self._numbers)
-        return Message(flags, known, unknown, trouble)
+        return Message(flags, known, unknown, trouble, steps)
 
     def number_if_alone(self, text: str) -> int | None:
         """The number of a form that all ranks know, if nobody waits for anything and nobody has joined or wants to end."""
@@ -133,6 +136,7 @@ class Ledger:
         """Take all ranks' messages of one round, in rank order."""
         outcome = Outcome()
         touched: dict[Key, None] = {}
+        joining: list[tuple[int, int]] = []
         for rank, message in enumerate(messages):
             if message.trouble and not outcome.trouble:
                 outcome.trouble = message.trouble
@@ -145,13 +149,16 @@ class Ledger:
                 self._number_of[key] = number
                 touched[key] = None
             if message.flags & JOIN and rank not in self._joined:
-                self._joined.append(rank)
+                joining.append((message.steps, rank))
                 outcome.news = True
                 touched.update(dict.fromkeys(self._waiting))
             if message.flags & LEAVE and rank not in self.leaving:
                 self.leaving.add(rank)
                 outcome.news = True
                 touched.update(dict.fromkeys(self._waiting))
+        self._joined += [
+            rank for _, rank in sorted(joining)
+        ]  # of those heard at once, who took more steps joined later
         outcome.decisions = [decision for key in touched if (decision := self._decide(key)) is not None]
         if len(self._joined) == len(self._ranks):
             outcome.last_joined = self._joined[-1]

@@ -411,7 +411,6 @@ def join(device: int = -1) -> int:
     Returns:
         The rank that joined last.
     """
-    controller = state.controller_of(global_process_set, "hvd.join")
-    last = controller.join(Request(form("join", None, [])))
+    last = state.join(Request(form("join", None, [])))
     state.count_anew()
     return last

@@ -7,6 +7,7 @@ schedulers made before go on working, and nothing is lost or reset.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,9 @@ from torch.optim import Optimizer
 
 from hvdtrain.horovod import state
 from hvdtrain.horovod.compression import Compression
-from hvdtrain.horovod.exchange import Exchange, Groups, Manner
+from hvdtrain.horovod.exchange import Exchange
 from hvdtrain.horovod.operations import grouped_allreduce_
+from hvdtrain.horovod.packs import Groups, Manner
 from hvdtrain.horovod.passing_through import by_engine
 from hvdtrain.horovod.process_sets import ProcessSet, global_process_set
 from hvdtrain.horovod.reductions import Adasum, Average, Sum
@@ -31,6 +33,11 @@ _AGAIN = (
 _TOO_EARLY = (
     "optimizer.zero_grad() was called after loss.backward() and before optimizer.step() or optimizer.synchronize(): gradients are "
     "on their way to the other ranks"
+)
+
+_ITSELF = (
+    "this optimizer was given to hvd.DistributedOptimizer and is stepped itself, on gradients of this rank alone: call step() of what "
+    "hvd.DistributedOptimizer returned, and keep that"
 )
 
 _Base: Any = object
@@ -266,7 +273,21 @@ def DistributedOptimizer(
         ),
     )  # fmt: skip
     made.register_load_state_dict_post_hook(_begin_anew)
+    if made._exchange.active:
+        if optimizer not in _wrapped:
+            optimizer.register_step_pre_hook(_refuse_itself)
+        _wrapped[optimizer] = weakref.ref(made._exchange)
     return made
+
+
+_wrapped: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Exchange]] = weakref.WeakKeyDictionary()
+
+
+def _refuse_itself(stepped: Optimizer, *_: Any) -> None:
+    """Before the step of an optimizer that was wrapped, or of the one that wraps it."""
+    exchange = _wrapped[stepped]() if stepped in _wrapped else None
+    if stepped in _wrapped and (exchange is None or exchange.under_way):
+        raise RuntimeError(_ITSELF)
 
 
 def _begin_anew(optimizer: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import WIRE_DTYPE, numel
 from hvdtrain.backends.layout import bytes_of
-from hvdtrain.backends.wire import WireOp, Work
+from hvdtrain.backends.wire import Done, WireOp, Work
 from hvdtrain.horovod.adasum import adasum
 from hvdtrain.horovod.halves import FROM_BYTES, HALVES, HalfSum
 from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product, Sum
@@ -97,6 +97,43 @@ def _reduce(communicator: Communicator, batch: Sequence[Agreed]) -> None:
     for agreed in batch:
         if agreed.request is not None:
             agreed.request.finish(_results(communicator, agreed))
+
+
+class Sending:
+    """One all-reduce under way on a communicator whose ranks start the same ones in the same order.
+
+    When all of them have been started, `spread` of each must follow, and then `finish` of each, in that order.
+
+    Args:
+        communicator: Of the ranks, on the CPU.
+        form: The same on every rank.
+        request: This rank's, with one tensor; None for a rank that has joined.
+    """
+
+    def __init__(self, communicator: Communicator, form: Form, request: Request | None) -> None:
+        self._communicator, self.request = communicator, request
+        self._agreed = Agreed(form, request)
+        self._agreed.parts = _parts(communicator, self._agreed)
+        (self._part,) = self._agreed.parts
+        self._half: HalfSum | None = None
+        self._work: Work = Done()
+        if self._part.buffer.dtype in HALVES and self._part.buffer.numel():
+            self._half = HalfSum(communicator.wire, self._part.buffer)
+        elif self._part.buffer.numel():
+            self._work = communicator.wire.all_reduce_(self._part.buffer, _wire_op(self._part))
+
+    def spread(self) -> None:
+        """Start the second exchange, where there are two."""
+        if self._half is not None:
+            self._half.spread(lambda total: _scale(self._communicator, self._part, total))
+
+    def finish(self) -> None:
+        """Wait, and end the request."""
+        if self._half is not None:
+            self._half.finish()
+        self._work.wait()
+        if self.request is not None:
+            self.request.finish(_results(self._communicator, self._agreed))
 
 
 def _reduce_wide(communicator: Communicator, parts: Sequence[_Part]) -> None:
@@ -305,8 +342,8 @@ def shares(rows: int, size: int) -> list[int]:
     return [rows // size + (rank < rows % size) for rank in range(size)]
 
 
-def _nothing_to_do(communicator: Communicator, request: Request) -> None:
-    return None
+def _act(communicator: Communicator, request: Request) -> Any:
+    return request.act() if request.act is not None else None
 
 
 _SINGLY: dict[str, Callable[[Communicator, Request], Any]] = {
@@ -320,6 +357,7 @@ _SINGLY: dict[str, Callable[[Communicator, Request], Any]] = {
     "alltoall": _all_to_all,
     "reducescatter": _reduce_scatter,
     "grouped_reducescatter": _reduce_scatter,
-    "barrier": _nothing_to_do,
-    "agreement": _nothing_to_do,
+    "barrier": _act,
+    "agreement": _act,
+    "gradients": _act,
 }

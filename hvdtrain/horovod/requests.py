@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,7 @@ class Request:
         outputs: Where results are to be written, for operations that can say so beforehand.
         splits: For alltoall: how many rows go to each rank.
         number: Of a call without a name, counted by kind.
+        act: What is done once all ranks have asked for it, in the order in which all of them come to do such things.
         result: What came out, once it is over.
         error: What it failed with.
         ready: What must be done on GPUs before it is performed.
@@ -136,6 +137,7 @@ class Request:
     splits: list[int] = field(default_factory=list)
     number: int = 0
     text: str = ""
+    act: Callable[[], Any] | None = None
     result: Any = None
     error: Exception | None = None
     began: float = 0.0

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,8 @@ from hvdtrain.backends.base import DEFAULT_TIMEOUT_S, Backend
 from hvdtrain.backends.group import Group
 from hvdtrain.errors import ConfigError, HvdtrainError, OutputError
 from hvdtrain.horovod import timeline
+from hvdtrain.horovod.channel import JOINED, LEFT
+from hvdtrain.horovod.channels import Channels
 from hvdtrain.horovod.controller import Controller
 from hvdtrain.horovod.passing_through import real_horovod
 from hvdtrain.horovod.process_sets import ProcessSet, global_process_set
@@ -39,6 +41,7 @@ _FORKED = (
     "for here"
 )
 
+_LEAVING_S = 5.0  # when all ranks are leaving
 _JOINS_TOLD_APART, _MOST_NUMBERS = 2**7, 2**24  # a number travels in 31 bits
 
 
@@ -51,6 +54,7 @@ class Job:
         real: The real Horovod, if that is the engine.
         controllers: By the number of their process set.
         sets: Process sets by number.
+        channels: Of optimizers over all ranks; None where Horovod itself is the engine.
     """
 
     backend: Backend
@@ -61,6 +65,7 @@ class Job:
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     counts: dict[tuple[int, str], itertools.count[int]] = field(default_factory=dict)
     joins: int = 0
+    channels: Channels | None = None
 
 
 @dataclass(slots=True)
@@ -119,13 +124,13 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         raise ConfigError(
             f"hvd.init(comm={comm!r}): a job is all the ranks that were started; start fewer, or use hvd.ProcessSet for some of them"
         )
-    name = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
-    name = choose(detection)[0] if name == "auto" else name
+    wanted = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
+    name = choose(detection, wanted)[0]
     if name != "horovod":
         refuse_the_real(sys.modules)
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= detection.topology.local_world_size
     backend = create(
-        name,
+        wanted,
         detection=detection,
         device="auto" if enough else "cpu",
         timeout_s=_timeout_s(),
@@ -158,9 +163,13 @@ def shutdown() -> None:
         return
     try:
         if ending.real is None and not _failed(ending):
+            if ending.channels is not None:
+                ending.channels.serve(LEFT)
             for number in sorted(ending.controllers, reverse=True):
                 request = Request(form("shutdown", None, []))
                 ending.controllers[number].leave(request)
+            if ending.channels is not None:
+                ending.channels.served(_LEAVING_S)
     except HvdtrainError:
         pass  # the others have failed; the backend says how
     finally:
@@ -232,15 +241,19 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     for other in running.sets.values():
         if other.ranks == members:
             raise ValueError(f"there is a process set of the ranks {members} already: {other}")
+
+    def enter() -> None:
+        made.process_set_id = next(running.numbers)
+        made.own_rank = running.backend.rank
+        running.sets[made.process_set_id] = made
+        if running.real is None:
+            _begin(running, made)
+
     if running.real is not None:
         made.real = running.real.add_process_set(members)
+        enter()
     else:
-        _agree("add_process_set", members)
-    made.process_set_id = next(running.numbers)
-    made.own_rank = running.backend.rank
-    running.sets[made.process_set_id] = made
-    if running.real is None:
-        _begin(running, made)
+        _agree("add_process_set", members, enter)
     return made
 
 
@@ -301,6 +314,18 @@ def count_anew() -> None:
         del running.counts[key]
 
 
+def join(request: Request) -> int:
+    """Take part with nothing in what the other ranks still do; the rank that joined last, once all have."""
+    controller, channels = controller_of(global_process_set, "hvd.join"), job().channels
+    assert channels is not None
+    request.number = channels.windows
+    channels.serve(JOINED)
+    last = controller.join(request)
+    channels.served()
+    channels.windows = 0
+    return last
+
+
 def next_optimizer() -> int:
     """A number for a DistributedOptimizer: ranks make theirs in the same order."""
     return next(_process.optimizers)
@@ -316,12 +341,17 @@ def _begin(running: Job, process_set: ProcessSet) -> None:
         running.groups[number] = group
         name = f"all {len(ranks)} ranks" if number == 0 else f"the ranks {ranks}"
         running.controllers[number] = Controller(group, running.backend.timeout_s, name)
+        if number == 0:
+            running.channels = Channels(lambda: running.backend.group(ranks), group)
 
 
-def _agree(what: str, ranks: list[int]) -> None:
+def _agree(what: str, ranks: list[int], act: Callable[[], None] | None = None) -> None:
+    """Wait until all ranks say the same; ``act`` is done then, in one order on all of them."""
     controller = controller_of(global_process_set, what)
     request = Request(
-        form("agreement", None, [], what=what, ranks=ranks), number=next_number(global_process_set, "agreement")
+        form("agreement", None, [], what=what, ranks=ranks),
+        number=next_number(global_process_set, "agreement"),
+        act=act,
     )
     controller.submit(request, waited_for=True)
     controller.wait(request)
@@ -343,6 +373,8 @@ def _failed(running: Job) -> bool:
 
 def _forget(ending: Job) -> None:
     atexit.unregister(shutdown)
+    if ending.channels is not None:
+        ending.channels.close()
     for group in ending.groups.values():
         group.close()
     for process_set in ending.sets.values():

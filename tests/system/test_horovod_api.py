@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from launching import HOROVOD_MPIRUN, LOCAL, MPI, TORCH, run
 
 RANKS = Path(__file__).resolve().parents[1] / "ranks_horovod"
@@ -107,6 +108,51 @@ else:
     assert "told: allreduce 'late': rank 0 called hvd.shutdown(), or left the program, without it" in ended.output
 
 
+TRAINS = """
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 1)
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+for step in range({steps}):
+    optimizer.zero_grad()
+    model(torch.full((1, 3), rank + 1.0)).sum().backward()
+    {before}
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("steps", ["5 if rank else 3", "5 if rank else 0"])
+@both
+def test_unequal_numbers_of_steps_without_join_are_told_at_once(tmp_path, launch, steps):
+    ended = job(tmp_path, TRAINS.format(steps=steps, before=""), launch)
+    assert ended.code != 0
+    assert ended.seconds < 45
+    assert "rank 0 called hvd.shutdown(), or left the program, without it" in ended.output, ended.output
+
+
+@both
+def test_a_rank_that_takes_no_further_step_is_named_within_the_timeout(tmp_path, launch):
+    ended = job(
+        tmp_path, TRAINS.format(steps=5, before="if step == 3 and rank == 1: time.sleep(60)"), launch, timeout_s="4"
+    )
+    assert ended.code != 0
+    assert ended.seconds < 45
+    assert re.search(r"the gradients of DistributedOptimizer 0.*missing: rank 1", ended.output), ended.output
+
+
+@pytest.mark.slow
+@both
+def test_an_optimizer_goes_on_in_the_next_job(tmp_path, launch):
+    once = TRAINS.format(steps=3, before="").split("\n")
+    again = "\n".join(once[4:])
+    then = "\n".join(
+        [*once[:4], again, "hvd.shutdown(); hvd.init()", again, "torch.save(model.state_dict(), f'{rank}.pt')"]
+    )
+    ended = job(tmp_path, then.replace("f'{rank}.pt'", f"f'{tmp_path}/{{rank}}.pt'"), launch)
+    assert ended.code == 0, ended.output
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(states[0]["weight"], states[1]["weight"])
+
+
 @pytest.mark.slow
 @both
 def test_it_can_be_initialised_again(tmp_path, launch):
@@ -197,6 +243,7 @@ try:
     hvd.allreduce(torch.ones(1 + rank), name="different")
 except hvd.HorovodInternalError as error:
     assert "Mismatched" in str(error)
+torch.manual_seed(0)
 model = torch.nn.Linear(3, 1)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())

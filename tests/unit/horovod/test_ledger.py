@@ -21,7 +21,7 @@ def form(name="x", kind="allreduce", shape=(3,), **details):
 
 def told(message):
     """As it arrives."""
-    return Message.read(message.flags, message.known, message.rest)
+    return Message.read(message.flags, message.known, message.rest, message.steps)
 
 
 class Ranks:
@@ -129,3 +129,17 @@ def test_a_form_has_a_number_of_its_own_only_while_nobody_waits_joins_or_leaves(
     assert first.number_if_alone(form().text()) == 0
     ranks.round([[], []], flags=[0, JOIN])
     assert first.number_if_alone(form().text()) is None
+
+
+@pytest.mark.parametrize(("steps", "last"), [((0, 0, 0), 2), ((5, 3, 3), 0), ((2, 9, 4), 1)])
+def test_of_those_that_are_heard_to_join_at_once_the_last_took_the_most_steps(steps, last):
+    ledgers = [Ledger(range(3)) for _ in range(3)]
+    messages = [told(ledger.compose([], JOIN, steps=count)) for ledger, count in zip(ledgers, steps, strict=True)]
+    assert {ledger.hear(messages).last_joined for ledger in ledgers} == {last}
+
+
+def test_ranks_agree_on_a_layout_only_when_none_has_joined():
+    ranks = Ranks(2)
+    layout = form("DistributedOptimizer 0", "gradients")
+    (decision,) = ranks.round([[(layout, 0)], []], [0, JOIN]).decisions
+    assert (decision.absent, decision.error) == ((1,), "")
