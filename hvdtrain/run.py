@@ -213,8 +213,7 @@ def _backend(config: TrainConfig, detection: Detection) -> Backend:
             f"--horovod.* settings are for backend horovod, but backend {name} was chosen for {detection.reason}; leave them out, "
             "or give --backend horovod"
         )
-    recommended = asked_for(config.backend) is not None
-    return backends.create(config.backend if recommended else name, detection=detection, **options)
+    return backends.create(config.backend, detection=detection, **options)
 
 
 def _headline(backend: Backend) -> str:

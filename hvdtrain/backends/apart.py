@@ -95,10 +95,7 @@ class Apart(Replica):
         Raises:
             TrainingError: Also if ranks meet in the backward pass, or inside `shared_weights`.
         """
-        if self._is_shared:
-            raise TrainingError(
-                "a backward pass inside replica.shared_weights() would train weights that are put back at its end; end the block first"
-            )
+        self._refuse_inside("a backward pass")
         if self._looks and isinstance(loss, Tensor) and loss.requires_grad:
             self._looks -= 1
             if self._backend.world_size > 1 and ranks_meet(loss):
@@ -118,7 +115,9 @@ class Apart(Replica):
 
         Raises:
             ConfigError: A GradScaler or ``skip_nonfinite`` would let a rank skip a step by itself.
+            TrainingError: Inside `shared_weights`.
         """
+        self._refuse_inside("step()")
         check_combination({"sync": True, "on_nan": skip_nonfinite, "scaler": _scales(scaler)})
         return super().step(clip_norm=clip_norm, want_norm=want_norm)
 
@@ -184,19 +183,26 @@ class Apart(Replica):
 
     def settle(self) -> None:
         """Give all ranks their average now, before an exchange is due; every rank must call it after the same step."""
+        self._refuse_inside("settle()")
+        self._assemble("settle()")
         if self._common.differ:
             self._common.settle()
 
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
-        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit."""
-        if not self._common.differ or self._is_shared:
+        """Let the model hold the ranks' average; its own weights come back afterwards, bit for bit.
+
+        Inside, nothing may train or load weights.
+        """
+        if self._is_shared:
             yield
             return
-        own = {parameter: parameter.detach().clone() for parameter in self._common.of}
+        self._assemble("shared_weights()")
+        own = {parameter: parameter.detach().clone() for parameter in self._common.of} if self._common.differ else {}
         try:
-            for parameter, new in self._common.average().items():
-                write_(parameter, new)
+            if own:
+                for parameter, new in self._common.average().items():
+                    write_(parameter, new)
             self._is_shared, self._aside = True, own
             yield
         finally:
@@ -207,6 +213,7 @@ class Apart(Replica):
 
     def copy_from_rank_zero(self) -> None:
         """As of every replica; the next exchange is due as if this had been one."""
+        self._refuse_inside("copy_from_rank_zero()")
         super().copy_from_rank_zero()
         self._common.begin_anew()
 
@@ -217,6 +224,7 @@ class Apart(Replica):
 
     def load_whole_state(self, state: dict[str, Any]) -> None:
         """As of every replica; the next exchange is due as if this had been one."""
+        self._refuse_inside("loading a state")
         super().load_whole_state(state)
         self._common.begin_anew()
 
@@ -228,6 +236,7 @@ class Apart(Replica):
         names = {p: name for name, p in plain_names(self.module).items() if p in self._common.of}
         return {
             **self._common.state(names, self._aside),
+            "group": self._leaders[self._backend.rank],
             "unsent": {}
             if self._not_sent is None
             else self._not_sent.state(((n, p) for p, n in names.items()), speaks=self._speaks[self._backend.rank]),
@@ -235,12 +244,14 @@ class Apart(Replica):
         }
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on as each rank was; on another number of ranks, or with another sync, from the common weights."""
+        """Go on as each rank was; on another number of ranks, in other groups, or with another sync, from the common weights."""
+        self._refuse_inside("loading a state")
         named = plain_names(self.module)
         if any("rests" in state for state in states):
             _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
         self._take_unsent([state["unsent"] for state in states if state.get("unsent")], named)
-        if self._common.go_on(states, named, self._backend.rank, self._backend.world_size):
+        if self._common.go_on(states, named, self._backend.rank, self._leaders):
+            self._common.follow(self._parameters)  # those that were not trained then too
             self.optimizer.load_state_dict(states[self._backend.rank]["optimizer"])
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -248,7 +259,22 @@ class Apart(Replica):
     @property
     def _speaks(self) -> tuple[bool, ...]:
         """Of each rank, whether it sends weights."""
-        return (True,) * self._backend.world_size if self._together is None else self._together.speaks
+        return tuple(leader == rank for rank, leader in enumerate(self._leaders))
+
+    @property
+    def _leaders(self) -> tuple[int, ...]:
+        """Of each rank, which one sends its weights."""
+        return tuple(range(self._backend.world_size)) if self._together is None else self._together.leaders
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._is_shared:
+            raise TrainingError(
+                f"{what} inside replica.shared_weights() would change weights that are put back at its end; end the block first"
+            )
+
+    def _assemble(self, what: str) -> None:
+        """A rank that has taken other steps, or is elsewhere, would wait in another exchange."""
+        self._backend.assemble(f"{what} after step {self._steps}")
 
     def _take_unsent(self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> None:
         if self._not_sent is not None:
@@ -260,10 +286,11 @@ class Apart(Replica):
             )
 
     def _way(self, *, beside: bool = False, exactly: bool = False) -> Way:
+        under_way = not exactly  # at the end of a step, which is counted after it
         return Way(
             everyone=self._beside if beside else self._backend,
             groups=self._together,
-            what=f"exchange of weights after step {self._steps}",
+            what=f"exchange of weights after step {self._steps + under_way}",
             names=self._named,
             compression=None if exactly else self.options.compression,
             unsent=None if exactly else self._not_sent,

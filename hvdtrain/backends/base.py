@@ -299,7 +299,8 @@ class Backend(Communicator):
             reduce_dtype: The type in which gradients travel: "fp32", "bf16" or "fp16"; None for their own.
             compression: For slow networks, send less of the gradients: "powersgd:2", "topk:0.01", "randomk:0.01", "int8",
                 "fp8", "1bit", "fp16", "bf16" (the last two are ``reduce_dtype``), a `hvdtrain.Compression` or the import path of
-                one; None or "none" for all of them. With ``sync`` of the weights' way from the last common ones.
+                one; "powersgd:2,after=100" begins once a parameter's gradient was exchanged so often as it is; None or "none"
+                for all of them. With ``sync`` of the weights' way from the last common ones.
             sync: For slow networks, exchange weights every so many steps instead of gradients in each: "local-sgd:8",
                 "diloco:100", "diloco:100,delay=10,fragments=4", or a `hvdtrain.Sync`; None or "every-step" for gradients in each.
             sync_group: With ``sync`` or ``compression``: inside each "node", or each so many ranks that follow one another,

@@ -5,15 +5,15 @@ Here a `hvdtrain.compression.base.Compression` meets a `Wire`; neither knows the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from hvdtrain.backends.forms import as_bytes
 from hvdtrain.backends.wire import Wire, Work
-from hvdtrain.compression.base import Exchange, Gather, Sent, Sum
+from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
 from hvdtrain.errors import TrainingError
 
 _SUMMED = (torch.float32, torch.float64)
@@ -75,8 +75,13 @@ class Coded:
                 self.sent[at] = end.value
                 continue
             as_tuple = isinstance(asked, tuple)
-            self._waiting.append((at, list(asked) if isinstance(asked, tuple) else [asked], as_tuple))
-        items = [item for _, several, _ in self._waiting for item in several]
+            several = list(asked) if isinstance(asked, tuple) else [asked]
+            if not several or not all(isinstance(item, Sum | Gather) for item in several):
+                raise TrainingError(
+                    f"a compression yielded {asked!r:.80}; what travels is a hvdtrain.Sum or hvdtrain.Gather, or a tuple of them"
+                )
+            self._waiting.append((at, several, as_tuple))
+        items = [item for _, those, _ in self._waiting for item in those]
         if first and answers:  # in a message that travels anyway, if there is one
             kind = items[0] if items else None
             items.append(Sum(self.flag.to(kind.tensor.dtype)) if isinstance(kind, Sum) else Gather(self.flag))
@@ -124,6 +129,42 @@ class _Stage:
                     part = part.view(tensor.shape)
                 results[at] = part.to(tensor.device)
         return [result for result in results if result is not None]
+
+
+def begun(compression: Compression, part: Tensor, memory: Memory, seed: int) -> Exchange:
+    """A compression's exchange of one parameter, whose end is looked at.
+
+    Raises:
+        TrainingError: From the exchange: it returned something else than what arrived.
+    """
+    exchange = compression.exchange(part, memory, seed)
+    if not isinstance(exchange, Generator):
+        _refuse(compression, f"exchange() must yield hvdtrain.Sum or hvdtrain.Gather, and returned {exchange!r:.80}")
+    sent = yield from exchange
+    if not isinstance(sent, Sent):
+        _refuse(compression, f"exchange() must end with `return hvdtrain.Sent(total, own, memory)`, not {sent!r:.80}")
+    total = _like(part, sent.total, compression, "total")
+    own = None if sent.own is None else _like(part, sent.own, compression, "own")
+    return Sent(total, own, {name: _kept(part, value, compression, name) for name, value in sent.memory.items()})
+
+
+def _like(part: Tensor, value: object, compression: Compression, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != part.shape:
+        got = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+        _refuse(compression, f"Sent's {name} must be a tensor of the parameter's shape, {tuple(part.shape)}, not {got}")
+    return value.detach().to(part.dtype)
+
+
+def _kept(part: Tensor, value: object, compression: Compression, name: str) -> Tensor:
+    """What is remembered; a copy if it is the part itself, which is written into."""
+    if not isinstance(value, Tensor):
+        _refuse(compression, f"Sent's memory must be tensors, as checkpoints hold it, and {name!r} is {value!r:.80}")
+    same = value.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+    return value.detach().clone() if same else value.detach()
+
+
+def _refuse(compression: Compression, why: str) -> NoReturn:
+    raise TrainingError(f"compression {compression.name}: {why}")
 
 
 def as_it_is(part: Tensor) -> Exchange:

@@ -160,33 +160,34 @@ class CommonWeights:
         }
 
     def go_on(
-        self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter], rank: int, world_size: int
+        self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter], rank: int, leaders: Sequence[int]
     ) -> bool:
         """Take up what was saved; every rank must call it.
 
         Args:
             states: Of all ranks that saved one.
             named: This model's parameters.
-            rank, world_size: This rank's place.
+            rank: This rank's.
+            leaders: Of each rank, which one sends its weights.
 
         Returns:
-            Whether this rank goes on exactly as it was. On another number of ranks, or with another sync, all go on from the
-            common weights, which the model holds.
+            Whether this rank goes on exactly as it was. On another number of ranks, in other groups, or with another sync, all go
+            on from the common weights, which the model holds.
         """
         self._momentum = {}
         same = [state for state in states if state.get("sync") == repr(self._sync)]
         if not same or len(same) != len(states):
             self.begin_anew()
             return False
-        everyone_is_here = len(same) == world_size
-        state = same[rank] if everyone_is_here else same[0]
+        as_they_were = [state.get("group", at) for at, state in enumerate(same)] == list(leaders)
+        state = same[rank] if as_they_were else same[0]
 
         def placed(values: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
             known = {named[name]: value for name, value in values.items() if name in named}
             return {parameter: value.to(parameter.device, copy=True) for parameter, value in known.items()}
 
         self._momentum = placed(state["momentum"])
-        if not everyone_is_here:
+        if not as_they_were:
             self.begin_anew()
             for one in state["arrived"].values():  # the common weights have come to that already
                 for parameter, way in placed(one["ways"]).items():

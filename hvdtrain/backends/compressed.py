@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded, as_it_is
+from hvdtrain.backends.coded import Coded, as_it_is, begun
 from hvdtrain.backends.grouped import OfGroups
 from hvdtrain.backends.groups import groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
@@ -25,6 +25,7 @@ from hvdtrain.backends.weighting import Tally
 from hvdtrain.backends.wire import Wire, Work
 from hvdtrain.backends.worth import Worth
 from hvdtrain.compression.base import Compression
+from hvdtrain.compression.later import Later
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -55,7 +56,8 @@ class CompressedReplica(HookedReplica):
         self._coded: set[Pack] = set()
         self._encoded: dict[Pack, list[Tensor]] = {}
         self._latest: OfGroups | None = None
-        self._worth = Worth(backend, self._compression.name)
+        after = self._compression.after if isinstance(self._compression, Later) else 0
+        self._worth = Worth(backend, self._compression.name, after)
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
 
     def _make_alike(self) -> None:
@@ -99,7 +101,7 @@ class CompressedReplica(HookedReplica):
                 part.add_(rest)
             seed = zlib.crc32(without_compile(self._names[id(parameter)]).encode())
             exchanges.append(
-                self._compression.exchange(part, self._memory(parameter), seed) if wire.size > 1 else as_it_is(part)
+                begun(self._compression, part, self._memory(parameter), seed) if wire.size > 1 else as_it_is(part)
             )
         self._encoded[pack] = parts
         flag = torch.stack([part.sum() for part in parts]).sum().mul(0)  # NaN where a number is infinite

@@ -21,7 +21,7 @@ class Fragment:
         since: Steps since they were sent.
         weight: What this rank's losses were means over in those.
         total: The weight of the whole global batches in those, as far as losses said it.
-        always: This rank had samples in each of those.
+        always: This rank had samples in each of those, and its losses said the total.
         parameters: In the model's order.
         under_way: The exchange that has not been taken in yet.
     """
@@ -40,7 +40,7 @@ class Fragment:
         self.since += 1
         self.weight += weight
         self.total += total
-        self.always &= counted
+        self.always &= counted and total > 0
 
     @property
     def said(self) -> list[float]:

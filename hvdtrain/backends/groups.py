@@ -21,12 +21,17 @@ class Groups:
     Attributes:
         within: The ranks of this rank's group; the first of them speaks for it.
         between: Those that speak, one a group; None on the others.
-        speaks: Of every rank of the world, whether it speaks.
+        leaders: Of every rank of the world, which one speaks for its group.
     """
 
     within: Communicator
     between: Communicator | None
-    speaks: tuple[bool, ...]
+    leaders: tuple[int, ...]
+
+    @property
+    def speaks(self) -> tuple[bool, ...]:
+        """Of every rank of the world, whether it speaks."""
+        return tuple(leader == rank for rank, leader in enumerate(self.leaders))
 
 
 def groups_of(backend: Backend, asked: str | int | None, *, beside: bool = False) -> Groups | None:
@@ -60,7 +65,8 @@ def groups_of(backend: Backend, asked: str | int | None, *, beside: bool = False
     else:
         between = backend.lasting_group(first)
     assert within is not None
-    return Groups(within, between, tuple(rank in first for rank in range(backend.world_size)))
+    leaders = {rank: ranks[0] for ranks in members for rank in ranks}
+    return Groups(within, between, tuple(leaders[rank] for rank in range(backend.world_size)))
 
 
 def _alone(backend: Backend) -> Communicator:

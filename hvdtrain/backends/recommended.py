@@ -116,7 +116,7 @@ def check_device(found: Recommendation, device: str) -> None:
 
 def trained_of(config: Any) -> dict[str, str]:
     """What a configuration trains, for a record."""
-    return {name: str(getattr(config, name)) for name in TRAINED}
+    return {name: str(getattr(config, name)).removesuffix("()") for name in TRAINED}
 
 
 def measured_otherwise(found: Recommendation, config: Any) -> str:

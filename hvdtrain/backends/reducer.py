@@ -84,6 +84,25 @@ class ReducerReplica(Replica):
         # Of a static graph DDP finds them out itself, in the first step.
         self._seeks_unused = self.options.find_unused_parameters and not self.options.static_graph
         other = self._other_dtype()
+        self._wrap(device, other)
+        if other is not None:
+            check_sums(other, device)
+        self._first = True
+        self._laid_out = self._seeks_unused  # as it was at first, for ever
+        # What earlier micro-batches of this step have used, of which this reducer's hooks know nothing.
+        self._used_before = [p for p in self._parameters if p.grad is not None] if self._seeks_unused else []
+
+    def clear(self) -> None:
+        """As of every replica; gradients of micro-batches that are given up are not taken for used by the next exchange."""
+        given_up = (
+            self._seeks_unused and self._is_gathering and bool(_NO_COPY)
+        )  # older ones compare the ranks when made
+        super().clear()
+        if given_up:  # the reducer's record of what was used ends with an exchange alone
+            self._wrap(self._backend.device, self._other_dtype())
+
+    def _wrap(self, device: torch.device, other: torch.dtype | None) -> None:
+        """Make a reducer; nothing is sent."""
         self._model = _WithTally(self.module, self._parameters, device, apart=other is not None)
         self._ddp = None  # the hooks of an earlier one go with it
         self._ddp = _Ddp(
@@ -95,31 +114,30 @@ class ReducerReplica(Replica):
             static_graph=self.options.static_graph,
             **_NO_COPY,
         )
-        if other is not None:
-            check_sums(other, device)
         hooked = other is not None or any(
             p.is_complex() for p in self._parameters
         )  # Gloo of torch 2.4 sums no complex ones
         if hooked:
             self._ddp.register_comm_hook(Buckets(other, self._backend.world_size, self._backend.traffic), send_bucket)
         self._uncounted_bytes = 0 if hooked else self._bytes_of_buckets()
-        self._first = True
-        self._laid_out = self._seeks_unused  # as it was at first, for ever
 
     def _send_during(self, loss: Tensor, weight: Tensor, tally: Tally, retain_graph: bool) -> None:
-        root = self._prepare(loss)
+        early = self._early(loss)
+        root = self._prepare(loss, *early)
         loss.backward(weight, retain_graph=retain_graph)
         self.lap("backward")
         # The tally goes last: until then the reducer is not done, and notices a gradient that comes twice.
-        torch.autograd.backward(root, self._numbers(tally))
+        torch.autograd.backward([*early, root], [*map(torch.zeros_like, early), self._numbers(tally)])
         self._end_of_backward()
         if not self._complete():
             self._send_early_ones(loss)
 
     def _send_after(self, tally: Tally, empty: bool) -> None:
-        root = self._prepare()
+        early = self._early()
+        root = self._prepare(*early)
         late = [] if self.options.allows_unused else self._parameters[::-1]
-        torch.autograd.backward([*late, root], [*map(self._zero, late), self._numbers(tally)])
+        zeros = [*map(torch.zeros_like, early), *map(self._zero, late)]
+        torch.autograd.backward([*early, *late, root], [*zeros, self._numbers(tally)])
         self._end_of_backward()
 
     def _finish(self, empty: bool) -> Tensor:
@@ -169,6 +187,13 @@ class ReducerReplica(Replica):
             root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes
         self._reducer.prepare_for_backward([*losses, root] if self._seeks_unused else [])
         return root
+
+    @torch.enable_grad()
+    def _early(self, loss: Tensor | None = None) -> list[Tensor]:
+        """What leads to parameters that were used before this reducer was there, and are not used in its first pass."""
+        before, self._used_before = self._used_before, []
+        reached = {id(parameter) for parameter in _parameters_behind(loss)} if loss is not None and before else set()
+        return [p.view_as(p) for p in before if id(p) not in reached]
 
     def _lay_out(self) -> None:
         """Let the reducer lay out its buckets anew, which it does once, after its first backward pass.

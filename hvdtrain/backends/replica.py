@@ -525,6 +525,10 @@ class Replica(ABC):
     def _is_exchanged(self) -> bool:
         return self._phase is _Phase.EXCHANGED
 
+    @property
+    def _is_gathering(self) -> bool:
+        return self._phase is _Phase.GATHERING
+
     def _exchanging(self) -> AbstractContextManager[None]:
         return self._backend.region("gradients", f"gradient exchange of step {self._steps}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded, as_it_is
+from hvdtrain.backends.coded import Coded, as_it_is, begun
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import as_bytes
 from hvdtrain.backends.groups import Groups
@@ -213,7 +213,7 @@ class Round:
         assert self._way.compression is not None
         memory: Memory = {} if self._way.unsent is None else dict(self._way.unsent.of(parameter).memory)
         seed = zlib.crc32(without_compile(self._way.names[parameter]).encode())
-        return self._way.compression.exchange(part, memory, seed)
+        return begun(self._way.compression, part, memory, seed)
 
     def _compresses(self, parameter: nn.Parameter) -> bool:
         compression, between = self._way.compression, self._way.between

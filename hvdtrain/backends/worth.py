@@ -27,13 +27,14 @@ class Worth:
     Args:
         backend: All ranks.
         name: The compression's.
+        after: Steps before it begins.
 
     Attributes:
         is_open: It is not known yet; never on several nodes, nor in a world of one.
     """
 
-    def __init__(self, backend: Backend, name: str) -> None:
-        self._backend, self._name = backend, name
+    def __init__(self, backend: Backend, name: str, after: int = 0) -> None:
+        self._backend, self._name, self._after = backend, name, after
         self.is_open = backend.topology.num_nodes == 1 and backend.world_size > 1
         self._spent_s = 0.0
         self._steps_s: list[float] = []
@@ -58,8 +59,11 @@ class Worth:
         """
         if not self.is_open:
             return
-        self._steps_s.append(self._spent_s)
-        self._spent_s = 0.0
+        spent_s, self._spent_s = self._spent_s, 0.0
+        if self._after > 0:
+            self._after -= 1
+            return
+        self._steps_s.append(spent_s)
         if len(self._steps_s) < _STEPS:
             return
         self.is_open = False

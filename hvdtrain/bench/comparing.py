@@ -11,6 +11,9 @@ from typing import Any
 from hvdtrain.bench.trial import Trial
 from hvdtrain.observe.quantities import in_bytes
 
+FEWEST_ROUNDS = 3
+"""That one of two equal engines wins all of them by chance is then no more than a quarter."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
@@ -46,6 +49,9 @@ def choose(trials: Mapping[str, Sequence[Trial]]) -> Choice:
     if others:
         factors = ", ".join(f"{medians[best] / medians[engine]:.2f} times {engine}" for engine in others)
         sentence += f", {factors}"
+    rounds = min(len(of) for of in rates.values())
+    if others and not rivals and rounds < FEWEST_ROUNDS:
+        sentence += f"; but {'one round says' if rounds == 1 else 'two rounds say'} little (more --rounds)"
     if rivals:
         sentence += f"; but not in every round: these rounds do not tell it from {', '.join(rivals)} (more --rounds, an idle machine)"
     return Choice(best=best, rivals=rivals, sentence=f"{sentence}.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from hvdtrain.bench.bandwidth import size_named
 from hvdtrain.bench.collectives import Measured, bandwidths
+from hvdtrain.bench.spread import Spread
 from hvdtrain.observe.whole_file import write_whole
 from hvdtrain.report.drawing import COLORS, drawn, plain_text
 
@@ -38,6 +39,24 @@ def draw_bandwidths(measured: Measured, collectives: Sequence[str], file: Path) 
         panels[0].legend(fontsize=8, ncols=5)
 
     _write("bandwidth", draw, file, _PANEL_INCHES * len(collectives))
+
+
+def draw_rates(rates: Mapping[str, Spread], file: Path) -> None:
+    """Samples per second as bars, with the quartiles; the fastest first."""
+    ordered = sorted(rates.items(), key=lambda each: -each[1].median)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        places = range(len(ordered))
+        values = [rate.median for _, rate in ordered]
+        around = [[rate.median - rate.low for _, rate in ordered], [rate.high - rate.median for _, rate in ordered]]
+        axes.barh(places, values, xerr=around, color=COLORS[0], ecolor="#444444", capsize=2)
+        axes.set_yticks(list(places), [plain_text(name) for name, _ in ordered])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("samples/s")
+
+    _write("rates", draw, file, 1.0 + 0.3 * len(ordered))
 
 
 def draw_scaling(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdtrain.bench.fitting import Fit
@@ -41,6 +41,14 @@ class Scaled:
         """A step of one rank."""
         return Workload(compute_s=self.steps[1].median, gradient_bytes=self.gradient_bytes)
 
+    @property
+    def busy_workload(self) -> Workload:
+        """A step where a machine has as many ranks as were measured at most: what they take from each other is in it."""
+        most = max(self.fits)
+        link = self.fit.link
+        unhurried_s = self.steps[most].median - waited(self.workload, _cluster(most, most, link, link), ring)
+        return replace(self.workload, compute_s=max(self.workload.compute_s, unhurried_s))
+
     def efficiency(self, ranks: int) -> float:
         """Samples a second to ``ranks`` times those of one rank."""
         return self.steps[1].median / self.steps[ranks].median
@@ -71,12 +79,15 @@ class Assumed:
 
 
 def project(scaled: Scaled, assumed: Assumed) -> dict[str, list[tuple[int, float]]]:
-    """Scaling efficiency by form of exchange and number of ranks."""
+    """Scaling efficiency by form of exchange and number of ranks: of one rank's step to that which is projected.
+
+    The step begins as that of the most ranks that were measured, without what the model says they waited for each other.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     inner = scaled.fit.link
     for ranks in assumed.ranks:
         cluster = _cluster(ranks, assumed.ranks_per_node, assumed.link or inner, inner)
-        steps = projections(scaled.workload, cluster, ratio=assumed.ratio, diloco_steps=assumed.diloco_steps)
+        steps = projections(scaled.busy_workload, cluster, ratio=assumed.ratio, diloco_steps=assumed.diloco_steps)
         for form, seconds in steps.items():
             found.setdefault(form, []).append((ranks, scaled.workload.compute_s / seconds))
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.backends.recommended import RECORD, trained_of
+from hvdtrain.bench.spread import Spread
 from hvdtrain.cli.trials import (
     CONFIG,
     Contender,
@@ -18,6 +19,7 @@ from hvdtrain.cli.trials import (
     in_turns,
     out_file,
     own_flags,
+    picture_file,
     starters,
     table,
     trained,
@@ -48,9 +50,10 @@ How long, where and with which records a --config file trains is left out here.
                    (each by its own)
   --out FILE       write everything as JSON; --backend auto:FILE follows it, on
                    this machine, with as many ranks and the same launcher
+  --plot FILE      draw samples per second, .png or .svg
 
 exit codes: 0 done, 1 an engine failed, 2 wrong flag"""
-_OWN = {"--ranks": "2", "--rounds": "3", "--steps": "80", "--engines": "", "--launcher": "", "--out": ""}
+_OWN = {"--ranks": "2", "--rounds": "3", "--steps": "80", "--engines": "", "--launcher": "", "--out": "", "--plot": ""}
 _LIMIT_S = 1800.0
 _FIXED: Mapping[str, Any] = {
     "resume": "never", "epochs": 10**6, "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_url": None,
@@ -78,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     flags = read_flags(TrainConfig, rest)
     _refuse_ours(flags)
     config: TrainConfig = build(TrainConfig, flags)
-    out = out_file(own["--out"], RECORD)
+    out, plot = out_file(own["--out"], RECORD), picture_file(own["--plot"] or None)
     tried = under(own["--launcher"], own["--engines"]) if own["--launcher"] else starters(own["--engines"])[1]
     from hvdtrain.bench.comparing import as_json, choose, rows  # noqa: PLC0415  (the standard library would do, but torch)
     from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415
@@ -126,6 +129,11 @@ def run(argv: Sequence[str]) -> int:
         energy=[counter.name for counter in counters[0]] or counters[1],
     )
     conclude(found, said, out)
+    if plot is not None:
+        from hvdtrain.bench.pictures import draw_rates  # noqa: PLC0415  (matplotlib: half a second)
+
+        rates = {name: [trial.samples_per_second for trial in of] for name, of in trials.items()}
+        draw_rates({name: Spread.of(of) for name, of in rates.items()}, plot)
     return int(bool(failed))
 
 

@@ -10,8 +10,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.bench.spread import Spread
 from hvdtrain.cli.places import read, say_help
-from hvdtrain.cli.trials import Contender, conclude, contender_ran, environment, in_turns, out_file, starters, table
+from hvdtrain.cli.trials import (
+    Contender,
+    conclude,
+    contender_ran,
+    environment,
+    in_turns,
+    out_file,
+    picture_file,
+    starters,
+    table,
+)
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.settings.options import option, settle
@@ -59,6 +70,9 @@ class StepWishes:
     out: str | None = option(
         None, "write everything as JSON into this file", group="where", metavar="FILE", default_text="nowhere"
     )
+    plot: str | None = option(
+        None, "draw samples per second, .png or .svg", group="where", metavar="FILE", default_text="nothing"
+    )
 
     def __post_init__(self) -> None:
         settle(self)
@@ -77,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     if command.config is None:
         return say_help(StepWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
     wishes: StepWishes = command.config
-    out = out_file(wishes.out or "", "step.json")
+    out, plot = out_file(wishes.out or "", "step.json"), picture_file(wishes.plot)
     contenders = _contenders(wishes)
     from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.bench.step_models import check_model_name  # noqa: PLC0415
@@ -121,6 +135,10 @@ def run(argv: Sequence[str]) -> int:
         "energy": [counter.name for counter in counters[0]] or counters[1],
     }  # fmt: skip
     conclude(as_json(steps, **environment(), **known), "\n".join(filter(None, said)), out, as_json=wishes.json)
+    if plot is not None:
+        from hvdtrain.bench.pictures import draw_rates  # noqa: PLC0415  (matplotlib: half a second)
+
+        draw_rates({name: Spread.of(steps.rates(name)) for name in steps.launches}, plot)
     return int(bool(failed or wrong))
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -75,7 +75,7 @@ class Compression(ABC):
     """
 
     name: str
-    rounds: ClassVar[int] = 1
+    rounds: int = 1
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the gradient of a parameter of this shape is compressed; others travel as they are.

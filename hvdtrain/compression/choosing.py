@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvdtrain.compression.base import Compression
+from hvdtrain.compression.later import Later
 from hvdtrain.compression.low_rank import PowerSGD
 from hvdtrain.compression.quantized import Float8, Int8, OneBit
 from hvdtrain.compression.sparse import RandomK, TopK
@@ -30,13 +31,16 @@ def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | N
     if asked is None or asked == "none":
         return None, None
     if isinstance(asked, Compression):
-        return asked, None
+        return _named(asked, f"compression= of {type(asked).__name__}"), None
     if not isinstance(asked, str):
         raise ConfigError(
             f"compression= takes a name or a hvdtrain.Compression, got {asked!r:.80} of {type(asked).__name__}"
         )
-    name, number = parsed(asked)
-    return (None, name) if name in TYPES else (_made(name, number), None)
+    name, number, after = parsed(asked)
+    if name in TYPES:
+        return None, name
+    made = _made(name, number)
+    return (Later(made, after) if after else made), None
 
 
 def _made(name: str, number: float) -> Compression:
@@ -56,9 +60,13 @@ def _imported(path: str) -> Compression:
             f"{_FLAG} {path} made {found!r:.80} of {type(found).__name__}, which is no hvdtrain.Compression; name a class that is derived "
             "from it"
         )
+    return _named(found, f"{_FLAG} {path}")
+
+
+def _named(found: Compression, asked_by: str) -> Compression:
     if not isinstance(getattr(found, "name", None), str):
         raise ConfigError(
-            f"{_FLAG} {path} has no name; give the class one, as checkpoints and messages are to call it: name = "
-            f'"{path.replace(":", ".").rpartition(".")[2].lower()}"'
+            f"{asked_by} has no name; give the class one, as checkpoints and messages are to call it: name = "
+            f'"{type(found).__name__.lower()}"'
         )
     return found

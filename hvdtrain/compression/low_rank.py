@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hvdtrain.compression.base import Compression, Exchange, Memory, Sent, Sum
+from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import shown
 
 
 class PowerSGD(Compression):
@@ -18,12 +20,17 @@ class PowerSGD(Compression):
     numbers travel, in two sums one after the other. What is not smaller that way travels as it is.
 
     Args:
-        rank: Columns of the thin matrices.
+        rank: Columns of the thin matrices, 1 or more.
+
+    Raises:
+        ConfigError: It is no such number.
     """
 
     rounds = 2
 
     def __init__(self, rank: int) -> None:
+        if type(rank) is not int or rank < 1:
+            raise ConfigError(f"{type(self).__name__}'s rank must be a whole number from 1, got {shown(rank)}")
         self.rank = rank
         self.name = f"powersgd:{rank}"
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
+from hvdtrain.errors import ConfigError
+from hvdtrain.settings.wording import shown
 
 _LOW_BITS = 20
 
@@ -19,11 +21,18 @@ class _Part(Compression):
 
     Args:
         ratio: The part that is sent, in (0, 1]; at least one number is.
+
+    Raises:
+        ConfigError: There is no such part.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, ratio: float) -> None:
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise ConfigError(
+                f"{type(self).__name__}'s ratio must be the part that is sent, more than 0 and at most 1, got {shown(ratio)}"
+            )
         self.ratio = ratio
         short = f"{ratio:g}"
         self.name = f"{self.kind}:{short if float(short) == ratio else repr(ratio)}"

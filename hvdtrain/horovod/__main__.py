@@ -94,13 +94,12 @@ def _backend(words: list[str]) -> tuple[str | None, list[str]]:
 
 def _engine(asked: str | None) -> str:
     """The name of the engine that will work; `hvdtrain.horovod.init` takes the same."""
-    name = asked or given("HVDTRAIN_BACKEND") or "auto"
-    if name == "auto":
-        name = choose(detect())[0]
+    wanted = asked or given("HVDTRAIN_BACKEND") or "auto"
+    name = choose(detect(), wanted)[0]
     missing = load(name).unusable()
     if missing:
         raise LaunchError(f"backend {name!r}: {missing}")
-    want_backend(name)
+    want_backend(wanted)
     return name
 
 

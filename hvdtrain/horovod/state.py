@@ -124,13 +124,13 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         raise ConfigError(
             f"hvd.init(comm={comm!r}): a job is all the ranks that were started; start fewer, or use hvd.ProcessSet for some of them"
         )
-    name = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
-    name = choose(detection)[0] if name == "auto" else name
+    wanted = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
+    name = choose(detection, wanted)[0]
     if name != "horovod":
         refuse_the_real(sys.modules)
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= detection.topology.local_world_size
     backend = create(
-        name,
+        wanted,
         detection=detection,
         device="auto" if enough else "cpu",
         timeout_s=_timeout_s(),

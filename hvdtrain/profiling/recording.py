@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import tempfile
@@ -21,6 +22,8 @@ from hvdtrain.profiling.verdict import RankTimes
 _MARK = "hvdtrain clock"
 _LANE, _LANE_NAME = 1, "phases of the step"  # no thread has the number of init
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+# Older versions of torch, such as 2.4, keep all events unasked.
+_KEPT: dict[str, Any] = {"acc_events": True} if "acc_events" in inspect.signature(profile.__init__).parameters else {}
 
 
 class Recording:
@@ -34,7 +37,7 @@ class Recording:
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank, self._on_gpu = rank, device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        self._profile = profile(activities=activities, acc_events=True)
+        self._profile = profile(activities=activities, **_KEPT)
         self._laps = Laps(device)
         self._phases: list[tuple[str, Span]] = []  # in microseconds since 1970, as this process sees them
         self._steps = 0

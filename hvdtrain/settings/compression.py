@@ -1,4 +1,4 @@
-"""How a compression is asked for in text: a name, and for some a number, as in "powersgd:2", or an import path.
+"""How a compression is asked for in text: a name, and for some a number, as in "powersgd:2" or "topk:0.01,after=100", or an import path.
 
 The standard library alone.
 """
@@ -27,17 +27,36 @@ FORMS = tuple(name + {_WHOLE: ":RANK", _RATIO: ":RATIO", _NOTHING: ""}[kind] for
 """What may be asked for, as messages and the manual show it."""
 
 
-def parsed(text: str, asked_by: str = "compression") -> tuple[str, float]:
-    """A compression's name and number; the number is 0 where there is none, as of an import path, which is all name.
+def parsed(text: str, asked_by: str = "compression") -> tuple[str, float, int]:
+    """A compression's name and number, and after how many exchanges it begins.
+
+    The number is 0 where there is none, as of an import path, which is all name.
 
     Args:
         text: Such as "int8", "powersgd:2" (the rank, 1 or more) or "topk:0.01" (the part that is sent, in (0, 1]), or
-            "my.module:Class" (see `hvdtrain.compression.choosing.chosen`).
+            "my.module:Class" (see `hvdtrain.compression.choosing.chosen`), perhaps with ",after=EXCHANGES".
         asked_by: How messages call it.
 
     Raises:
         ConfigError: There is none of that name, or the number cannot be.
     """
+    named, comma, more = text.partition(",")
+    name, number = _named(named, asked_by)
+    if not comma:
+        return name, number, 0
+    key, _, after = more.partition("=")
+    if key != "after" or not (after.isascii() and after.isdigit() and 1 <= int(after) < 2**31):
+        raise ConfigError(
+            f"{asked_by} {shown(text)}: after=EXCHANGES may follow, a whole number from 1, as in powersgd:2,after=100"
+        )
+    if name in TYPES:
+        raise ConfigError(
+            f"{asked_by} {name} is a type in which gradients are summed, from the first one; leave {shown(more)} out"
+        )
+    return name, number, int(after)
+
+
+def _named(text: str, asked_by: str) -> tuple[str, float]:
     name, colon, number = text.partition(":")
     if name not in _NUMBER and is_import_path(text):
         return text, 0
@@ -52,7 +71,7 @@ def parsed(text: str, asked_by: str = "compression") -> tuple[str, float]:
             raise ConfigError(f"{asked_by} {name} takes no number, got {shown(text)}; give {name}")
         return name, 0
     try:
-        value = float(number)
+        value = float(number) if number.isascii() else math.nan
     except ValueError:
         value = math.nan
     if kind == _WHOLE and not (value >= 1 and value == math.floor(value) and value < 2**31):

@@ -294,10 +294,10 @@ class TrainConfig:
     )
     compression: str = option(
         "none",
-        f"for slow networks, send less of the gradients: {', '.join(FORMS)}, or one of your own by import path; with --sync of what is "
-        "exchanged then (docs/slow_networks.md)",
+        f"for slow networks, send less of the gradients: {', '.join(FORMS)}, or one of your own by import path, with ,after=N once N were "
+        "exchanged as they are; with --sync of what is exchanged then (docs/slow_networks.md)",
         group=_DISTRIBUTED,
-        metavar="NAME[:NUMBER]|PATH",
+        metavar="NAME[:NUMBER][,after=N]",
     )
     sync: str = option(
         "every-step",
@@ -512,7 +512,7 @@ class TrainConfig:
         if self.compression == "none":
             return
         asked = f"--compression {self.compression}"
-        name, _ = parsed(self.compression, "--compression")
+        name, _, _ = parsed(self.compression, "--compression")
         if self.reduce_dtype != "auto":
             raise ConfigError(
                 f"{asked} and --reduce-dtype {self.reduce_dtype} both say as what gradients travel; give one of them"

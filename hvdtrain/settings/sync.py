@@ -47,9 +47,9 @@ class Sync:
     def __post_init__(self) -> None:
         if not _whole(self.steps) or self.steps < 1:
             raise ConfigError(f"sync needs a whole number of steps, 1 or more, got {shown(self.steps)}")
-        if not 0 < self.outer_lr <= 10:
+        if not _real(self.outer_lr) or not 0 < self.outer_lr <= 10:
             raise ConfigError(f"sync's outer_lr must be more than 0 and at most 10, got {shown(self.outer_lr)}")
-        if not 0 <= self.outer_momentum < 1:
+        if not _real(self.outer_momentum) or not 0 <= self.outer_momentum < 1:
             raise ConfigError(
                 f"sync's outer_momentum must be 0 or more and less than 1, got {shown(self.outer_momentum)}"
             )
@@ -63,6 +63,9 @@ class Sync:
                 f"sync's fragments must be a whole number from 1 to the {self.steps} steps between exchanges, so that each has a step of its "
                 f"own; got {shown(self.fragments)}"
             )
+
+        for name in ("outer_lr", "outer_momentum"):  # checkpoints compare them as text: 1 and 1.0 are one
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def first_due(self, fragment: int) -> int:
         """After how many steps a fragment is exchanged for the first time; then every ``steps``."""
@@ -145,3 +148,7 @@ def _is_number(text: str) -> bool:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

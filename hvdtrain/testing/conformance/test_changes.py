@@ -1,6 +1,7 @@
 """Parameters that come and go are followed on every rank, as one process would (float64, 1e-12)."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -148,6 +149,77 @@ def test_a_change_is_followed_by_a_rank_without_samples(backend):
         replica.step()
     states = backend.all_gather_object([p.tolist() for p in net.parameters()])
     assert all(state == states[0] for state in states)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, *, one):
+        return self.head(self.one(x).tanh() if one else x)
+
+
+@pytest.mark.parametrize("kind", ["freeze", "unfreeze", "same"])
+@pytest.mark.parametrize("when", ["in all, no overlap", "in the first", "in the last", "in the second of three"])
+def test_what_one_rank_used_in_a_step_of_a_change_reaches_all_ranks(backend, when, kind):
+    torch.manual_seed(0)
+    model = Branches().double()
+    model.other.requires_grad_(kind == "freeze")
+    alone = copy.deepcopy(model)
+    used = {"in all, no overlap": [True, True], "in the first": [True, False], "in the last": [False, True]}
+    micro_batches = used.get(when, [False, True, False])
+    pair = (model, alone)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in pair]
+    replica = backend.replicate(model, optimizers[0], find_unused_parameters=True)
+    for step in range(3):
+        if step == 1 and kind != "same":
+            for net in pair:
+                net.other.requires_grad_(kind == "unfreeze")
+        for number, one in enumerate(micro_batches):
+            for rank in range(backend.world_size):
+                x = samples(3, start=100 * step + 10 * number + 3 * rank)
+                losses = [net(x, one=one and rank == 0).square().mean() for net in pair]
+                if rank == backend.rank:
+                    with replica.accumulate(
+                        last=number == len(micro_batches) - 1, overlap=when != "in all, no overlap"
+                    ):
+                        replica.backward(losses[0], samples=3)
+                (losses[1] / (backend.world_size * len(micro_batches))).backward()
+        replica.step()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.skipif(
+    "init_sync" not in inspect.signature(nn.parallel.DistributedDataParallel).parameters,
+    reason="torch before 2.5: its DistributedDataParallel keeps what was used, and says so at the next step",
+)
+def test_micro_batches_that_a_rank_gave_up_count_as_nothing_used(backend):
+    torch.manual_seed(0)
+    model = Branches().double()
+    alone = copy.deepcopy(model)
+    pair = (model, alone)
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.1) for net in pair]
+    replica = backend.replicate(model, optimizers[0], find_unused_parameters=True)
+    for step in range(4):
+        if backend.rank == backend.world_size - 1 and step != 2:
+            with replica.accumulate(last=False):
+                replica.backward(model(samples(2), one=True).square().mean(), samples=2)
+            replica.clear()
+        for rank in range(backend.world_size):
+            x = samples(3, start=100 * step + 3 * rank)
+            losses = [net(x, one=step == 2).square().mean() for net in pair]
+            if rank == backend.rank:
+                replica.backward(losses[0], samples=3)
+            (losses[1] / backend.world_size).backward()
+        replica.step()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_a_changed_parameter_that_is_not_the_models_is_refused(backend):

@@ -286,7 +286,7 @@ def fitted(backend, folder, compression, epochs, resume=False, scale=False):
 
 
 @pytest.mark.parametrize("scale", [False, True], ids=["", "fp16"])
-@pytest.mark.parametrize("compression", [*KEEPS_REST, "int8"])
+@pytest.mark.parametrize("compression", [*KEEPS_REST, "int8", "powersgd:1,after=11"])
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(backend, tmp_path, compression, scale):
     folder = backend.broadcast_object(str(tmp_path))
     whole, _ = fitted(backend, None, compression, 4, scale=scale)

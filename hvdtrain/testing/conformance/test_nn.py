@@ -131,7 +131,11 @@ def test_what_it_cannot_be_is_refused(backend):
     for refused in (
         lambda: backend.replicate(nn.Sequential(nn.Linear(4, 8), layer).to(backend.device)),
         lambda: hvdtrain.Trainer(
-            backend, layer, torch.optim.SGD(layer.parameters(), lr=0.1), loss=nn.functional.mse_loss
+            backend,
+            layer,
+            torch.optim.SGD(layer.parameters(), lr=0.1),
+            loss=nn.functional.mse_loss,
+            precision="fp64",
         ),
     ):
         with pytest.raises(

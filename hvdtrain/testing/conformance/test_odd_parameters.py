@@ -132,3 +132,34 @@ def test_it_trains_as_one_process_does(backend, kind, clip_norm):
     for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert a.dtype == b.dtype
         assert a.numel() == 0 or float((a - b).detach().abs().max()) < 1e-12, name
+
+
+TRAVEL = {
+    "topk": {"compression": "topk:1"},
+    "randomk between groups": {"compression": "randomk:1", "sync_group": "node"},
+    "sync": {"sync": "local-sgd:1"},
+    "sync and topk": {"sync": "local-sgd:1", "compression": "topk:1"},
+}
+NOTHING_TO_COMPRESS = ("complex", "0-dimensional and empty")
+
+
+@pytest.mark.parametrize("way", TRAVEL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_as_one_process_does_where_less_is_sent_and_nothing_left_out(backend, kind, way):
+    if "compression" in TRAVEL[way] and kind in NOTHING_TO_COMPRESS:
+        return
+    model = made(kind)
+    alone = copy.deepcopy(model)
+    replica, optimizer = backend.replicate(model, optimizer_of(model), **TRAVEL[way]), optimizer_of(alone)
+    for step in range(4):
+        x = samples(step)
+        mine = x[backend.rank :: backend.world_size]
+        replica.backward((model(mine).square().sum(1) + 1).log().mean(), samples=len(mine))
+        replica.step()
+        (alone(x).square().sum(1) + 1).log().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    replica.settle()
+    for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert a.dtype == b.dtype
+        assert a.numel() == 0 or float((a - b).detach().abs().max()) < 1e-12, name

@@ -113,7 +113,7 @@ def run(backend, shard, *, fit=None, **options):
     n = 12 * backend.world_size
     kind = torch.float32 if options.get("precision") == "fp16" else torch.float64
     data = ArrayDataset(torch.randn(n, 5, dtype=kind), torch.arange(n) % 3)
-    model = made()
+    model = made().to(kind)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -8,7 +8,7 @@ from torch import nn
 
 import hvdtrain
 from hvdtrain.data.arrays import ArrayDataset
-from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
+from hvdtrain.errors import CollectiveError, ConfigError, ModelMismatch, TrainingError
 
 pytestmark = pytest.mark.feature("sync")
 
@@ -196,9 +196,69 @@ def test_blocks_of_shared_weights_may_be_nested_and_train_nothing(backend):
         with replica.shared_weights():
             assert torch.equal(flat(replica.module), shared)
         assert torch.equal(flat(replica.module), shared)
-        with pytest.raises(TrainingError, match="would train weights that are put back"):
-            replica.backward(loss_of(replica.model, *batch(0, 0, 2)), samples=2)
     assert torch.equal(flat(replica.module), own)
+
+
+@pytest.mark.parametrize("steps", [2, 3], ids=["apart", "alike"])
+def test_inside_a_block_of_shared_weights_nothing_changes_weights(backend, steps):
+    replica = trained(backend, "local-sgd:3", "AdamW", steps)
+    own, whole = flat(replica.module), replica.whole_state()
+    states = backend.all_gather_object(replica.rank_state())
+    acts = (
+        lambda: replica.backward(loss_of(replica.model, *batch(0, 0, 2)), samples=2),
+        replica.step,
+        replica.settle,
+        replica.copy_from_rank_zero,
+        lambda: replica.load_whole_state(whole),
+        lambda: replica.load_rank_states(states),
+    )
+    with replica.shared_weights():
+        for act in acts:
+            with pytest.raises(
+                TrainingError, match=r"inside replica.shared_weights\(\) would change weights that are put back"
+            ):
+                act()
+    assert torch.equal(flat(replica.module), own)
+
+
+@pytest.mark.parametrize("act", ["settle", "shared_weights"])
+def test_ranks_that_have_taken_other_steps_are_named_where_they_meet(backend, act):
+    replica = trained(backend, "diloco:4,delay=2", "AdamW", 5)
+    last = backend.world_size > 1 and backend.rank == backend.world_size - 1
+    for step in range(5, 8):
+        if last and step == 6:
+            continue
+        take_step(backend, replica, step, even=True)
+
+    def meet():
+        if act == "settle":
+            replica.settle()
+        else:
+            with replica.shared_weights():
+                pass
+
+    if backend.world_size > 1:
+        behind = backend.world_size - 1
+        with pytest.raises(CollectiveError, match=rf"{act}\(\) after step 8, and rank {behind} at .* after step 7"):
+            meet()
+    if last:
+        take_step(backend, replica, 7, even=True)
+    meet()  # nothing was lost
+    replica.settle()
+    now = flat(replica.module)
+    assert all(torch.equal(now, one) for one in backend.all_gather(now))
+
+
+def test_losses_may_say_their_total_in_some_steps_alone(backend):
+    ends = []
+    for totals in ([False] * 7, [True, False, True, True, False, False, True]):
+        model = made()
+        replica = backend.replicate(model, INNER["AdamW"](model.parameters()), sync="local-sgd:3")
+        for step, total in enumerate(totals):
+            take_step(backend, replica, step, total=total)
+        replica.settle()
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-13)
 
 
 def fitted(backend, folder, epochs, sync, *, resume=False, max_steps=None, evaluated=None):

@@ -1,6 +1,8 @@
 import pytest
+import torch
 
 from hvdtrain.backends.fragments import cut
+from hvdtrain.errors import ConfigError
 from hvdtrain.settings.sync import Sync, sync_of
 
 
@@ -41,3 +43,16 @@ def test_a_sync_is_read_from_text():
     assert sync_of("diloco:100,delay=10,fragments=4") == Sync(100, 0.7, 0.9, delay=10, fragments=4)
     assert sync_of("local-sgd:8,fragments=2") == Sync(8, fragments=2)
     assert sync_of("every-step") is None
+
+
+@pytest.mark.parametrize("value", ["1", None, True, 1j, float("nan"), float("inf"), -1, torch.tensor(0.5)])
+@pytest.mark.parametrize("name", ["outer_lr", "outer_momentum"])
+def test_an_outer_optimizer_that_cannot_be_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"sync's {name} must be"):
+        Sync(3, **{name: value})
+
+
+def test_a_sync_is_the_same_whether_its_numbers_were_whole():
+    assert (
+        repr(Sync(3, 1, 0)) == repr(Sync(3, 1.0, 0.0)) == repr(sync_of("local-sgd:3"))
+    )  # checkpoints compare the text

@@ -149,7 +149,7 @@ def test_what_was_trained_otherwise_is_said_and_followed_all_the_same(tmp_path):
     found = read_recommendation(written(tmp_path, record(trained=trained_of(made))))
     assert measured_otherwise(found, made) == ""
     said = measured_otherwise(found, replace(made, model="cnn"))
-    assert said == f"{found.file} recommends torch for another training: --model mlp() there, cnn() here"
+    assert said == f"{found.file} recommends torch for another training: --model mlp there, cnn here"
     assert measured_otherwise(read_recommendation(written(tmp_path, record())), made) == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,13 @@ def test_a_projection_uses_the_given_link_between_nodes():
     assert projected_rows(fast, 16, 100)[0] == ["", "2 ranks", "64 ranks"]
     whole = json.loads(json.dumps(scaling_json({"mpi": scaled()}, {"mpi": fast})))
     assert whole["results"]["mpi"]["projected_efficiency"]["diloco"]["64"] > 0
+
+
+def test_what_ranks_of_one_machine_take_from_each_other_is_kept_in_a_projection():
+    crowded = replace(scaled(), steps={1: Spread.of([0.1]), 2: Spread.of([0.4])}, gradient_bytes=4)
+    found = project(crowded, Assumed(ranks=[2, 64], ranks_per_node=2, link=None, ratio=16, diloco_steps=100))
+    assert dict(found["ring"])[2] == pytest.approx(0.25, rel=1e-3)
+    assert all(value <= 0.2501 for points in found.values() for _, value in points)
 
 
 def test_numbers_are_read_in_order_and_once():

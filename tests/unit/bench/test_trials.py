@@ -29,6 +29,13 @@ def test_one_that_was_as_fast_in_some_round_is_not_told_from_it():
     assert "these rounds do not tell it from torch (" in choice.sentence
 
 
+@pytest.mark.parametrize(("rounds", "said"), [(1, "one round says little"), (2, "two rounds say little"), (3, "")])
+def test_few_rounds_are_not_taken_for_certain(rounds, said):
+    sentence = choose({"torch": trials(*[10] * rounds), "mpi": trials(*[20] * rounds)}).sentence
+    assert ("little" in sentence) == bool(said)
+    assert said in sentence
+
+
 def test_one_engine_alone_is_the_fastest():
     assert choose({"torch": trials(1234.4)}).sentence == "torch is the fastest: 1,234 samples/s."
 

@@ -9,7 +9,7 @@ import torch
 from hvdtrain.compression.base import Compression, Gather, Sum
 from hvdtrain.compression.choosing import chosen
 from hvdtrain.compression.low_rank import PowerSGD, orthonormal, start
-from hvdtrain.compression.sparse import TopK, places, terms
+from hvdtrain.compression.sparse import RandomK, TopK, places, terms
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.compression import FORMS
 
@@ -300,3 +300,64 @@ def test_one_of_ones_own_is_found_by_its_import_path(joint):
 def test_what_is_no_compression_is_refused(name, said):
     with pytest.raises(ConfigError, match=said):
         chosen(f"{__name__}:{name}")
+
+
+def test_one_without_a_name_is_refused_also_as_an_object():
+    with pytest.raises(ConfigError, match=r'compression= of Nameless has no name; .*: name = "nameless"'):
+        chosen(Nameless())
+
+
+@pytest.mark.parametrize("inner", ALL)
+def test_one_that_begins_later_sums_exactly_before_and_is_the_other_one_then(inner):
+    compression, other = made(f"{inner},after=2"), made(inner)
+    assert (compression.name, compression.rounds) == (f"{inner},after=2", other.rounds)
+    assert compression.takes((3, 3)) == other.takes((3, 3))
+    memories, others = [{}] * RANKS, [{}] * RANKS
+    for step in range(2):
+        tensors = numbers(30, 20, seed=step)
+        results, size = exchanged(compression, tensors, memories)
+        assert size == tensors[0].nbytes
+        assert all(one.own is None for one in results)  # nothing is left to be sent
+        torch.testing.assert_close(results[0].total, sum(tensors))
+        memories = [one.memory for one in results]
+    for step in range(2, 5):
+        tensors = numbers(30, 20, seed=step)
+        results, size = exchanged(compression, tensors, memories)
+        wanted, wanted_size = exchanged(other, tensors, others)
+        assert size == wanted_size
+        for have, want in zip(results, wanted, strict=True):
+            assert torch.equal(have.total, want.total)
+            assert have.own is want.own or torch.equal(have.own, want.own)
+        memories, others = [one.memory for one in results], [one.memory for one in wanted]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("int8,", "after=EXCHANGES may follow"),
+        ("int8,after", "after=EXCHANGES may follow"),
+        ("int8,after=0", "after=EXCHANGES may follow"),
+        ("int8,after=-1", "after=EXCHANGES may follow"),
+        ("int8,after=1,after=2", "after=EXCHANGES may follow"),
+        ("int8,befor=1", "after=EXCHANGES may follow"),
+        ("bf16,after=3", "bf16 is a type in which gradients are summed, from the first one; leave 'after=3' out"),
+        ("powersgd:\u0662", "needs a rank, a whole number"),
+        ("int9,after=3", "did you mean 'int8'"),
+    ],
+)
+def test_what_cannot_follow_a_name_is_refused(asked, said):
+    with pytest.raises(ConfigError, match=said):
+        chosen(asked)
+
+
+@pytest.mark.parametrize("kind", [TopK, RandomK])
+@pytest.mark.parametrize("ratio", [0, -1, 2, float("nan"), "0.5", True, None])
+def test_a_ratio_that_cannot_be_is_refused_before_anything_is_sent(kind, ratio):
+    with pytest.raises(ConfigError, match=f"{kind.__name__}'s ratio must be the part that is sent"):
+        kind(ratio)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "2", True, None])
+def test_a_rank_that_cannot_be_is_refused_before_anything_is_sent(rank):
+    with pytest.raises(ConfigError, match="PowerSGD's rank must be a whole number from 1"):
+        PowerSGD(rank)

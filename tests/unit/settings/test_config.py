@@ -123,6 +123,10 @@ def test_a_task_leaves_model_and_data_open() -> None:
             "--sync local-sgd:2 does not go with --horovod.op adasum",
         ),
         ({"compression": "topc:0.1"}, "--compression must be one of int8, .*, got 'topc:0.1'; did you mean 'topk'?"),
+        (
+            {"compression": "int8,after=x"},
+            "--compression 'int8,after=x': after=EXCHANGES may follow, a whole number from 1",
+        ),
         ({"compression": "topk:2"}, "--compression topk needs the part of the numbers that is sent"),
         ({"compression": "int8", "reduce_dtype": "bf16"}, "--compression int8 and --reduce-dtype bf16 both say"),
         ({"compression": "bf16", "precision": "fp64"}, "--compression bf16 and --precision fp64 exclude each other"),
