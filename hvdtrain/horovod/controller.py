@@ -290,6 +290,9 @@ class Controller:
             joining, self._joining = self._joining, None
             assert joining is not None
             joining.finish(self._communicator.ranks[outcome.last_joined])
+        if outcome.join_error and self._joining is not None:
+            joining, self._joining = self._joining, None
+            joining.fail(HorovodInternalError(outcome.join_error))
         if outcome.ended:
             leaving, self._leaving = self._leaving, None
             assert leaving is not None

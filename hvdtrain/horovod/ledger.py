@@ -76,6 +76,7 @@ class Outcome:
     Attributes:
         decisions: In the order in which they are carried out.
         last_joined: The group rank that joined last, once all have; else None.
+        join_error: Why the joining of those that have joined fails; "" if it does not.
         ended: All ranks want to end.
         trouble: Why a rank gives up, which ends the work of all; "" otherwise.
         news: Whether any rank said something new.
@@ -83,6 +84,7 @@ class Outcome:
 
     decisions: list[Decision] = field(default_factory=list)
     last_joined: int | None = None
+    join_error: str = ""
     ended: bool = False
     trouble: str = ""
     news: bool = False
@@ -163,6 +165,9 @@ class Ledger:
         if len(self._joined) == len(self._ranks):
             outcome.last_joined = self._joined[-1]
             self._joined = []
+        elif self._joined and self.leaving:
+            outcome.join_error = f"hvd.join(): {self._gone(sorted(self.leaving))}"
+            self._joined = []
         outcome.ended = len(self.leaving) == len(self._ranks)
         return outcome
 
@@ -183,7 +188,7 @@ class Ledger:
         others = [rank for rank in range(len(self._ranks)) if rank not in said]
         form, number = next(iter(said.values())), self._number_of[key]
         if gone := [rank for rank in others if rank in self.leaving]:
-            error = f"{form.called(number)}: {self._named(gone)} called hvd.shutdown(), or left the program, without it"
+            error = f"{form.called(number)}: {self._gone(gone)}"
         elif any(rank not in self._joined for rank in others):
             return None
         elif any(other is not form and other != form for other in said.values()):
@@ -213,6 +218,9 @@ class Ledger:
         self._numbers[text] = len(self._forms)
         self._forms.append(form)
         self._held.add(id(form))
+
+    def _gone(self, ranks: Sequence[int]) -> str:
+        return f"{self._named(ranks)} called hvd.shutdown(), or left the program, without it"
 
     def _named(self, ranks: Sequence[int]) -> str:
         return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(self._ranks[rank]) for rank in ranks)}"

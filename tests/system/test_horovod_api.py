@@ -129,6 +129,16 @@ def test_unequal_numbers_of_steps_without_join_are_told_at_once(tmp_path, launch
     assert "rank 0 called hvd.shutdown(), or left the program, without it" in ended.output, ended.output
 
 
+@pytest.mark.parametrize("ends", ["", "hvd.shutdown()"], ids=["the program", "shutdown"])
+@both
+def test_who_has_joined_is_told_at_once_that_a_rank_ends_without_it(tmp_path, launch, ends):
+    then = TRAINS.format(steps="5 if rank else 3", before="") + f"\nif rank == 0: hvd.join()\nelse: pass; {ends}"
+    ended = job(tmp_path, then, launch)
+    assert ended.code != 0
+    assert ended.seconds < 45
+    assert "hvd.join(): rank 1 called hvd.shutdown(), or left the program, without it" in ended.output, ended.output
+
+
 @both
 def test_a_rank_that_takes_no_further_step_is_named_within_the_timeout(tmp_path, launch):
     ended = job(

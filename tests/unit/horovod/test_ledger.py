@@ -143,3 +143,14 @@ def test_ranks_agree_on_a_layout_only_when_none_has_joined():
     layout = form("DistributedOptimizer 0", "gradients")
     (decision,) = ranks.round([[(layout, 0)], []], [0, JOIN]).decisions
     assert (decision.absent, decision.error) == ((1,), "")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_who_has_joined_is_told_that_a_rank_leaves_without_it(together):
+    ranks = Ranks(3)
+    if not together:
+        assert not ranks.round([[], [], []], [0, JOIN, JOIN]).join_error
+    outcome = ranks.round([[], [], []], [LEAVE, JOIN, JOIN])
+    assert outcome.last_joined is None
+    assert outcome.join_error == "hvd.join(): rank 0 called hvd.shutdown(), or left the program, without it"
+    assert ranks.round([[], [], []], [LEAVE, LEAVE, LEAVE]).ended
