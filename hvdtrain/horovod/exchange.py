@@ -353,6 +353,7 @@ class Exchange:
                 self._send_sparse(parameter, window)
         pack.parameters = [p for p in pack.parameters if id(p) not in found]
         pack.buffer, pack.parts = None, ()
+        window.layout.held[pack.name] = contents(pack, self.names)
 
     def _request(self, pack: Pack, window: _Window) -> Request:
         """What is sent of a pack, in order."""
@@ -363,7 +364,7 @@ class Exchange:
 
     def _send_by_name(self, pack: Pack, window: _Window) -> None:
         tensor = self._taken(pack, window)
-        asked = form("allreduce", pack.name, [tensor], **self._manner.details, parameters=contents(pack, self.names))
+        asked = form("allreduce", pack.name, [tensor], **self._manner.details, parameters=window.layout.held[pack.name])
         self._controller().submit(self._noted(pack, window, Request(asked, tensors=[tensor], outputs=[tensor])))
 
     def _taken(self, pack: Pack, window: _Window) -> Tensor:

@@ -59,12 +59,14 @@ class Layout:
     Attributes:
         packs: In about the order in which backward completes them.
         place: Pack and position, by a parameter's id.
+        held: What a pack holds, by its name, for comparison over the ranks.
         forms: What is sent of each pack; None if it is not known beforehand, is much in number, or lies on a GPU.
         agreed: What ranks say when they agree on it; None without ``forms``.
     """
 
     packs: list[Pack]
     place: dict[int, tuple[Pack, int]]
+    held: dict[str, str]
     forms: tuple[Form, ...] | None
     agreed: Form | None
 
@@ -82,11 +84,12 @@ def laid_out(parameters: Sequence[nn.Parameter], manner: Manner, number: int, na
     for at, pack in enumerate(packs):
         pack.name = f"optimizer.{number}.pack.{at}.{names[id(pack.parameters[0])]}"
     place = {id(p): (pack, at) for pack in packs for at, p in enumerate(pack.parameters)}
+    held = {pack.name: contents(pack, names) for pack in packs}
     known = not _of_its_own_kind(manner) and 0 < len(packs) <= _MOST_IN_ORDER
     if not known or any(parameter.device.type != "cpu" for parameter in parameters):
-        return Layout(packs, place, None, None)
-    forms = tuple(_form(pack, manner, names) for pack in packs)
-    return Layout(packs, place, forms, agreement(number, forms))
+        return Layout(packs, place, held, None, None)
+    forms = tuple(_form(pack, manner, held[pack.name]) for pack in packs)
+    return Layout(packs, place, held, forms, agreement(number, forms))
 
 
 def _of_its_own_kind(manner: Manner) -> bool:
@@ -115,7 +118,7 @@ def contents(pack: Pack, names: dict[int, str]) -> str:
     return f"{len(held)} from {held[0][0]} to {held[-1][0]}, {digest}"
 
 
-def _form(pack: Pack, manner: Manner, names: dict[int, str]) -> Form:
+def _form(pack: Pack, manner: Manner, held: str) -> Form:
     shape: tuple[int, ...]
     if pack.flat:
         dtype, shape = pack.dtype, (sum(parameter.numel() for parameter in pack.parameters),)
@@ -126,7 +129,7 @@ def _form(pack: Pack, manner: Manner, names: dict[int, str]) -> Form:
         kind="allreduce",
         name=pack.name,
         tensors=tensors,
-        details=(*manner.details.items(), ("parameters", contents(pack, names))),
+        details=(*manner.details.items(), ("parameters", held)),
     )
 
 
