@@ -134,7 +134,8 @@ def _create(options: Any, backend_options: Any) -> Any:
     is_world = not ranks
     if is_world:
         library.check_world(detection, options.group_rank, options.group_size)
-        bound_end(timeout.total_seconds())  # of MPI_Finalize, which waits for mpirun
+        # Of MPI_Finalize, which waits for mpirun; Python's own end, seconds on a busy machine, counts too.
+        bound_end(timeout.total_seconds() + 10)
         _State.options = own or Options()
         _State.world_ranks = _ranks_in_mpi(
             options.store, options.group_rank, options.group_size, mpi.COMM_WORLD.rank, timeout.total_seconds()
