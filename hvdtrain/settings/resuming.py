@@ -81,7 +81,10 @@ RULES: dict[str, Rule] = {
         TAKEN, "what was not sent yet goes on, also with another one and on other ranks; without one it is lost"
     ),
     "sync": Rule(TAKEN, "with another one, or on other ranks, all go on from the ranks' average"),
-    "sync_group": Rule(TAKEN, "with other groups, what was not sent yet goes to the ranks that speak for them"),
+    "sync_group": Rule(
+        TAKEN,
+        "with other groups, all go on from the ranks' average; what was not sent yet goes to the ranks that speak for them",
+    ),
     "all_reduce": Rule(TAKEN),
     "sync_batch_norm": Rule(TAKEN),
     "horovod": Rule(TAKEN),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hvdtrain-backend", default="auto")
     parser.addoption("--hvdtrain-device", default="cpu")
     parser.addoption("--hvdtrain-record", type=Path)
+    parser.addoption("--hvdtrain-sample", type=int, help="of each test with parameters run this many of them at most")
     parser.addoption(
         "--hvdtrain-timing", action="store_true", help="tests that compare times as well: the machine must not be busy"
     )
@@ -42,10 +43,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Stop the backend last: some engines start only once in a process. Leave out what compares times, unless it is asked for."""
     if not config.getoption("--hvdtrain-timing"):
         items[:] = [item for item in items if item.get_closest_marker("timing") is None]
+    most = config.getoption("--hvdtrain-sample")
+    if most is not None:
+        items[:] = sampled(items, most)
     items.sort(key=lambda item: item.path.name == "test_stop.py")
     unknown = {mark.args[0] for item in items for mark in item.iter_markers("feature")} - set(FEATURES)
     if unknown:
         raise pytest.UsageError(f"no such feature in hvdtrain.testing.features: {', '.join(sorted(unknown))}")
+
+
+def sampled(items: Sequence[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most so many items of each test, spread over its parameters; the same on every rank."""
+    of: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {each[len(each) * at // most] for each in of.values() for at in range(most)}
+    return [item for item in items if item in kept]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,15 +14,17 @@ import pytest
 from hvdtrain.training.interrupt import SAME_S, Interrupt
 
 LOOP = """
-import sys, time
+import os, sys, time
 from hvdtrain.training.interrupt import Interrupt
-with Interrupt(lambda text: print(text, flush=True)) as interrupted:
-    print("ready", flush=True)
+def say(text):  # whole, whoever else says something
+    os.write(1, f"{text}\\n".encode())
+with Interrupt(say) as interrupted:
+    say("ready")
     while not interrupted():
         time.sleep(0.01)
-    print("asked", flush=True)
+    say("asked")
     time.sleep(float(sys.argv[1]))
-print("done", flush=True)
+say("done")
 """
 STUCK = """
 import ctypes
