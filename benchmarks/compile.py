@@ -124,7 +124,8 @@ def measure(way: str, name: str, ranks: int, folder: Path) -> dict[str, Any]:
     for old in folder.glob(f"{out.name}.*"):
         old.unlink()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled" / out.name)
-    problem = run_once(__file__, ["--worker", way, name, str(out)], ranks, mpi=way.startswith(("mpi", "horovod")))
+    launcher = "mpirun" if way.startswith(("mpi", "horovod")) else "torchrun"
+    problem = run_once(__file__, ["--worker", way, name, str(out)], ranks, launcher=launcher)
     if problem:
         raise SystemExit(f"{way} on {name}: {problem}")
     found = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{out.name}.*"))]

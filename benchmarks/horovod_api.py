@@ -1,4 +1,4 @@
-"""Horovod's API: the real Horovod, and `hvdtrain.horovod` over MPI and over Gloo, in turns within one run.
+"""Horovod's API: the real Horovod over MPI and over Gloo, and `hvdtrain.horovod` over each, in turns within one run.
 
 python benchmarks/horovod_api.py                                   # 2 ranks, one thread each
 python benchmarks/horovod_api.py --models resnet18 --rounds 5 --out results.json
@@ -26,7 +26,12 @@ from torch.nn.functional import cross_entropy
 
 from hvdtrain.cli.trials import environment
 
-ENGINES = ("horovod", "mpi", "torch")
+LAUNCHERS = {
+    "horovod": "mpirun",
+    "horovod-gloo": "horovodrun --gloo",
+    "mpi": "mpirun",
+    "torch": "torchrun",
+}  # of each engine
 STEPS = {"mlp": 40, "resnet18": 12, "small": 100, "many": 40}
 WARM_UP = 8
 REPEATS = 300
@@ -35,9 +40,10 @@ REPEATS = 300
 def worker(engine: str, name: str, out: str) -> None:
     """One rank: images/s of every step, and microseconds of every allreduce."""
     torch.set_num_threads(1)
-    if engine != "horovod":
+    real = engine.startswith("horovod")
+    if not real:
         os.environ["HVDTRAIN_BACKEND"] = engine
-    hvd: Any = importlib.import_module("horovod.torch" if engine == "horovod" else "hvdtrain.horovod")
+    hvd: Any = importlib.import_module("horovod.torch" if real else "hvdtrain.horovod")
     hvd.init()
     model, x, y = model_of(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -64,7 +70,9 @@ def worker(engine: str, name: str, out: str) -> None:
 def measured(engine: str, name: str, ranks: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "times")
-        run_once(__file__, ["--worker", engine, name, out], ranks, mpi=engine != "torch")
+        problem = run_once(__file__, ["--worker", engine, name, out], ranks, launcher=LAUNCHERS[engine])
+        if problem:
+            raise SystemExit(f"{engine}, {name}: {problem}")
         return dict(json.loads(Path(f"{out}.0").read_text()))
 
 
@@ -74,7 +82,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=["resnet18", "mlp"])
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", default=list(LAUNCHERS))
     parser.add_argument("--out")
     args = parser.parse_args()
     if args.worker:

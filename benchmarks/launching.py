@@ -25,14 +25,13 @@ def model_of(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model_and_batch(name, BATCH[name], image_size=64, rank=0)
 
 
-def run_once(file: str, arguments: list[str], ranks: int, *, mpi: bool) -> str:
-    """Run a benchmark's workers to their end, under mpirun or torchrun.
+def run_once(file: str, arguments: list[str], ranks: int, *, launcher: str) -> str:
+    """Run a benchmark's workers to their end, under a launcher: torchrun, mpirun, "horovodrun --gloo".
 
     Returns:
         "", or what was said if they failed.
     """
-    launcher = "mpirun" if mpi else "torchrun"
-    found = [each for each in starters(gloo=False, mpi=False) if each.name == launcher]
+    found = [each for each in starters(gloo=True, mpi=True) if each.name == launcher]
     if not found:
         return f"{launcher} is not here"
     command = found[0].command(ranks, [file, *arguments])
