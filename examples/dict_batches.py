@@ -51,7 +51,7 @@ def main():
     with hvdtrain.init() as backend:
         model = nn.Sequential(nn.Embedding(26, 32), nn.Linear(32, 26)).double().to(backend.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-        trainer = hvdtrain.Trainer(backend, model, optimizer, task=NextLetter(), collate=collate)
+        trainer = hvdtrain.Trainer(backend, model, optimizer, task=NextLetter(), collate=collate, precision="fp64")
         result = trainer.fit(Alphabet(), Alphabet(), epochs=4, global_batch_size=30)
         if backend.rank == 0:
             found = result.eval_metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,16 @@ def rows(steps: Steps) -> list[list[str]]:
 
 def unlike(steps: Steps) -> str:
     """A sentence on contenders that do not train alike; "" if all do, `ALONE` left out."""
-    losses = {
-        name: launch.third_loss for name, launches in steps.launches.items() for launch in launches if name != ALONE
-    }
+    losses = [
+        (name, launch.third_loss) for name, launches in steps.launches.items() for launch in launches if name != ALONE
+    ]
     if not losses:
         return ""
-    middle = statistics.median(losses.values())
-    wrong = [
-        f"{name} {loss:.6g}" for name, loss in losses.items() if not math.isclose(loss, middle, rel_tol=_LOSSES_DIFFER)
-    ]
+    middle = statistics.median(loss for _, loss in losses)
+    wrong = [f"{name} {loss:.6g}" for name, loss in losses if not math.isclose(loss, middle, rel_tol=_LOSSES_DIFFER)]
     if not wrong:
         return ""
-    return f"these do not train alike: the third loss is {middle:.6g}, but {', '.join(wrong)}."
+    return f"these do not train alike: the third loss is {middle:.6g}, but {', '.join(dict.fromkeys(wrong))}."
 
 
 def as_json(steps: Steps, **environment: Any) -> dict[str, Any]:
@@ -136,8 +134,3 @@ def as_json(steps: Steps, **environment: Any) -> dict[str, Any]:
         for contender, launches in steps.launches.items()
     }
     return {"benchmark": "step", **environment, "results": results}
-
-
-def in_order(launches: Mapping[str, list[Launch]], names: Sequence[str]) -> dict[str, list[Launch]]:
-    """Those of these names, in this order."""
-    return {name: launches[name] for name in names if name in launches}

@@ -21,6 +21,7 @@ from hvdtrain.cli.trials import (
     out_file,
     picture_file,
     starters,
+    survivors,
     table,
 )
 from hvdtrain.cli.voice import say
@@ -114,11 +115,7 @@ def run(argv: Sequence[str]) -> int:
             return ""
 
         failed = in_turns(contenders, wishes.rounds, once, quiet=wishes.json)
-    measured.times = {
-        each.name: measured.times[each.name]
-        for each in contenders
-        if each.name in measured.times and each.name not in failed
-    }
+    measured.times = survivors(measured.times, contenders, failed)
     if not measured.times:
         raise HvdtrainError("nothing could be measured; hvdtrain doctor says what is wrong here")
     said = [f"\n{name}, {wishes.ranks} ranks\n{table(rows(measured, name, all_sizes))}" for name in collectives]

@@ -21,6 +21,7 @@ from hvdtrain.cli.trials import (
     own_flags,
     picture_file,
     starters,
+    survivors,
     table,
     trained,
     under,
@@ -110,7 +111,7 @@ def run(argv: Sequence[str]) -> int:
             return ""
 
         failed = in_turns(contenders, rounds, once)
-    trials = {each.name: trials[each.name] for each in contenders if each.name in trials and each.name not in failed}
+    trials = survivors(trials, contenders, failed)
     if not trials:
         raise HvdtrainError("no engine could train the task; hvdtrain doctor says what is wrong here")
     choice = choose(trials)

@@ -21,6 +21,7 @@ from hvdtrain.cli.trials import (
     out_file,
     picture_file,
     starters,
+    survivors,
     table,
 )
 from hvdtrain.cli.voice import say
@@ -95,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
     contenders = _contenders(wishes)
     from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.bench.step_models import check_model_name  # noqa: PLC0415
-    from hvdtrain.bench.steps import Steps, as_json, in_order, read_launch, rows, unlike  # noqa: PLC0415
+    from hvdtrain.bench.steps import Steps, as_json, read_launch, rows, unlike  # noqa: PLC0415
 
     check_model_name(wishes.model)
     counters = find_counters()
@@ -122,7 +123,7 @@ def run(argv: Sequence[str]) -> int:
             return ""
 
         failed = in_turns(contenders, wishes.rounds, once, quiet=wishes.json)
-    steps.launches = in_order(steps.launches, [each.name for each in contenders if each.name not in failed])
+    steps.launches = survivors(steps.launches, contenders, failed)
     if not steps.launches:
         raise HvdtrainError("nothing could be measured; hvdtrain doctor says what is wrong here")
     wrong = unlike(steps)

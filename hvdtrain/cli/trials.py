@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +27,7 @@ from hvdtrain.version import __version__
 CONFIG = "config.yaml"
 _WIDEST = 400
 _REMEDY = "choose another --out"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +179,18 @@ def in_turns(
                 if not quiet:
                     say(f"{contender.name} ({contender.starter.name}) failed: {how}")
     return failed
+
+
+def survivors(found: Mapping[str, T], contenders: Sequence[Contender], failed: Mapping[str, str]) -> dict[str, T]:
+    """What was found of those that did not fail, in the contenders' order, whoever began first.
+
+    Args:
+        found: By contender.
+        contenders: All of them.
+        failed: Those that did, as `in_turns` returns them.
+    """
+    names = [each.name for each in contenders if each.name not in failed]
+    return {name: found[name] for name in names if name in found}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -145,15 +145,11 @@ class Exchange:
                 return
             if not window.asked and all(pack.missing for pack in window.packs):
                 return
-            self._give_up(window)
+            with window.channel.waited_for():
+                self._advance(window, wait=True)
+                window.channel.finish()
             if not window.by_name:
                 self._window = None
-
-    def _give_up(self, window: _Window) -> None:
-        assert window.channel is not None
-        with window.channel.waited_for():
-            self._advance(window, wait=True)
-            window.channel.finish()
 
     def complete(self) -> None:
         """Send what was not sent, and return when every gradient is the ranks' average or sum.

@@ -13,6 +13,20 @@ import pytest
 
 from hvdtrain.launch.starting import starters, surroundings
 
+BRIEFLY = [
+    "--model",
+    "small",
+    "--batch-size",
+    "4",
+    "--rounds",
+    "1",
+    "--warmup",
+    "1",
+    "--batches",
+    "2",
+    "--iterations",
+    "2",
+]
 TASK = """
 import os
 import torch
@@ -109,21 +123,7 @@ def test_collectives_of_every_engine_are_timed_beside_raw_mpi_and_a_copy_and_dra
 
 @pytest.mark.slow
 def test_a_step_is_timed_under_every_engine_and_all_train_alike(tmp_path):
-    words = [
-        "--model",
-        "small",
-        "--batch-size",
-        "4",
-        "--rounds",
-        "1",
-        "--warmup",
-        "1",
-        "--batches",
-        "2",
-        "--iterations",
-        "2",
-    ]
-    code, out, err = hvdtrain(tmp_path, "bench", "step", *words, "--json")
+    code, out, err = hvdtrain(tmp_path, "bench", "step", *BRIEFLY, "--json")
     assert code == 0, out + err
     found = json.loads(out)
     assert {"alone", "ddp", "ddp-mpi4py", "torch", "mpi"} <= set(found["results"])
@@ -135,20 +135,6 @@ def test_a_step_is_timed_under_every_engine_and_all_train_alike(tmp_path):
 
 @pytest.mark.slow
 def test_scaling_is_measured_fitted_and_projected(tmp_path):
-    words = [
-        "--model",
-        "small",
-        "--batch-size",
-        "4",
-        "--rounds",
-        "1",
-        "--warmup",
-        "1",
-        "--batches",
-        "2",
-        "--iterations",
-        "2",
-    ]
     more = [
         "--engines",
         "mpi",
@@ -163,7 +149,7 @@ def test_scaling_is_measured_fitted_and_projected(tmp_path):
         "--plot",
         "s.svg",
     ]
-    code, out, err = hvdtrain(tmp_path, "bench", "scaling", *words, *more, "--out", "found.json")
+    code, out, err = hvdtrain(tmp_path, "bench", "scaling", *BRIEFLY, *more, "--out", "found.json")
     assert code == 0, out + err
     found = json.loads((tmp_path / "found.json").read_text())["results"]["mpi"]
     assert found["efficiency"]["1"] == 1

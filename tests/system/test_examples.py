@@ -85,20 +85,25 @@ EXAMPLE_LAUNCHES = [  # each example under one launcher, and under all in `make 
 ]
 
 
+def said(example: str, launcher: str, *words: str) -> str:
+    """All that an example says, which must end well."""
+    if launcher.startswith("horovodrun"):
+        pytest.importorskip("horovod", reason="Horovod is not installed")
+    launch, ranks = LAUNCHES[launcher]
+    ended = run(launch(ranks, str(EXAMPLES / f"{example}.py"), *words))
+    assert ended.code == 0, ended.output
+    return ended.output
+
+
 @functools.cache
 def last_words(example: str, launcher: str) -> str:
     """What an example says at the end, without how many ranks it had."""
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / f"{example}.py")))
-    assert ended.code == 0, ended.output
-    (words,) = re.findall(rf"{ranks} rank\(s\): (.*)", ended.output)
+    (words,) = re.findall(rf"{LAUNCHES[launcher][1]} rank\(s\): (.*)", said(example, launcher))
     return words
 
 
 @pytest.mark.parametrize(("example", "launcher"), EXAMPLE_LAUNCHES)
 def test_an_example_ends_alike_under_every_launcher(example, launcher):
-    if launcher.startswith("horovodrun"):
-        pytest.importorskip("horovod", reason="Horovod is not installed")
     if example == "metrics":
         pytest.importorskip("torchmetrics", reason="needs torchmetrics")
     assert last_words(example, launcher) == last_words(example, "python")
@@ -107,12 +112,8 @@ def test_an_example_ends_alike_under_every_launcher(example, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHES)
 def test_an_autoencoder_learns_by_its_methods(launcher):
-    if launcher.startswith("horovodrun"):
-        pytest.importorskip("horovod", reason="Horovod is not installed")
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / "vae.py")))
-    assert ended.code == 0, ended.output
-    before, after = map(float, re.search(r"from (\d+\.\d) to (\d+\.\d) nats", ended.output).groups())
+    output = said("vae", launcher)
+    before, after = map(float, re.search(r"from (\d+\.\d) to (\d+\.\d) nats", output).groups())
     assert before > 40
     assert after < 26
 
@@ -120,13 +121,9 @@ def test_an_autoencoder_learns_by_its_methods(launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHES)
 def test_the_best_of_a_run_is_kept_and_predicts(tmp_path: Path, launcher):
-    if launcher.startswith("horovodrun"):
-        pytest.importorskip("horovod", reason="Horovod is not installed")
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / "best_of_a_run.py"), str(tmp_path)))
-    assert ended.code == 0, ended.output
-    assert int(re.search(r"ended after (\d+) epochs: accuracy has not been better", ended.output)[1]) < 40
-    best, predicted = re.search(r"best (\S+), of its predictions (\S+) right", ended.output).groups()
+    output = said("best_of_a_run", launcher, str(tmp_path))
+    assert int(re.search(r"ended after (\d+) epochs: accuracy has not been better", output)[1]) < 40
+    best, predicted = re.search(r"best (\S+), of its predictions (\S+) right", output).groups()
     assert best == predicted
     assert float(best) > 0.95
 
@@ -134,12 +131,8 @@ def test_the_best_of_a_run_is_kept_and_predicts(tmp_path: Path, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHES)
 def test_a_logger_of_ones_own_hears_of_all(tmp_path: Path, launcher):
-    if launcher.startswith("horovodrun"):
-        pytest.importorskip("horovod", reason="Horovod is not installed")
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / "own_logger.py"), str(tmp_path / "new" / "losses.csv")))
-    assert ended.code == 0, ended.output
-    first, *others, last = map(float, re.search(r"21 lines, evaluated losses (.*)", ended.output)[1].split(", "))
+    output = said("own_logger", launcher, str(tmp_path / "new" / "losses.csv"))
+    first, *others, last = map(float, re.search(r"21 lines, evaluated losses (.*)", output)[1].split(", "))
     assert len(others) == 1
     assert last < first < 2
 
@@ -147,12 +140,8 @@ def test_a_logger_of_ones_own_hears_of_all(tmp_path: Path, launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "horovodrun --mpi"])
 def test_ways_over_a_slow_network_send_less_and_learn(launcher):
-    if launcher.startswith("horovodrun"):
-        pytest.importorskip("horovod", reason="Horovod is not installed")
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / "slow_network.py")))
-    assert ended.code == 0, ended.output
-    found = re.findall(r"rank\(s\): (\S+) sends (\S+) bytes a step, accuracy (\S+)", ended.output)
+    output = said("slow_network", launcher)
+    found = re.findall(r"rank\(s\): (\S+) sends (\S+) bytes a step, accuracy (\S+)", output)
     sent = {way: float(count.replace(",", "")) for way, count, _ in found}
     assert all(float(right) > 0.9 for *_, right in found)
     assert sent["int8"] < sent["plain"] / 2
@@ -162,14 +151,14 @@ def test_ways_over_a_slow_network_send_less_and_learn(launcher):
 @pytest.mark.slow
 def test_a_slow_input_is_found_and_repaired(tmp_path: Path):
     flags = ["--task", "slow_input:Slow", "--max-steps", "40", "--profile", "20:30"]
-    said, speed = {}, {}
+    verdict, speed = {}, {}
     for name, repair in (("slow", []), ("repaired", ["--workers", "2"])):
         run_dir = tmp_path / name
         ended = run(torchrun(2, "-m", "hvdtrain", *flags, *repair, "--run-dir", str(run_dir)), cwd=EXAMPLES)
         assert ended.code == 0, ended.output
-        said[name] = json.loads((run_dir / "profile" / "verdict.json").read_text())
+        verdict[name] = json.loads((run_dir / "profile" / "verdict.json").read_text())
         speed[name] = json.loads((run_dir / "summary.json").read_text())["samples_per_second"]
-    assert "input binds the step" in json.dumps(said["slow"])
+    assert "input binds the step" in json.dumps(verdict["slow"])
     assert speed["repaired"] > speed["slow"]
 
 

@@ -45,6 +45,8 @@ def test_who_trains_otherwise_is_named_and_who_is_alone_may():
     assert unlike(Steps(samples=1, batches=1, launches=alike)) == ""
     wrong = Steps(samples=1, batches=1, launches={**alike, "horovod": [launch(1.0, loss=2.1)]})
     assert unlike(wrong) == "these do not train alike: the third loss is 2.0001, but horovod 2.1."
+    once = {**alike, "horovod": [launch(1.0, loss=2.1), launch(1.0)]}  # in a round that is not the last
+    assert unlike(Steps(samples=1, batches=1, launches=once)).endswith("but horovod 2.1.")
 
 
 def test_an_iteration_lasts_as_long_as_on_the_slowest_rank(tmp_path):
