@@ -28,10 +28,10 @@ def step():
     optimizer.zero_grad()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(5):
     step()
 before = faults()
-for _ in range(10):
+for _ in range(50):
     step()
 print(faults() - before)
 """
@@ -52,9 +52,11 @@ def test_a_step_gets_no_new_pages():
         )
         return int(ended.stdout)
 
-    gradients = 10 * 4 * 1024  # pages of 4 KiB in ten steps
-    assert faults("keep") < gradients / 8
-    assert faults("leave") > gradients / 4  # else there is nothing to mend any more
+    gradients = 50 * 4 * 1024  # pages of 4 KiB in fifty steps
+    kept = faults("keep")
+    assert kept < gradients / 20  # a gradient now and then, where the heap had no room yet
+    # How much glibc gives back hangs on where the heap's blocks came to lie: a fifth to four fifths were seen.
+    assert faults("leave") > max(gradients / 20, 4 * kept)  # else there is nothing to mend any more
 
 
 @pytest.mark.parametrize("name", CHOICES)
