@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--log-dir", type=Path, help="folder for each rank's output; the terminal otherwise")
     parser.add_argument("--record", type=Path, help="file for what passed (see hvdtrain.testing.features)")
     parser.add_argument("--sample", type=int, help="of each test with parameters run this many of them at most")
+    parser.add_argument("--brief", action="store_true", help="of each test that takes long run some of its parameters")
     known, others = parser.parse_known_args()
     if known.sample is not None and known.sample < 1:
         parser.error("--sample needs a number of at least 1")
@@ -45,6 +46,8 @@ def main() -> int:
         chosen.append(f"--hvdtrain-record={known.record.absolute()}")
     if known.sample is not None:
         chosen.append(f"--hvdtrain-sample={known.sample}")
+    if known.brief:
+        chosen.append("--hvdtrain-brief")
     return int(pytest.main([str(suite), *options, *chosen, *others]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import hvdtrain
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.local import LocalBackend
 from hvdtrain.launch.detect import Detection
-from hvdtrain.testing.features import FEATURES, Record
+from hvdtrain.testing.features import ENGINES, FEATURES, Record
 from hvdtrain.topology import Topology
 
 _TIMEOUT_S = 60.0
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hvdtrain-device", default="cpu")
     parser.addoption("--hvdtrain-record", type=Path)
     parser.addoption("--hvdtrain-sample", type=int, help="of each test with parameters run this many of them at most")
+    parser.addoption("--hvdtrain-brief", action="store_true", help="of each costly test run some of its parameters")
     parser.addoption(
         "--hvdtrain-timing", action="store_true", help="tests that compare times as well: the machine must not be busy"
     )
@@ -33,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Know the marks of tests that stand for a feature."""
     config.addinivalue_line("markers", "timing: compares times (--hvdtrain-timing)")
+    config.addinivalue_line("markers", "costly(most): takes long; how many of its parameters a brief run takes")
     config.addinivalue_line(
         "markers",
         "feature(name, refused_by={}): one of `hvdtrain.testing.features`; engines where the test shows a refusal, with the reason",
@@ -43,21 +46,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Stop the backend last: some engines start only once in a process. Leave out what compares times, unless it is asked for."""
     if not config.getoption("--hvdtrain-timing"):
         items[:] = [item for item in items if item.get_closest_marker("timing") is None]
-    most = config.getoption("--hvdtrain-sample")
-    if most is not None:
-        items[:] = sampled(items, most)
+    engine = config.getoption("--hvdtrain-backend")
+    turn = [*ENGINES, engine].index(engine)
+    items[:] = sampled(items, config.getoption("--hvdtrain-sample"), config.getoption("--hvdtrain-brief"), turn)
     items.sort(key=lambda item: item.path.name == "test_stop.py")
     unknown = {mark.args[0] for item in items for mark in item.iter_markers("feature")} - set(FEATURES)
     if unknown:
         raise pytest.UsageError(f"no such feature in hvdtrain.testing.features: {', '.join(sorted(unknown))}")
 
 
-def sampled(items: Sequence[pytest.Item], most: int) -> list[pytest.Item]:
-    """At most so many items of each test, spread over its parameters; the same on every rank."""
+def sampled(items: Sequence[pytest.Item], most: int | None, brief: bool, turn: int) -> list[pytest.Item]:
+    """Some of the items of each test, the same on every rank, and others on another turn.
+
+    Args:
+        items: Tests with their parameters.
+        most: How many of each test; ``None`` for all.
+        brief: Whether those marked costly are as few as their mark says.
+        turn: Where in a test's shuffled parameters to begin, in samples: engines that take turns leave little out.
+    """
     of: dict[str, list[pytest.Item]] = {}
     for item in items:
         of.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = {each[len(each) * at // most] for each in of.values() for at in range(most)}
+    kept: set[pytest.Item] = set()
+    for name, each in of.items():
+        costly = each[0].get_closest_marker("costly") if brief else None
+        count = min([len(each), *([] if most is None else [most]), *(costly.args if costly else [])])
+        shuffled = random.Random(name).sample(each, len(each))
+        kept |= {shuffled[(turn * count + at) % len(each)] for at in range(count)}
     return [item for item in items if item in kept]
 
 

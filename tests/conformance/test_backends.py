@@ -11,27 +11,28 @@ from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, MPI, TOR
 from hvdtrain.testing import features
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
-SAMPLE = 3
+SHARES = {"all": [], "brief": ["--brief"], "sample": ["--sample", "3"]}
 LAUNCHES = [
-    (LOCAL, 1, None),
-    *[(launch, 3, None) for launch in (TORCH, MPI)],
-    # Gradients leave as on mpi, by hooks; each test runs with some of its parameters, and in `make test-all` with all.
-    (HOROVOD_MPIRUN, 3, SAMPLE),
-    pytest.param(HOROVOD_MPIRUN, 3, None, marks=pytest.mark.slow),
+    (LOCAL, 1, "all"),
+    # Of tests that take long, each engine runs others of their parameters; `make test-all` runs all on each.
+    *[(launch, 3, "brief") for launch in (TORCH, MPI)],
+    # Gradients leave as on mpi, by hooks; each test runs with some of its parameters.
+    (HOROVOD_MPIRUN, 3, "sample"),
+    *[pytest.param(launch, 3, "all", marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
     # A world of one is the same code on every engine. Two and four ranks find what three find: three is the number whose shares are unequal and whose sums must round.
-    *[pytest.param(launch, 2, None, marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
-    *[pytest.param(launch, 1, None, marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
-    *[pytest.param(launch, 4, None, marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
-    *[pytest.param(HOROVOD_GLOO, ranks, None, marks=pytest.mark.slow) for ranks in (2, 3, 4)],
-    *[pytest.param(HOROVOD_MPI, ranks, None, marks=pytest.mark.slow) for ranks in (2, 3, 4)],
+    *[pytest.param(launch, 2, "all", marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
+    *[pytest.param(launch, 1, "all", marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
+    *[pytest.param(launch, 4, "all", marks=pytest.mark.slow) for launch in (TORCH, MPI, HOROVOD_MPIRUN)],
+    *[pytest.param(HOROVOD_GLOO, ranks, "all", marks=pytest.mark.slow) for ranks in (2, 3, 4)],
+    *[pytest.param(HOROVOD_MPI, ranks, "all", marks=pytest.mark.slow) for ranks in (2, 3, 4)],
 ]
 
 
-@pytest.mark.parametrize(("launch", "ranks", "sample"), LAUNCHES, ids=str)
-def test_the_backend_keeps_every_promise(tmp_path, launch, ranks, sample):
+@pytest.mark.parametrize(("launch", "ranks", "share"), LAUNCHES, ids=str)
+def test_the_backend_keeps_every_promise(tmp_path, launch, ranks, share):
     record = tmp_path / "record.json"
     how = ["--backend", launch.backend, "--log-dir", str(tmp_path), "--record", str(record), "-q"]
-    how += [] if sample is None else ["--sample", str(sample)]
+    how += SHARES[share]
     argv = launch.argv(ranks, "-m", "hvdtrain.testing", *how)
     ended = run(argv, timeout_s=480)
     logs = {file.name: file.read_text() for file in sorted(tmp_path.glob("rank*.log"))}

@@ -123,6 +123,7 @@ def assert_equal(model, expected):
         torch.testing.assert_close(parameter.grad, wanted, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
 
 
+@pytest.mark.costly(24)
 @pytest.mark.parametrize("unused", [False, True], ids=["", "find-unused"])
 @pytest.mark.parametrize("total", [True, False], ids=["total", "counted"])
 @pytest.mark.parametrize("way", WAYS)

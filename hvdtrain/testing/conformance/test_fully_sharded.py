@@ -102,6 +102,7 @@ HOW = [
 ]
 
 
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("how", HOW)
 def test_it_trains_as_one_process_with_the_whole_model_does(backend, reference, kind, how):
@@ -255,6 +256,7 @@ CUT = {
 }
 
 
+@pytest.mark.costly(4)
 @pytest.mark.parametrize("name", CUT)
 def test_torchs_optimizers_step_as_with_the_whole_model(backend, reference, name):
     if not offered(backend):

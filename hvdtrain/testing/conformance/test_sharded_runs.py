@@ -94,6 +94,7 @@ RUNS = [  # of 25 samples the last batch has one: the other ranks have none
 ]
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("length", "how"), RUNS)
 def test_a_run_ends_as_with_the_whole_model(backend, reference, length, how):
     if not offered(backend):
@@ -164,6 +165,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.costly(2)
 @pytest.mark.parametrize(("before", "after", "kind", "written"), WAYS)
 def test_a_run_goes_on_whether_it_is_cut_or_not(backend, reference, tmp_path, before, after, kind, written):
     if not offered(backend):

@@ -76,6 +76,7 @@ def named(kind, form):
     return f"{kind}:{form[0]},delay={form[1]},fragments={form[2]}"
 
 
+@pytest.mark.costly(4)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("kind", "inner"), [("local-sgd", "momentum"), ("diloco", "AdamW")])
 def test_what_arrives_later_or_in_parts_is_the_documented_equation(backend, kind, inner, form):
@@ -102,6 +103,7 @@ def test_a_compression_that_leaves_nothing_out_changes_nothing(backend, sync, co
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.costly(4)
 @pytest.mark.parametrize("compression", [*KEEPS_REST, "int8", "fp8"])
 @pytest.mark.parametrize("delay", [1, 2])
 def test_what_was_not_sent_of_weights_is_sent_later(backend, compression, delay):
@@ -177,6 +179,7 @@ def test_ranks_see_that_a_number_is_not_finite_though_nothing_at_all_is_sent(bac
         assert replica.step(skip_nonfinite=True).skipped == bad
 
 
+@pytest.mark.costly(4)
 @pytest.mark.parametrize("saved_after", [4, 5, 6, 7])
 @pytest.mark.parametrize(
     ("sync", "compression"),

@@ -39,6 +39,7 @@ def gone_on(backend, folder, sync, before, after):
     return replica
 
 
+@pytest.mark.costly(3)
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["unfrozen", "frozen"])
 def test_a_run_that_trains_other_parameters_than_before_exchanges_them(backend, tmp_path, sync, frozen):
@@ -50,6 +51,7 @@ def test_a_run_that_trains_other_parameters_than_before_exchanges_them(backend, 
     assert alike(backend, replica.module)
 
 
+@pytest.mark.costly(3)
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("grouped", [True, False], ids=["one group", "none"])
 def test_a_run_in_other_groups_goes_on_from_the_average(backend, tmp_path, sync, grouped):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ class Item(pytest.Item):
 @pytest.fixture(scope="module")
 def items_of(request):
     session = request.session
+    session.config.addinivalue_line("markers", "costly(most): as the suite's plugin has it")
 
     def made(counts: dict[str, int]) -> list[pytest.Item]:
         return [
@@ -31,17 +31,37 @@ def items_of(request):
     return made
 
 
-@given(st.dictionaries(st.sampled_from(["test_a", "test_b", "test_c"]), st.integers(1, 40)), st.integers(1, 6))
-def test_every_test_keeps_some_of_its_parameters_spread_and_in_order(items_of, counts, most):
+COUNTS = st.dictionaries(st.sampled_from(["test_a", "test_b", "test_c"]), st.integers(1, 40))
+
+
+@given(COUNTS, st.integers(1, 6), st.integers(0, 4))
+def test_every_test_keeps_some_of_its_parameters_in_order(items_of, counts, most, turn):
     items = items_of(counts)
-    kept = sampled(items, most)
+    kept = sampled(items, most, brief=False, turn=turn)
     assert [item for item in items if item in kept] == kept
+    again = sampled(items_of(counts), most, brief=False, turn=turn)
+    assert [item.name for item in again] == [item.name for item in kept]  # every rank takes the same
     for name, count in counts.items():
-        taken = [int(item.name.partition("[")[2][:-1]) for item in kept if item.name.startswith(name)]
-        assert len(taken) == min(most, count)
-        assert taken[0] == 0
-        assert all(b - a <= count // most + 1 for a, b in itertools.pairwise(taken))
-        assert count - taken[-1] <= count // most + 1
+        assert sum(item.name.startswith(name) for item in kept) == min(most, count)
+
+
+@given(COUNTS, st.integers(1, 6))
+def test_who_takes_turns_leaves_nothing_out(items_of, counts, most):
+    items = items_of(counts)
+    turns = range(max([0, *(-(-count // most) for count in counts.values())]))
+    assert {item for turn in turns for item in sampled(items, most, brief=False, turn=turn)} == set(items)
+
+
+@given(COUNTS, st.sets(st.sampled_from(["test_a", "test_b", "test_c"])), st.integers(1, 6))
+def test_a_brief_run_has_all_but_some_of_what_is_costly(items_of, counts, costly, most):
+    items = items_of(counts)
+    for item in items:
+        if item.name.partition("[")[0] in costly:
+            item.add_marker(pytest.mark.costly(most))
+    kept = sampled(items, None, brief=True, turn=1)
+    for name, count in counts.items():
+        assert sum(item.name.startswith(name) for item in kept) == (min(most, count) if name in costly else count)
+    assert sampled(items, None, brief=False, turn=1) == items
 
 
 def test_a_sample_of_nothing_is_refused():
