@@ -31,7 +31,7 @@ from hvdtrain.launch.environment import given
 from hvdtrain.ranks.addresses import listens, own_addresses
 from hvdtrain.ranks.describing import described
 from hvdtrain.ranks.frames import proof
-from hvdtrain.ranks.rendezvous_file import DIRECTORY_VARIABLE, private_folder, read, rendezvous_file, write
+from hvdtrain.ranks.rendezvous_file import DIRECTORY_VARIABLE, private_folder, read, rendezvous_file, sweep, write
 from hvdtrain.ranks.store import Address, RemoteStore, Store, StoreLost, StoreProcess
 from hvdtrain.ranks.torch_store import env_store, within
 
@@ -265,7 +265,9 @@ def _listen(one_node: bool) -> tuple[socket.socket, str]:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024), ""
         return socket.create_server(("", 0), backlog=1024), ""
-    path = str(private_folder() / f"{secrets.token_hex(6)}.store")
+    folder = private_folder()
+    sweep(folder)
+    path = str(folder / f"{secrets.token_hex(6)}.store")
     if len(path) <= _LONGEST_PATH:
         listener = socket.socket(socket.AF_UNIX)
         with suppress(OSError):  # a file system without sockets

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.launch.environment import given
 
+_STALE_S = 600.0
 DIRECTORY_VARIABLE = "HVDTRAIN_RENDEZVOUS_DIR"
 
 
@@ -69,6 +73,33 @@ def _private(folder: Path) -> Path:
             f"{DIRECTORY_VARIABLE}, to a private folder"
         )
     return folder
+
+
+def sweep(folder: Path) -> None:
+    """Remove what jobs left in the private folder of which no process could remove it: all were killed at once.
+
+    A socket goes if nobody listens on it, a file if its socket is gone, both only when they are `_STALE_S` seconds old.
+    """
+    with suppress(OSError):
+        found = [(file, file.lstat()) for file in folder.iterdir()]
+        old = [(file, status.st_mode) for file, status in found if status.st_mtime < time.time() - _STALE_S]
+        for file in (file for file, mode in old if file.suffix == ".store" and stat.S_ISSOCK(mode)):
+            if _is_deaf(file):
+                file.unlink(missing_ok=True)
+        for file in (file for file, mode in old if file.suffix == ".json" and stat.S_ISREG(mode)):
+            with suppress(LaunchError, ValueError, KeyError, TypeError):
+                if (path := read(file)["path"]) and not Path(path).exists():
+                    file.unlink(missing_ok=True)
+
+
+def _is_deaf(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.setblocking(False)
+        try:
+            asking.connect(str(path))
+        except OSError as error:
+            return error.errno == errno.ECONNREFUSED
+    return False
 
 
 def write(file: Path, content: object) -> None:

@@ -285,7 +285,7 @@ class StoreProcess:
 
     def __init__(self, listener: socket.socket, secret: bytes, file: Path | None = None) -> None:
         _left_behind[:] = [process for process in _left_behind if process.poll() is None]
-        told = {"secret": secret.hex(), "file": None if file is None else str(file)}
+        told = {"secret": secret.hex(), "file": None if file is None else str(file), "starter": os.getpid()}
         with listener:
             # -I and -S: neither the environment nor packages of the user's have a say in it.
             self._process = subprocess.Popen(

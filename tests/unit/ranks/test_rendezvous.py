@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +19,7 @@ import pytest
 from hvdtrain.errors import LaunchError
 from hvdtrain.launch.detect import Detection
 from hvdtrain.ranks import rendezvous
-from hvdtrain.ranks.rendezvous_file import rendezvous_file, write
+from hvdtrain.ranks.rendezvous_file import private_folder, rendezvous_file, sweep, write
 from hvdtrain.topology import Topology
 
 
@@ -154,6 +158,54 @@ def test_an_address_that_cannot_be_reached_names_both_hosts_and_the_ways_out():
         LaunchError, match=r"reaches rank 0 on elsewhere at none of 127\.0\.0\.1 port 9: open the ports"
     ):
         rendezvous.meet(detection(1, nodes=2), 1.0, lambda _: content)
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from hvdtrain.ranks.rendezvous import serve
+from hvdtrain.ranks.rendezvous_file import private_folder, write
+file = private_folder() / "job.json"
+write(file, serve(one_node=True, job="job", file=file)[1])
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_whose_starter_is_killed_before_anyone_came_goes_with_its_files():
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout.readline() == "there\n"
+        folder = private_folder()
+        assert len(list(folder.iterdir())) == 2
+        starter.kill()
+        end = time.monotonic() + 20
+        while list(folder.iterdir()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("heard", [True, False])
+def test_what_killed_jobs_left_is_removed_by_a_later_one_and_nothing_else(old, heard):
+    folder = private_folder()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "a.store"))
+        if heard:
+            listener.listen(1)
+        write(folder / "a.json", {"path": str(folder / "a.store"), "secret": ""})
+        write(folder / "by_port.json", {"path": "", "secret": ""})
+        (folder / "of_somebody_else.txt").write_text("x")
+        os.mkfifo(folder / "fifo.json", 0o600)
+        (folder / "damaged.json").write_text("{")
+        before = sorted(file.name for file in folder.iterdir())
+        if old:
+            for file in folder.iterdir():
+                os.utime(file, (1, 1))
+        sweep(folder)
+        after = sorted(file.name for file in folder.iterdir())
+    assert set(before) - set(after) == ({"a.store", "a.json"} if old and not heard else set())
 
 
 def test_a_folder_that_others_may_read_is_refused():
