@@ -247,7 +247,7 @@ class Channel:
         Raises:
             HorovodInternalError: The engine failed.
         """
-        if self._open:  # of an optimizer that is garbage
+        if self._open and not self.over:  # of an optimizer that is garbage
             with self.waited_for():
                 self.answer()
                 self.finish()
