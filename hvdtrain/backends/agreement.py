@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hvdtrain.backends.forms import WIRE_DTYPE
 from hvdtrain.backends.layout import bytes_of, lay_out_states
 from hvdtrain.errors import ModelMismatch
 
@@ -89,12 +90,27 @@ def copy_state_from_rank_zero(communicator: Communicator, module: nn.Module, opt
         return
     with torch.no_grad():
         for tensors in _by_dtype([*module.parameters(), *module.buffers()]):
+            if tensors[0].dtype not in WIRE_DTYPE:
+                for tensor in tensors:
+                    overwrite_from_rank_zero(communicator, tensor)
+                continue
             flat = torch.cat([t.reshape(-1) for t in tensors])
             communicator.broadcast_(flat)
             for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
     if optimizer is not None:
         copy_optimizer(communicator, optimizer)
+
+
+def overwrite_from_rank_zero(communicator: Communicator, tensor: Tensor) -> None:
+    """Write rank 0's numbers into a dense tensor, also of a dtype that collectives do not take (float8, 16-bit unsigned integers)."""
+    if tensor.dtype in WIRE_DTYPE:
+        communicator.broadcast_(tensor)
+        return
+    data = tensor.contiguous()
+    communicator.broadcast_(bytes_of(data))
+    if data is not tensor:
+        tensor.copy_(data)
 
 
 def _describe(module: nn.Module, optimizer: Optimizer | None, contents: set[int]) -> list[_Row]:

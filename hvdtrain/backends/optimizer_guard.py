@@ -114,6 +114,8 @@ def _why_not_copied(tensor: torch.Tensor) -> str:
         return (
             f"has the layout {tensor.layout}; register it dense (.to_dense()), or keep it out of the model's buffers:"
         )
+    if tensor.is_quantized:
+        return "is a quantised tensor of torch's; register its int_repr() and its scales as buffers, and use these in forward():"
     if is_cut(tensor):
         return "is a DTensor, cut over ranks already; hand in the whole model and replicate(shard_modules=...):"
     if tensor.is_inference():

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero
+from hvdtrain.backends.agreement import check_same_structure, copy_state_from_rank_zero, overwrite_from_rank_zero
 from hvdtrain.backends.backward_graph import nothing_added, ranks_meet
 from hvdtrain.backends.exclusions import check_combination
 from hvdtrain.backends.gradient_norm import clip_, norm_of
@@ -358,7 +358,7 @@ class Replica(ABC):
         """Give every rank the buffers of rank 0 (running statistics and the like)."""
         with torch.no_grad():
             for buffer in self.module.buffers():
-                self._backend.broadcast_(buffer)
+                overwrite_from_rank_zero(self._backend, buffer)
 
     def whole_state(self) -> dict[str, Any]:
         """Return the states of model and optimizer on rank 0, copied to its CPU, and {} elsewhere; every rank must call it.

@@ -24,8 +24,13 @@ from hvdtrain.horovod.requests import Form, Request
 
 _log = logging.getLogger(__name__)
 
-LIVE, JOINED, LEFT = range(3)
+_STATES = 3
+LIVE, JOINED, LEFT = range(_STATES)
 """What a rank is in a window: one that sends gradients, one that has joined, one that ends its work."""
+_DROPPED = (
+    "{ranks} called optimizer.load_state_dict between backward and step, and other ranks did not, so that they hold different "
+    "weights; load on every rank, or before backward"
+)
 _PATIENCE_S = 0.005  # that the program has to come by itself before the helper does its work
 _MOST_IDLE = 200  # looks without any work; then the helper sleeps until there is some
 
@@ -72,12 +77,13 @@ class Channel:
 
     # -- one window ---------------------------------------------------------------------------------------------------
 
-    def ask(self, state: int, number: int = 0, *, at_once: bool = False) -> None:
+    def ask(self, state: int, number: int = 0, dropped: int = 0, *, at_once: bool = False) -> None:
         """Begin a window: tell the other ranks what this one is, and by which layout it sends.
 
         Args:
             state: LIVE, JOINED or LEFT.
             number: Of the layout.
+            dropped: How many windows this rank has taken part in without using what they brought; alike on all that are LIVE.
             at_once: The caller waits for the answer next.
 
         Raises:
@@ -86,7 +92,7 @@ class Channel:
         if self.over:
             raise HorovodInternalError(f"{self._called}: {self._trouble or 'the ranks have ended their work'}")
         self._answer, self._sendings, self._open = None, [], True
-        self._said[0], self._said[1] = state, number
+        self._said[0], self._said[1] = state + dropped * _STATES, number
         with self._translated():
             wire = self._communicator.wire
             self._question = (wire.at_once if at_once else wire).all_gather_into(self._heard, self._said)
@@ -110,7 +116,8 @@ class Channel:
         """The number of the layout in whose order packs are sent; 0 if they go by name, or there is nobody that sends any.
 
         Raises:
-            HorovodInternalError: A rank has left while this one goes on, or something failed before.
+            HorovodInternalError: A rank has left while this one goes on, ranks have dropped different windows, or something failed
+                before.
             RuntimeError: The engine failed; to be called in `waited_for`, or when `answered`.
         """
         if self._trouble is not None:
@@ -121,22 +128,27 @@ class Channel:
         return self._answer
 
     def _heeded(self) -> int:
-        states, numbers = self._heard.t().tolist()
-        left = [rank for rank, state in zip(self._communicator.ranks, states, strict=True) if state == LEFT]
+        said, numbers = self._heard.t().tolist()
+        ranks, states = self._communicator.ranks, [one % _STATES for one in said]
+        left = [rank for rank, state in zip(ranks, states, strict=True) if state == LEFT]
         used = {number for state, number in zip(states, numbers, strict=True) if state == LIVE}
-        self.over = self.over or bool(left)
-        if left and states[self._communicator.rank] == LIVE:
-            ranks = f"rank{'s' if len(left) > 1 else ''} {', '.join(map(str, left))}"
-            self._trouble = HorovodInternalError(
-                f"{self._called}: {ranks} called hvd.shutdown(), or left the program, without it"
-            )
+        dropped = {rank: one // _STATES for rank, state, one in zip(ranks, states, said, strict=True) if state == LIVE}
+        trouble = ""
+        if left:
+            trouble = f"{_named(left)} called hvd.shutdown(), or left the program, without it"
+        elif len(set(dropped.values())) > 1:
+            most = max(dropped.values())
+            trouble = _DROPPED.format(ranks=_named([rank for rank, count in dropped.items() if count == most]))
+        self.over = self.over or bool(trouble)
+        if trouble and states[self._communicator.rank] == LIVE:
+            self._trouble = HorovodInternalError(f"{self._called}: {trouble}")
             raise self._trouble
-        return used.pop() if len(used) == 1 and not left else 0
+        return used.pop() if len(used) == 1 and not trouble else 0
 
     @property
     def nobody(self) -> bool:
         """Whether the window that was answered is one in which no rank sends gradients."""
-        return LIVE not in self._heard[:, 0].tolist()
+        return LIVE not in (self._heard[:, 0] % _STATES).tolist()
 
     def send(self, request: Request | None) -> None:
         """Start the next pack of the layout that was agreed on; ``None`` for zeros."""
@@ -235,7 +247,7 @@ class Channel:
         Raises:
             HorovodInternalError: The engine failed.
         """
-        if self._open:  # of an optimizer that is garbage
+        if self._open and not self.over:  # of an optimizer that is garbage
             with self.waited_for():
                 self.answer()
                 self.finish()
@@ -256,6 +268,11 @@ class Channel:
         """Free the communicator now."""
         self.retire()
         self._communicator.close()
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """Ranks in words."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def agreement(number: int, forms: Sequence[Form]) -> Form:

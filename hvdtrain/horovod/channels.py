@@ -20,8 +20,8 @@ from hvdtrain.horovod.requests import Form
 class Sender(Protocol):
     """What fills the windows of a channel."""
 
-    def give_up_window(self) -> None:
-        """End a window that is under way, if there is one, as far as other ranks wait for it."""
+    def give_up_window(self, state: int) -> None:
+        """End a window that is under way, if there is one, as far as other ranks wait for it; the rank is JOINED or LEFT now."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +117,7 @@ class Channels:
         try:
             sender = held.sender()
             if sender is not None:
-                sender.give_up_window()
+                sender.give_up_window(state)
             del sender
             held.channel.serve(state)
         except HorovodInternalError as error:

@@ -33,7 +33,6 @@ _ONE_ENDS = _HEAD.size + _ONE.size
 _AREA_AT = -(-(_HEAD.size + 8 * _MOST) // 8) * 8
 _MESSAGE_BYTES = _AREA_AT + inline.AREA_BYTES
 _LONGEST_PAUSE_S = 0.02  # between rounds in which nobody says anything new
-_LABEL = "Horovod's operations"
 
 
 class Controller:
@@ -47,6 +46,7 @@ class Controller:
 
     def __init__(self, communicator: Communicator, timeout_s: float, name: str) -> None:
         self._communicator, self._timeout_s, self._name = communicator, timeout_s, name
+        self._label = f"Horovod's operations over {name}"  # a group's own: a rank in another's round is not in this one
         self._ledger = Ledger(communicator.ranks)
         self._news: list[Request] = []  # what the others have not been told
         self._mine: dict[Key, Request] = {}  # what this rank waits for
@@ -207,7 +207,7 @@ class Controller:
             message = self._ledger.compose([(one.text, one.number) for one in told], flags, self._overdue(), steps)
             with torch.no_grad():
                 self._put_small(message)
-                with self._communicator.region(_LABEL, self._waits_in()):
+                with self._communicator.region(self._label, self._waits_in()):
                     messages = self._exchange(message)
                 places = [self._places.of(self._ledger.asked_in(each)) for each in messages]
                 self._obey(self._ledger.hear(messages), places)
@@ -243,7 +243,7 @@ class Controller:
         _ONE.pack_into(self._sent, _HEAD.size, number, request.number)
         with torch.no_grad():
             alone.put(request)
-            with self._communicator.region(_LABEL, f"{request.called} over {self._name}"):
+            with self._communicator.region(self._label, f"{request.called} over {self._name}"):
                 self._carry()
             said = self._sent[:_ONE_ENDS]
             if all(self._heard[at : at + _ONE_ENDS] == said for at in range(0, len(self._heard), _MESSAGE_BYTES)):
@@ -276,7 +276,7 @@ class Controller:
             ]
             more = f" and {len(called) - 1} more" if len(called) > 1 else ""
             try:
-                region = self._communicator.region(f"{_LABEL}, performed", f"{called[0]}{more} over {self._name}")
+                region = self._communicator.region(f"{self._label}, performed", f"{called[0]}{more} over {self._name}")
                 with timeline.performing([one.request for one in batch]), region:
                     perform(self._communicator, batch)
             except Exception as error:

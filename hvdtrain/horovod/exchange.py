@@ -23,7 +23,7 @@ from hvdtrain.backends.hooked import Pack
 from hvdtrain.backends.layout import laid_out_like
 from hvdtrain.errors import HorovodInternalError
 from hvdtrain.horovod import state
-from hvdtrain.horovod.channel import LIVE, Channel
+from hvdtrain.horovod.channel import JOINED, LIVE, Channel
 from hvdtrain.horovod.controller import Controller
 from hvdtrain.horovod.hooks import Hooks
 from hvdtrain.horovod.operations import sparse_allreduce_async
@@ -40,6 +40,11 @@ _CHANGED = (
     "the gradient of {name!r} was changed while it was on its way to the other ranks, and the change would be lost: call "
     "optimizer.synchronize() after loss.backward(), then clip or unscale, then `with optimizer.skip_synchronize(): optimizer.step()`"
 )
+_PAST = (
+    "gradients were on their way to the other ranks when hvd.shutdown() was called, and may have arrived on some; call "
+    "optimizer.zero_grad() and compute them again"
+)
+_DROPPED = "optimizer.load_state_dict between backward and step"
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +90,8 @@ class Exchange:
         self._layouts: dict[tuple[bool, ...], Layout] = {}
         self._sparse: set[int] = set()
         self._window: _Window | None = None
+        self._job: state.Job | None = None
+        self._dropped = 0  # windows in this job
         self._turn = threading.RLock()
         self.names: dict[int, str] = {}
         self._parameters: list[nn.Parameter] = []
@@ -104,14 +111,14 @@ class Exchange:
 
     @property
     def under_way(self) -> bool:
-        """Whether a backward pass has been made since the last step."""
-        return self._window is not None and bool(self._window.fired)
+        """Whether a backward pass has been made since the last step, in this job."""
+        return self._window is not None and bool(self._window.fired) and self._window.job is state.job_or_none()
 
     @property
     def sending(self) -> bool:
         """Whether gradients are on their way that can still arrive."""
         window = self._window
-        if window is None or not window.fired or not state.is_initialized() or window.job is not state.job():
+        if window is None or not self.under_way:
             return False
         failed = any(request.error is not None for request in window.requests.values())
         return not (failed or (window.channel is not None and window.channel.over))
@@ -129,12 +136,21 @@ class Exchange:
             self._window = None
         with suppress(HorovodInternalError):  # the next window is told
             self._exchange_all(window)
+            self._dropped += 1  # the others must have dropped it too
         for request in [*window.requests.values(), *([window.agreeing] if window.agreeing is not None else [])]:
             with suppress(HorovodInternalError):
                 self._controller().wait(request)
 
-    def give_up_window(self) -> None:
+    def forget_the_past(self) -> None:
+        """Drop a window of a job that has ended."""
+        if self._window is not None and self._window.job is not state.job_or_none():
+            self._window = None
+
+    def give_up_window(self, now: int) -> None:
         """Send what is complete, and, where other ranks wait for packs in order, zeros for the rest.
+
+        Args:
+            now: What this rank is: one that has joined, and can use its gradients later; or one that has left, and cannot.
 
         Raises:
             HorovodInternalError: The engine failed.
@@ -148,7 +164,7 @@ class Exchange:
             with window.channel.waited_for():
                 self._advance(window, wait=True)
                 window.channel.finish()
-            if not window.by_name:
+            if not window.by_name and now == JOINED:
                 self._window = None
 
     def complete(self) -> None:
@@ -157,7 +173,8 @@ class Exchange:
         A gradient that this rank has not is sent as zeros: other ranks may have one.
 
         Raises:
-            RuntimeError: Something has changed a gradient after it was sent, or a newer optimizer has its parameters.
+            RuntimeError: Something has changed a gradient after it was sent, a newer optimizer has its parameters, or gradients were on
+                their way when a job ended.
             HorovodInternalError: The exchange failed, or a rank has left.
         """
         self._hooks.refuse_if_lost()
@@ -214,7 +231,13 @@ class Exchange:
 
     def _opened(self) -> _Window:
         self._controller()  # refuses where nothing can be sent
+        if self._window is not None and self._window.job is not state.job():
+            if self._window.fired:
+                raise RuntimeError(_PAST)
+            self._window = None
         if self._window is None:
+            if self._job is not state.job():
+                self._job, self._dropped = state.job(), 0
             layout = self._layout()
             channels = state.job().channels if self._manner.process_set is global_process_set else None
             channel = channels.of(self._number, self) if channels is not None else None
@@ -308,7 +331,7 @@ class Exchange:
             assert channels is not None
             channels.windows += 1
             window.asked = True
-            channel.ask(LIVE, channel.number_of(window.layout.forms), at_once=wait)
+            channel.ask(LIVE, channel.number_of(window.layout.forms), self._dropped, at_once=wait)
         if not (wait or channel.answered):
             return False
         try:
@@ -360,7 +383,10 @@ class Exchange:
 
     def _send_by_name(self, pack: Pack, window: _Window) -> None:
         tensor = self._taken(pack, window)
-        asked = form("allreduce", pack.name, [tensor], **self._manner.details, parameters=window.layout.held[pack.name])
+        details = {**self._manner.details, "parameters": window.layout.held[pack.name]}
+        if self._dropped:
+            details[_DROPPED] = self._dropped
+        asked = form("allreduce", pack.name, [tensor], **details)
         self._controller().submit(self._noted(pack, window, Request(asked, tensors=[tensor], outputs=[tensor])))
 
     def _taken(self, pack: Pack, window: _Window) -> Tensor:

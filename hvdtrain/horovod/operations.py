@@ -269,6 +269,7 @@ def grouped_allgather_async(
 
 def check_root(root_rank: int, process_set: ProcessSet, kind: str = "broadcast") -> int:
     """Refuse a root that is none of the ranks."""
+    state.job()
     if root_rank not in (process_set.ranks or []):
         raise ValueError(f"hvd.{kind}: root_rank={root_rank!r} is none of the ranks {process_set.ranks}")
     return int(root_rank)

@@ -132,6 +132,7 @@ class _DistributedOptimizer(_Distributed):
         """
         if self._exchange.under_way:
             raise AssertionError(_TOO_EARLY)
+        self._exchange.forget_the_past()
         self._by_scaler = False
         super().zero_grad(set_to_none)
 

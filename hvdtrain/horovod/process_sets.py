@@ -38,7 +38,7 @@ class ProcessSet:
 
     def size(self) -> int | None:
         """How many ranks it has; None while it cannot be used."""
-        return None if self.process_set_id is None or self.ranks is None else len(self.ranks)
+        return None if self._out_of_use or self.ranks is None else len(self.ranks)
 
     def rank(self) -> int | None:
         """This process's rank in it; None while it cannot be used.
@@ -46,7 +46,7 @@ class ProcessSet:
         Raises:
             ValueError: This process is not in it.
         """
-        if self.process_set_id is None or self.ranks is None:
+        if self._out_of_use or self.ranks is None:
             return None
         if self.own_rank not in self.ranks:
             raise ValueError(f"rank {self.own_rank} is not in {self}")
@@ -55,6 +55,10 @@ class ProcessSet:
     def included(self) -> bool | None:
         """Whether this process is in it; None while it cannot be used."""
         return None if self.ranks is None or self.own_rank is None else self.own_rank in self.ranks
+
+    @property
+    def _out_of_use(self) -> bool:
+        return self.process_set_id is None or self.own_rank is None
 
     def __str__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"

@@ -64,6 +64,8 @@ class Form:
 
     def called(self, number: int) -> str:
         """How messages name it."""
+        if self.kind == "agreement":
+            return f"hvd.{self.detail('what')}({self.detail('ranks')})"
         return f"{self.kind} {self.name!r}" if self.name is not None else f"{self.kind} without a name, number {number}"
 
     def described(self) -> str:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -78,6 +79,7 @@ class _Process:
 
 
 _process = _Process()
+_beginning = threading.Lock()  # threads that call `init` at once
 
 
 def want_backend(name: str) -> None:
@@ -93,6 +95,11 @@ def job() -> Job:
     """
     if _process.job is None:
         raise ValueError(_NOT_YET)
+    return _process.job
+
+
+def job_or_none() -> Job | None:
+    """What runs now, if anything does."""
     return _process.job
 
 
@@ -112,11 +119,33 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
         process_sets: Sets to make now, the same on every rank. "dynamic" is accepted; sets can always be made later.
 
     Raises:
-        ConfigError: ``comm`` names some of the ranks only; start the job with those instead. Or the real Horovod is in use beside.
+        ConfigError: ``comm`` names some of the ranks only; start the job with those instead. Or the real Horovod is in use beside. Or a
+            second call has process sets that the first had not.
         LaunchError, BackendUnavailable: As `hvdtrain.init`.
     """
-    if _process.job is not None:
-        return
+    with _beginning:
+        if _process.job is not None:
+            _take_again(_process.job, process_sets)
+            return
+        _init(comm, process_sets)
+
+
+def _take_again(running: Job, process_sets: Sequence[ProcessSet] | str | None) -> None:
+    """At a second `init`, which makes nothing: other objects for the sets that there are take their place, as with Horovod."""
+    for process_set in process_sets if process_sets is not None and not isinstance(process_sets, str) else ():
+        number = next((each for each, one in running.sets.items() if one.ranks == process_set.ranks), 0)
+        if number == 0:
+            raise ConfigError(
+                f"hvd.init() was called before, without the process set of the ranks {process_set.ranks}; give it to "
+                "hvd.add_process_set, on every rank"
+            )
+        older, running.sets[number] = running.sets[number], process_set
+        process_set.own_rank, process_set.real = older.own_rank, older.real
+        older.process_set_id = None
+        process_set.process_set_id = number
+
+
+def _init(comm: Sequence[int] | None, process_sets: Sequence[ProcessSet] | str | None) -> None:
     detection = detect()
     if comm is not None and (
         not isinstance(comm, Sequence) or sorted(comm) not in ([], list(range(detection.topology.world_size)))

@@ -33,6 +33,8 @@ def refuse_the_real(modules: Mapping[str, Any]) -> None:
     real = modules.get("horovod.torch")
     if not isinstance(real, ModuleType) or getattr(real, "__file__", None) is None:
         return
+    if real is modules.get("hvdtrain.horovod"):  # put there under Horovod's name
+        return
     where = f"the real Horovod ({real.__file__})"
     remedy = (
         "import hvdtrain.horovod in its place everywhere (`hvdtrain migrate` shows where), or run the script as it is: "

@@ -129,6 +129,35 @@ def test_a_state_that_is_loaded_between_backward_and_step(rank, size, warm, grou
 
 
 @warmed
+@pytest.mark.parametrize("only", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("through", ["all ranks", "a process set", "a compressor of one's own"])
+def test_a_state_that_one_rank_alone_loads_in_a_window_is_told_in_the_next(rank, size, warm, only, through):
+    if size == 1:
+        pytest.skip("needs two ranks")
+    more, members = {}, None
+    if through == "a process set":
+        if size == 2:
+            pytest.skip("all ranks are no process set of their own")
+        members = more["process_set"] = hvd.add_process_set(range(2))
+    elif through == "a compressor of one's own":
+        more["compression"] = type("Own", (hvd.Compression.none,), {})
+    model, optimizer = (made := make()), sgd(made, **more)
+    train(optimizer, model, range(warm), rank)
+    if members is None or rank < 2:
+        optimizer.zero_grad()
+        loss_of(model, 5, rank).backward()
+        if rank == range(size if members is None else 2)[only]:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+        else:
+            optimizer.step()
+        with pytest.raises(hvd.HorovodInternalError, match=r"optimizer\.load_state_dict between backward and step"):
+            train(optimizer, model, [6], rank)
+    if members is not None:
+        hvd.remove_process_set(members)
+    hvd.join()  # which has nothing to do with what was told
+
+
+@warmed
 @pytest.mark.parametrize("begun", [False, True], ids=["between steps", "in a window"])
 def test_a_forked_process_sends_nothing(rank, size, warm, begun):
     if size == 1:

@@ -166,7 +166,18 @@ def test_an_optimizer_goes_on_in_the_next_job(tmp_path, launch):
 @pytest.mark.slow
 @both
 def test_it_can_be_initialised_again(tmp_path, launch):
-    then = "for _ in range(2):\n    hvd.shutdown(); hvd.init(); assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size"
+    then = """
+for _ in range(2):
+    hvd.shutdown()
+    part = hvd.ProcessSet([1])
+    threads = [threading.Thread(target=hvd.init, kwargs={"process_sets": [part]}) for _ in range(3)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    again = hvd.ProcessSet([1])
+    hvd.init(process_sets=[again])
+    assert (part.size(), again.size()) == (None, 1)
+    if rank == 1: hvd.barrier(process_set=again)
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size
+"""
     ended = job(tmp_path, then, launch)
     assert ended.code == 0, ended.output
 
@@ -185,7 +196,55 @@ hvd.join()
 """
     ended = job(tmp_path, then, launch)
     assert ended.code == 0, ended.output
-    assert "needs all ranks, and rank 1 called hvd.join()" in ended.output
+    assert "hvd.remove_process_set([0]) needs all ranks, and rank 1 called hvd.join()" in ended.output
+
+
+@pytest.mark.slow
+@both
+def test_a_rank_that_joins_while_another_waits_for_it_in_a_process_set_is_named(tmp_path, launch):
+    then = """
+part = hvd.add_process_set([0, 1])
+for _ in range(3):
+    hvd.barrier()
+if rank == 1: hvd.allreduce(torch.ones(2), name="in part", process_set=part)
+else: hvd.join()
+"""
+    ended = job(tmp_path, then, launch, ranks=3, timeout_s="5")
+    assert ended.code != 0
+    assert re.search(
+        r"allreduce 'in part' over the ranks \[0, 1\].*missing: rank 0 .*in hvd.join\(\)"
+        r"|hvd.join\(\) over all 3 ranks.*missing: rank 1 .*in allreduce 'in part'",
+        ended.output,
+    ), ended.output  # whoever waits longest says it
+
+
+@pytest.mark.slow
+@both
+def test_gradients_of_a_job_that_ended_are_not_used(tmp_path, launch):
+    then = (
+        TRAINS.format(steps=2, before="")
+        + """
+optimizer.zero_grad()
+model(torch.ones(1, 3)).sum().backward()
+hvd.shutdown()
+hvd.init()
+for refused in (optimizer.step, lambda: model(torch.ones(1, 3)).sum().backward()):
+    try:
+        refused()
+    except RuntimeError as error:
+        print("told:", error, flush=True)
+optimizer.zero_grad()
+model(torch.full((1, 3), rank + 1.0)).sum().backward()
+optimizer.step()
+assert model.weight.grad.tolist() == [[1.5] * 3]
+hvd.allreduce(torch.ones(1))
+"""
+    )
+    ended = job(tmp_path, then, launch)
+    assert ended.code == 0, ended.output
+    assert (
+        ended.output.count("told: gradients were on their way to the other ranks when hvd.shutdown() was called") == 4
+    )
 
 
 @pytest.mark.slow
@@ -225,15 +284,26 @@ def test_calls_before_init_and_after_shutdown():
 import torch, hvdtrain.horovod as hvd
 for turn in range(2):
     for call in (hvd.rank, hvd.size, hvd.join, hvd.barrier, lambda: hvd.allreduce(torch.ones(1)), lambda: hvd.add_process_set([0]),
-                 lambda: hvd.broadcast_object(1), lambda: hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1)], 0.1)), lambda: hvd.poll(1)):
+                 lambda: hvd.broadcast_object(1), lambda: hvd.DistributedOptimizer(torch.optim.SGD([torch.ones(1)], 0.1)), lambda: hvd.poll(1),
+                 lambda: hvd.broadcast(torch.ones(1), 0), lambda: hvd.broadcast_parameters({"w": torch.ones(1)}, 0)):
         try:
             call()
         except ValueError as error:
             assert "hvd.init() has not been called" in str(error), error
         else:
             raise SystemExit(f"{call} went through")
+    everybody = hvd.global_process_set
+    assert (everybody.size(), everybody.rank(), everybody.included()) == (None, None, None)
     hvd.shutdown()
     hvd.init(comm=[0])
+    assert (everybody.size(), everybody.rank(), everybody.included()) == (1, 0, True)
+    hvd.init()
+    try:
+        hvd.init(process_sets=[hvd.ProcessSet([0])])
+    except ValueError as error:
+        assert "hvd.init() was called before, without the process set of the ranks [0]" in str(error), error
+    else:
+        raise SystemExit("a process set was ignored")
     assert hvd.allreduce(torch.ones(1)).item() == 1
     hvd.shutdown()
 """

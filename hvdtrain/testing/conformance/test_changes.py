@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -276,6 +277,12 @@ def test_a_replica_needs_no_optimizer(backend):
     assert all(p.grad is None for p in net.parameters())
 
 
+def quantised_buffer():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch gives them up; models that have some are about
+        return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
 def inference_buffer():
     with torch.inference_mode():
         return torch.ones(2)
@@ -284,6 +291,7 @@ def inference_buffer():
 UNWRITABLE = {
     "expanded": (lambda: torch.ones(1).expand(3), r"'extra' is expanded.*clone\(\)"),
     "expanded in part": (lambda: torch.ones(2, 1).expand(2, 3), r"'extra' is expanded"),
+    "quantised": (quantised_buffer, r"'extra' is a quantised tensor of torch's; register its int_repr\(\)"),
     "sparse": (lambda: torch.eye(3).to_sparse(), r"'extra' has the layout torch.sparse_coo; register it dense"),
     "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"'extra' has the layout torch.sparse_csr"),
     "of inference mode": (inference_buffer, r"'extra' was made under torch.inference_mode"),

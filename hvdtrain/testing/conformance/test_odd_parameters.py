@@ -76,6 +76,33 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class Whole(nn.Module):
+    """A frozen base as integers with scales, below what is trained."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.randn(4, 4)
+        self.register_buffer("scale", base.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("whole", (base / self.scale).round().to(torch.int8))
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x @ (self.whole.double() * self.scale))
+
+
+class Eight(nn.Module):
+    """The same in float8, not contiguous, and with one number of 16 bits without a sign: dtypes that collectives do not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, 4).to(torch.float8_e4m3fn).t())
+        self.register_buffer("shift", torch.tensor(3, dtype=torch.uint16))
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x @ self.table.double() + self.shift.double())
+
+
 KINDS = {
     "complex": Complex,
     "0-dimensional and empty": Scalar,
@@ -83,6 +110,8 @@ KINDS = {
     "transposed": Transposed,
     "whole and boolean buffers": Counting,
     "frozen base": LowRank,
+    "buffers of integers with scales": Whole,
+    "buffers of float8": Eight,
     "weight normalisation": lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
     "spectral normalisation": lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
     "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
@@ -164,3 +193,18 @@ def test_it_trains_as_one_process_does_where_less_is_sent_and_nothing_left_out(b
     for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert a.dtype == b.dtype
         assert a.numel() == 0 or float((a - b).detach().abs().max()) < 1e-12, name
+
+
+@pytest.mark.parametrize("kind", ["buffers of float8", "buffers of integers with scales", "whole and boolean buffers"])
+def test_every_rank_has_rank_zeros_buffers_of_any_dtype(backend, kind):
+    model, wanted = made(kind), made(kind)
+    for at, buffer in enumerate([*wanted.buffers()]):
+        buffer.copy_((torch.arange(buffer.numel()).view(buffer.shape) % 5 + at).to(buffer.dtype))
+    replica = backend.replicate(model, optimizer_of(model))
+    for share in (replica.copy_from_rank_zero, replica.sync_buffers):
+        for buffer, other in zip(model.buffers(), wanted.buffers(), strict=True):
+            buffer.copy_(other if backend.rank == 0 else torch.ones_like(other))
+        share()
+        for buffer, other in zip(model.buffers(), wanted.buffers(), strict=True):
+            assert torch.equal(buffer.double(), other.double())
+            assert buffer.stride() == other.stride()

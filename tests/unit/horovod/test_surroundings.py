@@ -33,8 +33,9 @@ def test_one_that_a_library_has_loaded_is_said(caplog):
     refuse_the_real(there_is())
     assert "/site/horovod/torch/__init__.py) is imported too" in caplog.text
     caplog.clear()
-    refuse_the_real({"__main__": sys})
-    assert not caplog.text
+    for modules in ({"__main__": sys}, {**there_is(in_script=True), "horovod.torch": hvd, "hvdtrain.horovod": hvd}):
+        refuse_the_real(modules)
+        assert not caplog.text
 
 
 @pytest.fixture
