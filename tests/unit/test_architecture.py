@@ -132,7 +132,7 @@ STAIRS = [
     ["migrate.migrating"],
     ["report.reading"],
     ["report.telling"],
-    ["report.drawing", "report.page"],
+    ["report.drawing", "report.page", "report.metrics"],
     ["report.pictures"],
     ["report.making", "bench.trial", "bench.spread", "bench.bandwidth", "bench.energy", "bench.forms", "bench.gathered"],
     ["bench.comparing", "bench.collectives", "bench.raw_mpi", "bench.plain_horovod", "bench.calls", "bench.fitting", "bench.step_models"],
