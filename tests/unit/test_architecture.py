@@ -145,7 +145,7 @@ STAIRS = [
     ["verify.watching", "verify.comparing"],
     ["verify.rank"],
     ["doctor.rank", "doctor.software", "doctor.message_passing", "doctor.machine", "doctor.launchers", "doctor.hosts"],
-    ["cli.trials"],
+    ["cli.trials", "cli.bench_flags"],
     ["cli.bench_collectives", "cli.bench_step"],
     ["cli.commands", "cli.doctor", "cli.verify", "cli.report", "cli.bench", "cli.bench_engines", "cli.bench_scaling", "cli.train", "cli.guard", "cli.install_horovod", "cli.export", "cli.import_file", "cli.migrate"],
     ["cli"],
