@@ -104,10 +104,10 @@ def main() -> None:
             + ", ".join(f"{engine} {rate:,.0f}" for engine, rate in judged.items()),
             flush=True,
         )
-    right = sum(each["right"] for each in found)
-    print(f"right in {right} of {len(found)} repetitions, within {CLOSE:.0%}, in {time.monotonic() - began:.0f} s")
+    hits = sum(bool(each["right"]) for each in found)
+    print(f"right in {hits} of {len(found)} repetitions, within {CLOSE:.0%}, in {time.monotonic() - began:.0f} s")
     kept = {name: whole[name] for name in ("date", "machine", "load", "versions", "trained", "world_size")}
-    print(json.dumps({"benchmark": "auto_choice", **kept, "right": right, "repetitions": found}))
+    print(json.dumps({"benchmark": "auto_choice", **kept, "right": hits, "repetitions": found}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -131,34 +132,39 @@ def test_every_benchmark_can_say_and_write_json_and_has_a_limit():
         assert {"--ranks", "--engines", "--rounds", "--limit", "--json", "--out", "--plot"} <= flags
 
 
-def test_a_result_is_written_before_it_is_said_and_has_no_nan(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-    with pytest.raises(OutputError, match="standard output"):
-        conclude({"a": [math.nan, {"b": math.inf}], "c": 1.5}, "text", tmp_path / "found.json")
+def test_a_result_is_written_before_it_is_said_and_has_no_nan(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="could not write to the standard output"):
+            conclude({"a": [math.nan, {"b": math.inf}], "c": 1.5}, "text", tmp_path / "found.json")
     text = (tmp_path / "found.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, {"b": None}], "c": 1.5}
 
 
-def test_what_several_ranks_would_start_is_refused(monkeypatch, capsys, tmp_path):
+def test_what_several_ranks_would_start_is_refused(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with (
-        pytest.raises(UsageError, match="hvdtrain bench starts its ranks itself, and .* has started 2 of it"),
+        pytest.raises(UsageError, match=r"hvdtrain bench starts its ranks itself, and .* has started 2 of it"),
         workplace("bench"),
     ):
         pass
 
 
-def test_a_temporary_folder_that_is_full_and_a_working_folder_that_is_gone_are_said(monkeypatch, tmp_path):
-    with (
-        pytest.raises(OutputError, match="No space left on device; free space there, or set TMPDIR"),
-        workplace("bench") as place,
-    ):
+def fill(made: list[Path]) -> None:
+    with workplace("bench") as place:
+        made.append(place)
         place.joinpath("x").symlink_to("/dev/full")
         place.joinpath("x").write_text("x")
-    assert not place.exists()
+
+
+def test_a_temporary_folder_that_is_full_and_a_working_folder_that_is_gone_are_said(monkeypatch, tmp_path):
+    made: list[Path] = []
+    with pytest.raises(OutputError, match="No space left on device; free space there, or set TMPDIR"):
+        fill(made)
+    assert not made[0].exists()
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
