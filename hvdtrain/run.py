@@ -22,6 +22,7 @@ from hvdtrain.backends.recommended import asked_for, measured_otherwise, read_re
 from hvdtrain.building.learned import place_model, task_of
 from hvdtrain.building.optimizing import global_batch_size, optimizer_of, schedule_of, steps_per_epoch
 from hvdtrain.building.summing_up import place, summary_of
+from hvdtrain.compression.choosing import chosen as compression_of
 from hvdtrain.errors import ConfigError
 from hvdtrain.launch.detect import Detection, detect
 from hvdtrain.launch.launchers import may_join_by_mpi
@@ -170,7 +171,8 @@ def run_training(config: TrainConfig, detection: Detection | None = None) -> Sum
 
 
 def _check_combination(config: TrainConfig, backend: Backend) -> None:
-    """Refuse what does not go together, before there is a folder."""
+    """Refuse what does not go together, and a compression that cannot be made, before there is a folder."""
+    compression_of(config.compression)
     asked: dict[str, object] = {name: getattr(config, name) for name in ASKED_BY if hasattr(config, name)}
     asked |= {
         "accumulate": config.accumulate > 1,

@@ -17,7 +17,9 @@ from hvdtrain.topology import Topology
 PREFIX = "auto:"
 RECORD = "engines.json"
 """The record's name in a folder."""
-TRAINED = ("task", "model", "data", "batch_size", "global_batch_size", "precision")
+TRAINED = (
+    "task", "model", "data", "batch_size", "global_batch_size", "precision", "accumulate", "compression", "sync", "shard_modules",
+)  # fmt: skip
 """Settings on which the order of engines hangs most."""
 _MOST_BYTES = 2**24
 _REMEDY = "record one by hvdtrain bench engines --out FILE"
@@ -65,6 +67,8 @@ def read_recommendation(run: str) -> Recommendation:
     file = given / RECORD if given.is_dir() else given
     where = f"--backend {PREFIX}{run}"
     try:
+        if file.exists() and not file.is_file():
+            raise ConfigError(f"{where}: {file} is no file; {_REMEDY}")
         with file.open(encoding="utf-8") as opened:
             found = json.loads(opened.read(_MOST_BYTES))
     except OSError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hvdtrain.bench.forms import Link
 from hvdtrain.errors import ConfigError
 
+FEWEST_SIZES = 3
 _LEAST_LATENCY_S, _MOST_BANDWIDTH = 1e-9, 1e15
 
 
@@ -37,7 +38,7 @@ def fit_ring(points: Sequence[tuple[float, float]], ranks: int) -> Fit:
     Raises:
         ConfigError: There are too few sizes.
     """
-    if len({size for size, _ in points}) < 3:
+    if len({size for size, _ in points}) < FEWEST_SIZES:
         raise ConfigError("latency and bandwidth need all-reduces of at least three sizes; give a larger --max-bytes")
     fixed_s, per_byte_s = _line(points)
     link = Link(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from hvdtrain.bench.bandwidth import size_named
 from hvdtrain.bench.collectives import Measured, bandwidths
 from hvdtrain.bench.spread import Spread
-from hvdtrain.observe.whole_file import write_whole
+from hvdtrain.observe.whole_file import write_output
 from hvdtrain.report.drawing import COLORS, drawn, plain_text
 
 _PANEL_INCHES = 3.0
@@ -96,4 +96,4 @@ def draw_scaling(
 
 def _write(name: str, draw: Callable[[Figure], None], file: Path, height: float) -> None:
     picture = drawn(name, name, "", draw, height=height)
-    write_whole(file, picture.svg if file.suffix == ".svg" else picture.png, remedy="choose another --plot")
+    write_output(file, picture.svg if file.suffix == ".svg" else picture.png, remedy="choose another --plot")

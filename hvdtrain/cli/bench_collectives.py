@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
-from hvdtrain.bench.bandwidth import FACTORS, size_of, sizes
+from hvdtrain.bench.bandwidth import FACTORS, size_of, sizes, whole_size
 from hvdtrain.bench.collectives import COPY, RAW, Measured, as_json, collectives_of, read_times, rows
+from hvdtrain.cli.bench_flags import BenchFlags
 from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.trials import (
     Contender,
@@ -23,10 +22,11 @@ from hvdtrain.cli.trials import (
     starters,
     survivors,
     table,
+    workplace,
 )
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import ConfigError, HvdtrainError
-from hvdtrain.settings.options import option, settle
+from hvdtrain.settings.options import option
 
 _USAGE = "hvdtrain bench collectives [FLAG VALUE ...]"
 _INTRO = """\
@@ -42,37 +42,32 @@ exit codes:
   1    some engine failed
   2    wrong flag"""
 MODULE = "hvdtrain.bench.collective_rank"
-_START_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CollectivesWishes:
+class CollectivesWishes(BenchFlags):
     """The flags of ``hvdtrain bench collectives``."""
 
     ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=2, at_most=1024)
-    engines: str | None = option(
-        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
-    )
     collectives: str = option(",".join(FACTORS), "which ones", group="what", metavar="A,B")
     max_bytes: str = option("16M", "largest size: bytes, or 64K, 16M, 1G", group="what", metavar="BYTES")
     beside: bool = option(True, "measure raw MPI and a copy of memory too", group="what")
     device: str = option("cpu", "where tensors lie", group="what", choices=("cpu", "cuda"))
-    rounds: int = option(3, "how often each engine is started", group="how", metavar="N", at_least=1, at_most=1000)
     seconds: float = option(
         0.05, "for each collective and size, of each start", group="how", metavar="S", above=0, at_most=60
-    )
-    json: bool = option(False, "print JSON instead of tables", group="where")
-    out: str | None = option(
-        None, "write everything as JSON into this file", group="where", metavar="FILE", default_text="nowhere"
     )
     plot: str | None = option(
         None, "draw bus bandwidth by size, .png or .svg", group="where", metavar="FILE", default_text="nothing"
     )
 
     def __post_init__(self) -> None:
-        settle(self)
-        size_of("--max-bytes", self.max_bytes)
-        collectives_of(self.collectives)
+        BenchFlags.__post_init__(self)  # super() without arguments knows no class whose slots were made afterwards
+        largest = size_of("--max-bytes", self.max_bytes)
+        for name in collectives_of(self.collectives):
+            if not any(whole_size(name, size, self.ranks) for size in sizes(largest)):
+                raise ConfigError(
+                    f"--max-bytes {self.max_bytes}: {name} cannot be cut for {self.ranks} ranks; give {8 * self.ranks} or more"
+                )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -92,16 +87,16 @@ def run(argv: Sequence[str]) -> int:
     collectives, all_sizes = collectives_of(wishes.collectives), sizes(size_of("--max-bytes", wishes.max_bytes))
     contenders = _contenders(wishes)
     measured = Measured(ranks=wishes.ranks)
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
-        wish = Path(place) / "wish.json"
+    with workplace("bench") as place:
+        wish = place / "wish.json"
         asked = {
             "sizes": all_sizes, "collectives": collectives, "seconds": wishes.seconds, "device": wishes.device,
         }  # fmt: skip
         wish.write_text(json.dumps(asked))
-        limit_s = _START_S + 10 * len(all_sizes) * len(collectives) * (1 + wishes.seconds)
+        limit_s = wishes.limit_s(10 * len(all_sizes) * len(collectives) * (1 + wishes.seconds))
 
         def once(contender: Contender, turn: int) -> str:
-            folder = Path(place) / f"{contender.name}-{turn}".replace(" ", "")
+            folder = place / f"{contender.name}-{turn}".replace(" ", "")
             ranks = 1 if contender.name == COPY else wishes.ranks
             how = contender_ran(contender, ranks, MODULE, wish, folder, limit_s=limit_s)
             if how:

@@ -2,65 +2,77 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hvdtrain.backends.recommended import RECORD, trained_of
 from hvdtrain.bench.spread import Spread
+from hvdtrain.cli.bench_flags import BenchFlags
+from hvdtrain.cli.places import read_both, say_help
 from hvdtrain.cli.trials import (
     CONFIG,
     Contender,
     conclude,
-    count,
     environment,
     in_turns,
     out_file,
-    own_flags,
     picture_file,
     starters,
     survivors,
     table,
     trained,
     under,
+    workplace,
 )
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.settings.config import TrainConfig
-from hvdtrain.settings.flags import Flags, UsageError, build, read_flags
-from hvdtrain.settings.options import flag_of
+from hvdtrain.settings.flags import Flags, UsageError, build
+from hvdtrain.settings.options import flag_of, option
 
-_HELP = """\
-usage: hvdtrain bench engines [--ranks N] [--rounds N] [--steps N] [--engines A,B] [--launcher NAME] [--out FILE]
-                              [FLAG VALUE ...]
-
+_USAGE = "hvdtrain bench engines [FLAG VALUE ...] [FLAG OF TRAINING VALUE ...]"
+_INTRO = """\
 Train a few steps of a task on several ranks of each engine that is here, in
 turns and anew in each round, so that a slow minute meets all of them. Say how
 fast each was, what of the exchange was waited for, and which to take. Flags of
 training say what is trained, as in
   hvdtrain bench engines --task my_module:MyTask --batch-size 32
-How long, where and with which records a --config file trains is left out here.
-
-  --ranks N        ranks of each engine (2)
-  --rounds N       how often each engine is started (3)
-  --steps N        optimizer steps of each start, an eighth of them to warm up (80)
-  --engines A,B    of torch, mpi, horovod (all that are here)
-  --launcher NAME  start all engines by this one: torchrun, mpirun, horovodrun
-                   (each by its own)
-  --out FILE       write everything as JSON; --backend auto:FILE follows it, on
-                   this machine, with as many ranks and the same launcher
-  --plot FILE      draw samples per second, .png or .svg
-
-exit codes: 0 done, 1 an engine failed, 2 wrong flag"""
-_OWN = {"--ranks": "2", "--rounds": "3", "--steps": "80", "--engines": "", "--launcher": "", "--out": "", "--plot": ""}
-_LIMIT_S = 1800.0
+--config and --print-config are those of training. How long, where and with which
+records a --config file trains is left out here."""
+_EPILOG = """\
+exit codes:
+  0    done
+  1    an engine failed
+  2    wrong flag"""
 _FIXED: Mapping[str, Any] = {
     "resume": "never", "epochs": 10**6, "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_url": None,
     "logger": "none", "eval_every": 10**6, "profile": None,
 }  # fmt: skip
 _OURS = (*_FIXED, "max_steps", "log_every", "run_dir", "backend")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginesWishes(BenchFlags):
+    """The flags of ``hvdtrain bench engines`` beside those of training."""
+
+    ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=1, at_most=1024)
+    launcher: str | None = option(
+        None, "start all engines by this one: torchrun, mpirun, horovodrun", group="what", metavar="NAME",
+        default_text="each by its own",
+    )  # fmt: skip
+    steps: int = option(
+        80,
+        "optimizer steps of each start, an eighth of them to warm up",
+        group="how",
+        metavar="N",
+        at_least=16,
+        at_most=10**6,
+    )
+    out: str | None = option(
+        None, "write everything as JSON; --backend auto:FILE follows it, on this machine, with as many ranks and the same launcher",
+        group="where", metavar="FILE", default_text="nowhere",
+    )  # fmt: skip
 
 
 def run(argv: Sequence[str]) -> int:
@@ -72,18 +84,23 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         HvdtrainError: A flag is wrong, or no engine could train the task.
     """
-    if {"--help", "-h"} & set(argv):
-        say(_HELP)
-        return 0
-    own, rest = own_flags(argv, _OWN)
-    ranks, rounds, steps = (count(name, own[name]) for name in ("--ranks", "--rounds", "--steps"))
-    if steps < 16:
-        raise UsageError(f"--steps {steps}: give at least 16; the first ones are slower than the others")
-    flags = read_flags(TrainConfig, rest)
+    command, flags = read_both(EnginesWishes, TrainConfig, argv)
+    if command.config is None:
+        return say_help(
+            EnginesWishes,
+            command,
+            usage=_USAGE,
+            intro=_INTRO,
+            epilog=_EPILOG,
+            configuration=lambda: build(TrainConfig, flags),
+        )
+    wishes: EnginesWishes = command.config
+    ranks, rounds, steps = wishes.ranks, wishes.rounds, wishes.steps
     _refuse_ours(flags)
     config: TrainConfig = build(TrainConfig, flags)
-    out, plot = out_file(own["--out"], RECORD), picture_file(own["--plot"] or None)
-    tried = under(own["--launcher"], own["--engines"]) if own["--launcher"] else starters(own["--engines"])[1]
+    out, plot = out_file(wishes.out or "", RECORD), picture_file(wishes.plot)
+    wanted = wishes.engines or ""
+    tried = under(wishes.launcher, wanted) if wishes.launcher else starters(wanted)[1]
     from hvdtrain.bench.comparing import as_json, choose, rows  # noqa: PLC0415  (the standard library would do, but torch)
     from hvdtrain.bench.energy import find_counters, metered  # noqa: PLC0415
     from hvdtrain.bench.trial import Trial, read_trial  # noqa: PLC0415
@@ -92,13 +109,13 @@ def run(argv: Sequence[str]) -> int:
     counters = find_counters()
     contenders = [Contender(name=each.backend, starter=each) for each in tried]
     whole = replace(config, **_FIXED, max_steps=steps, log_every=max(1, steps // 8))
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
+    with workplace("bench") as place:
 
         def once(contender: Contender, turn: int) -> str:
-            folder = Path(place) / f"{contender.name}-{turn}"
+            folder = place / f"{contender.name}-{turn}"
             program = ["-m", "hvdtrain", "--config", str(folder / CONFIG)]
             with metered(counters) as meter:
-                how = trained(contender.starter, ranks, whole, folder, program, limit_s=_LIMIT_S)
+                how = trained(contender.starter, ranks, whole, folder, program, limit_s=wishes.limit_s())
             if how:
                 return how
             try:
@@ -107,10 +124,11 @@ def run(argv: Sequence[str]) -> int:
                 return str(error)
             trial = replace(trial, joules=meter.between(trial.began, trial.ended))
             trials.setdefault(contender.name, []).append(trial)
-            say(f"round {turn + 1}/{rounds}: {contender.name:<8} {trial.samples_per_second:,.0f} samples/s")
+            if not wishes.json:
+                say(f"round {turn + 1}/{rounds}: {contender.name:<8} {trial.samples_per_second:,.0f} samples/s")
             return ""
 
-        failed = in_turns(contenders, rounds, once)
+        failed = in_turns(contenders, rounds, once, quiet=wishes.json)
     trials = survivors(trials, contenders, failed)
     if not trials:
         raise HvdtrainError("no engine could train the task; hvdtrain doctor says what is wrong here")
@@ -121,7 +139,7 @@ def run(argv: Sequence[str]) -> int:
     found = as_json(
         trials,
         choice,
-        commands={each.name: f"{each.starter.name} -np {ranks}" for each in contenders},
+        commands={each.name: each.starter.typed(ranks) for each in contenders},
         **environment(),
         world_size=ranks,
         trained=trained_of(config),
@@ -129,7 +147,7 @@ def run(argv: Sequence[str]) -> int:
         failed=failed,
         energy=[counter.name for counter in counters[0]] or counters[1],
     )
-    conclude(found, said, out)
+    conclude(found, said, out, as_json=wishes.json)
     if plot is not None:
         from hvdtrain.bench.pictures import draw_rates  # noqa: PLC0415  (matplotlib: half a second)
 

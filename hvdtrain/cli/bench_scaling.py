@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.bench.bandwidth import size_of, sizes
 from hvdtrain.bench.collectives import Measured, read_times
-from hvdtrain.bench.fitting import fit_ring
+from hvdtrain.bench.fitting import FEWEST_SIZES, fit_ring
 from hvdtrain.bench.forms import Link
 from hvdtrain.bench.scaling import (
     ITEM_BYTES,
@@ -26,6 +25,7 @@ from hvdtrain.bench.scaling import (
 )
 from hvdtrain.bench.spread import Spread
 from hvdtrain.cli import bench_collectives, bench_step
+from hvdtrain.cli.bench_flags import StepFlags
 from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.trials import (
     Contender,
@@ -36,12 +36,14 @@ from hvdtrain.cli.trials import (
     out_file,
     picture_file,
     starters,
+    survivors,
     table,
+    workplace,
 )
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.settings.flags import UsageError
-from hvdtrain.settings.options import option, settle
+from hvdtrain.settings.options import option
 
 _USAGE = "hvdtrain bench scaling [FLAG VALUE ...]"
 _INTRO = """\
@@ -60,28 +62,14 @@ exit codes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScalingWishes:
+class ScalingWishes(StepFlags):
     """The flags of ``hvdtrain bench scaling``."""
 
     ranks: str | None = option(
         None, "numbers of ranks", group="what", metavar="N,N", default_text="1, 2, 4, ... up to the CPUs"
     )
-    model: str = option("resnet50", "mlp, small, many, or a classifier of torchvision", group="what", metavar="NAME")
-    batch_size: int = option(32, "samples of each rank and step", group="what", metavar="N", at_least=1, at_most=2**20)
-    image_size: int = option(
-        224, "height and width of torchvision's images", group="what", metavar="N", at_least=8, at_most=4096
-    )
-    engines: str | None = option(
-        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
-    )
-    device: str = option("cpu", "where", group="what", choices=("cpu", "cuda"))
+    device: str = option("cpu", "where", group="what", choices=("cpu", "cuda"))  # all-reduces need it said
     max_bytes: str = option("64M", "largest all-reduce: bytes, or 64K, 16M, 1G", group="what", metavar="BYTES")
-    rounds: int = option(3, "how often each is started", group="how", metavar="N", at_least=1, at_most=1000)
-    warmup: int = option(
-        10, "steps before the first that is timed", group="how", metavar="N", at_least=0, at_most=10**6
-    )
-    batches: int = option(10, "steps that are timed together", group="how", metavar="N", at_least=1, at_most=10**6)
-    iterations: int = option(10, "so many times in each start", group="how", metavar="N", at_least=1, at_most=10**6)
     seconds: float = option(
         0.05, "for each size of all-reduce, of each start", group="how", metavar="S", above=0, at_most=60
     )
@@ -110,17 +98,14 @@ class ScalingWishes:
     )
     ratio: float = option(16.0, "bytes to bytes sent, when compressed", group="projection", metavar="X", at_least=1)
     diloco_steps: int = option(100, "steps between exchanges of DiLoCo", group="projection", metavar="N", at_least=1)
-    json: bool = option(False, "print JSON instead of tables", group="where")
-    out: str | None = option(
-        None, "write everything as JSON into this file", group="where", metavar="FILE", default_text="nowhere"
-    )
     plot: str | None = option(
         None, "draw efficiency by ranks, .png or .svg", group="where", metavar="FILE", default_text="nothing"
     )
 
     def __post_init__(self) -> None:
-        settle(self)
-        size_of("--max-bytes", self.max_bytes)
+        StepFlags.__post_init__(self)
+        if len(sizes(size_of("--max-bytes", self.max_bytes))) < FEWEST_SIZES:
+            raise ConfigError(f"--max-bytes {self.max_bytes}: latency and bandwidth need three sizes; give 16 or more")
         if 1 not in self.numbers or max(self.numbers) == 1:
             raise ConfigError(
                 f"--ranks {self.ranks}: one rank is what others are compared with; give 1 and more, as in 1,2,4"
@@ -161,9 +146,8 @@ def run(argv: Sequence[str]) -> int:
     sampled, failed = _measure(wishes, contenders)
     bytes_of_model = gradient_bytes(wishes.model, ITEM_BYTES)
     scaled = {
-        each.name: sampled.scaled(each.name, bytes_of_model, wishes.batch_size)
-        for each in contenders
-        if each.name not in failed
+        name: sampled.scaled(name, bytes_of_model, wishes.batch_size)
+        for name in survivors(sampled.steps, contenders, failed)
     }
     if not scaled:
         raise HvdtrainError("nothing could be measured; hvdtrain doctor says what is wrong here")
@@ -181,6 +165,7 @@ def run(argv: Sequence[str]) -> int:
         ]
     known = {
         "model": wishes.model, "batch_size": wishes.batch_size, "image_size": wishes.image_size, "rounds": wishes.rounds,
+        "batches": wishes.batches, "warmup": wishes.warmup, "device": wishes.device, "world_sizes": wishes.numbers,
         "gradient_bytes": bytes_of_model, "ranks_per_node": assumed.ranks_per_node, "link_gbit": wishes.link_gbit,
         "link_us": wishes.link_us, "ratio": wishes.ratio, "diloco_steps": wishes.diloco_steps, "failed": failed,
     }  # fmt: skip
@@ -199,11 +184,11 @@ class _Samples:
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
-        self._steps: dict[str, dict[int, list[float]]] = {}
+        self.steps: dict[str, dict[int, list[float]]] = {}
         self._reduced: dict[int, Measured] = {}
 
     def add_steps(self, engine: str, ranks: int, seconds: Sequence[float]) -> None:
-        own = self._steps.setdefault(engine, {}).setdefault(ranks, [])
+        own = self.steps.setdefault(engine, {}).setdefault(ranks, [])
         own += [each / self._batches for each in seconds]
 
     def add_reduced(self, engine: str, ranks: int, folder: Path) -> None:
@@ -214,7 +199,7 @@ class _Samples:
         for ranks, measured in sorted(self._reduced.items()):
             by_size = measured.times[engine]["all-reduce"]
             fits[ranks] = fit_ring([(size, Spread.of(of).median) for size, of in by_size.items()], ranks)
-        steps = {ranks: Spread.of(of) for ranks, of in sorted(self._steps[engine].items())}
+        steps = {ranks: Spread.of(of) for ranks, of in sorted(self.steps[engine].items())}
         return Scaled(steps=steps, fits=fits, gradient_bytes=gradient_bytes, samples=samples)
 
 
@@ -222,8 +207,8 @@ def _measure(wishes: ScalingWishes, contenders: Sequence[Contender]) -> tuple[_S
     from hvdtrain.bench.steps import read_launch  # noqa: PLC0415  (torch: seconds)
 
     sampled = _Samples(wishes.batches)
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
-        step, reduce = Path(place) / "step.json", Path(place) / "reduce.json"
+    with workplace("bench") as place:
+        step, reduce = place / "step.json", place / "reduce.json"
         step.write_text(json.dumps(bench_step.step_wish(wishes)))
         asked = {
             "sizes": sizes(size_of("--max-bytes", wishes.max_bytes)), "collectives": ["all-reduce"],
@@ -233,17 +218,17 @@ def _measure(wishes: ScalingWishes, contenders: Sequence[Contender]) -> tuple[_S
 
         def once(contender: Contender, turn: int) -> str:
             for ranks in wishes.numbers:
-                folder = Path(place) / f"{contender.name}-{ranks}-{turn}"
-                how = contender_ran(contender, ranks, bench_step.MODULE, step, folder, limit_s=bench_step.LIMIT_S)
+                folder = place / f"{contender.name}-{ranks}-{turn}"
+                how = contender_ran(contender, ranks, bench_step.MODULE, step, folder, limit_s=wishes.limit_s())
                 if how:
-                    return how
+                    return f"with {ranks} ranks: {how}"
                 reduced = folder.with_name(f"{folder.name}-reduced")
                 if ranks > 1:
                     how = contender_ran(
-                        contender, ranks, bench_collectives.MODULE, reduce, reduced, limit_s=bench_step.LIMIT_S
+                        contender, ranks, bench_collectives.MODULE, reduce, reduced, limit_s=wishes.limit_s()
                     )
                 if how:
-                    return how
+                    return f"all-reduces with {ranks} ranks: {how}"
                 try:
                     launch = read_launch(folder, ranks)
                     if ranks > 1:

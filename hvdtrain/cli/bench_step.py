@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 from hvdtrain.bench.spread import Spread
+from hvdtrain.cli.bench_flags import StepFlags
 from hvdtrain.cli.places import read, say_help
 from hvdtrain.cli.trials import (
     Contender,
@@ -23,10 +21,11 @@ from hvdtrain.cli.trials import (
     starters,
     survivors,
     table,
+    workplace,
 )
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import ConfigError, HvdtrainError
-from hvdtrain.settings.options import option, settle
+from hvdtrain.settings.options import option
 
 _USAGE = "hvdtrain bench step [FLAG VALUE ...]"
 _INTRO = """\
@@ -43,40 +42,14 @@ exit codes:
   1    something failed, or they do not train alike
   2    wrong flag"""
 MODULE = "hvdtrain.bench.step_rank"
-LIMIT_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepWishes:
+class StepWishes(StepFlags):
     """The flags of ``hvdtrain bench step``."""
 
     ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=1, at_most=1024)
-    model: str = option("resnet50", "mlp, small, many, or a classifier of torchvision", group="what", metavar="NAME")
-    batch_size: int = option(32, "samples of each rank and step", group="what", metavar="N", at_least=1, at_most=2**20)
-    image_size: int = option(
-        224, "height and width of torchvision's images", group="what", metavar="N", at_least=8, at_most=4096
-    )
-    engines: str | None = option(
-        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
-    )
     beside: bool = option(True, "measure alone, DDP and Horovod itself too", group="what")
-    device: str = option("auto", "where", group="what", choices=("auto", "cpu", "cuda"))
-    rounds: int = option(3, "how often each is started", group="how", metavar="N", at_least=1, at_most=1000)
-    warmup: int = option(
-        10, "steps before the first that is timed", group="how", metavar="N", at_least=0, at_most=10**6
-    )
-    batches: int = option(10, "steps that are timed together", group="how", metavar="N", at_least=1, at_most=10**6)
-    iterations: int = option(10, "so many times in each start", group="how", metavar="N", at_least=1, at_most=10**6)
-    json: bool = option(False, "print JSON instead of a table", group="where")
-    out: str | None = option(
-        None, "write everything as JSON into this file", group="where", metavar="FILE", default_text="nowhere"
-    )
-    plot: str | None = option(
-        None, "draw samples per second, .png or .svg", group="where", metavar="FILE", default_text="nothing"
-    )
-
-    def __post_init__(self) -> None:
-        settle(self)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -101,14 +74,14 @@ def run(argv: Sequence[str]) -> int:
     check_model_name(wishes.model)
     counters = find_counters()
     steps = Steps(samples=wishes.batch_size * wishes.ranks * wishes.batches, batches=wishes.batches)
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-bench-") as place:
-        wish = Path(place) / "wish.json"
+    with workplace("bench") as place:
+        wish = place / "wish.json"
         wish.write_text(json.dumps(step_wish(wishes)))
 
         def once(contender: Contender, turn: int) -> str:
-            folder = Path(place) / f"{contender.name}-{turn}"
+            folder = place / f"{contender.name}-{turn}"
             with metered(counters) as meter:
-                how = contender_ran(contender, wishes.ranks, MODULE, wish, folder, limit_s=LIMIT_S)
+                how = contender_ran(contender, wishes.ranks, MODULE, wish, folder, limit_s=wishes.limit_s())
             if how:
                 return how
             try:
@@ -132,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
         said.append(f"joules: not readable here: {counters[1]}.")
     known = {
         "world_size": wishes.ranks, "model": wishes.model, "batch_size": wishes.batch_size, "image_size": wishes.image_size,
-        "batches": wishes.batches, "rounds": wishes.rounds, "failed": failed, "unlike": wrong,
+        "batches": wishes.batches, "warmup": wishes.warmup, "device": wishes.device, "rounds": wishes.rounds, "failed": failed, "unlike": wrong,
         "energy": [counter.name for counter in counters[0]] or counters[1],
     }  # fmt: skip
     conclude(as_json(steps, **environment(), **known), "\n".join(filter(None, said)), out, as_json=wishes.json)
@@ -143,11 +116,11 @@ def run(argv: Sequence[str]) -> int:
     return int(bool(failed or wrong))
 
 
-def step_wish(wishes: Any) -> dict[str, object]:
+def step_wish(wishes: StepFlags) -> dict[str, object]:
     """What the ranks are told.
 
     Args:
-        wishes: Flags that say how steps are timed: `StepWishes`, or others that have the same.
+        wishes: Flags that say how steps are timed.
     """
     return {
         "model": wishes.model, "batch_size": wishes.batch_size, "image_size": wishes.image_size, "warmup": wishes.warmup,

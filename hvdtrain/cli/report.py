@@ -37,6 +37,11 @@ class ReportWishes:
         default_text="RUN/report, or report for several runs",
     )
 
+    metrics: str | None = option(
+        None, "names of metrics to draw, * and ? stand for signs", group="what", metavar="A,B*",
+        default_text="the loss and the first 24",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         settle(self)
 
@@ -56,6 +61,10 @@ def run(argv: Sequence[str]) -> int:
     wishes: ReportWishes = command.config
     from hvdtrain.report.making import make_report  # noqa: PLC0415  (half a second that a wrong flag should not cost)
 
-    path = make_report([Path(place) for place in command.places], None if wishes.out is None else Path(wishes.out))
+    path = make_report(
+        [Path(place) for place in command.places],
+        None if wishes.out is None else Path(wishes.out),
+        metrics=None if wishes.metrics is None else wishes.metrics.split(","),
+    )
     say(f"wrote {path}, and a PNG of each picture beside it")
     return 0

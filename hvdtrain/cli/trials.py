@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hvdtrain.cli.voice import say
-from hvdtrain.doctor.asking import ask
+from hvdtrain.doctor.asking import Answer, ask, ended_by_signals
 from hvdtrain.doctor.launchers import here_with_horovod
+from hvdtrain.errors import ConfigError, LaunchError, OutputError
+from hvdtrain.horovod_build.running import OUT_OF_TIME
+from hvdtrain.launch.detect import detect
 from hvdtrain.launch.machine import this_machine
 from hvdtrain.launch.starting import Starter, surroundings
-from hvdtrain.observe.whole_file import check_writable, write_whole
+from hvdtrain.observe.quantities import in_duration
+from hvdtrain.observe.whole_file import check_writable, write_output
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import UsageError, config_text
 from hvdtrain.version import __version__
@@ -38,36 +45,40 @@ class Contender:
     starter: Starter
 
 
-def own_flags(argv: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The values of a command's own flags, and the words that are not its own.
+@contextmanager
+def workplace(name: str) -> Iterator[Path]:
+    """A temporary folder for what ranks are told and write; it is gone afterwards, also when a signal ends this process.
+
+    Args:
+        name: Of the command, for messages.
 
     Raises:
-        UsageError: One has no value.
+        UsageError: This process is one of several that a launcher has started.
+        ConfigError: The working directory is gone.
+        OutputError: The folder cannot be written.
     """
-    own, rest, words = dict(defaults), [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in own:
-            rest.append(word)
-        elif equals:
-            own[name] = value
-        else:
-            found = next(words, None)
-            if found is None:
-                raise UsageError(f"{name} needs a value; --help shows which")
-            own[name] = found
-    return own, rest
-
-
-def count(name: str, text: str) -> int:
-    """A flag's number.
-
-    Raises:
-        UsageError: It is none, or too large.
-    """
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:6]) <= 1024 or len(text) > 4:
-        raise UsageError(f"{name} {text}: give a number from 1 to 1024")
-    return int(text)
+    with suppress(LaunchError):
+        place = detect().topology
+        if place.world_size > 1:
+            raise UsageError(
+                f"hvdtrain {name} starts its ranks itself, and {place.launcher} has started {place.world_size} of it; "
+                f"leave {place.launcher} out"
+            )
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory was deleted; cd to one that is there") from error
+    try:
+        with (
+            ended_by_signals(),
+            tempfile.TemporaryDirectory(prefix=f"hvdtrain-{name}-", ignore_cleanup_errors=True) as made,
+        ):
+            yield Path(made)
+    except OSError as error:
+        where = error.filename or "a temporary file"
+        raise OutputError(
+            f"could not write {where}: {error.strerror or error}; free space there, or set TMPDIR"
+        ) from error
 
 
 def starters(engines: str) -> tuple[Starter, list[Starter]]:
@@ -133,7 +144,7 @@ def trained(
     whole = replace(config, run_dir=str(folder / "run"), backend=starter.backend)
     (folder / CONFIG).write_text(config_text(whole))
     answer = ask(starter.command(ranks, program), limit_s=limit_s, environment=surroundings(os.environ))
-    return answer.how if answer.code else ""
+    return _how(answer, limit_s)
 
 
 def contender_ran(contender: Contender, ranks: int, module: str, wish: Path, folder: Path, *, limit_s: float) -> str:
@@ -150,6 +161,13 @@ def contender_ran(contender: Contender, ranks: int, module: str, wish: Path, fol
     folder.mkdir()
     program = ["-m", module, str(wish), contender.name, str(folder)]
     answer = ask(contender.starter.command(ranks, program), limit_s=limit_s, environment=surroundings(os.environ))
+    return _how(answer, limit_s)
+
+
+def _how(answer: Answer, limit_s: float) -> str:
+    """How it failed, or ""."""
+    if answer.code == OUT_OF_TIME:
+        return f"not done within {in_duration(limit_s)}"
     return answer.how if answer.code else ""
 
 
@@ -242,11 +260,23 @@ def picture_file(text: str | None) -> Path | None:
 
 
 def conclude(found: dict[str, Any], text: str, out: Path | None, *, as_json: bool = False) -> None:
-    """Say what came out, as a text or as JSON, and write the JSON where ``--out`` says."""
-    whole = json.dumps(found, indent=1)
-    say(whole if as_json else text)
+    """Write the JSON where ``--out`` says, and say what came out: the text, or the JSON.
+
+    The file first: what hours have found is not lost with an output that cannot be written.
+    """
+    whole = json.dumps(_plain(found), indent=1, allow_nan=False)
     if out is not None:
-        write_whole(out, whole + "\n", remedy=_REMEDY)
+        write_output(out, whole + "\n", remedy=_REMEDY)
+    say(whole if as_json else text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON proper has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, Any]:

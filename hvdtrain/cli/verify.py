@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvdtrain.cli.trials import CONFIG, count, own_flags, starters, trained
+from hvdtrain.cli.places import read_both, say_help
+from hvdtrain.cli.trials import CONFIG, starters, trained, workplace
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.starting import Starter
 from hvdtrain.settings.config import TrainConfig
-from hvdtrain.settings.flags import UsageError, build, read_flags
+from hvdtrain.settings.flags import Flags, UsageError, build
+from hvdtrain.settings.options import option, settle
 
-_HELP = """\
-usage: hvdtrain verify --task MODULE.TASK [--ranks N] [--steps N] [--engines A,B] [FLAG VALUE ...]
-
+_USAGE = "hvdtrain verify --task MODULE.TASK [FLAG VALUE ...] [FLAG OF TRAINING VALUE ...]"
+_INTRO = """\
 Train a few steps of a task in one process (twice) and on several ranks of each
 engine that is here, on CPUs, with the same seed and the same global batches.
 Compare the data, losses, gradients, buffers and parameters; name the first
-difference and its likely cause. Flags of training count here too.
-
-  --ranks N       ranks of each engine (2)
-  --steps N       optimizer steps (3)
-  --engines A,B   of torch, mpi, horovod (all that are here)
-
+difference and its likely cause. Flags of training count here too; --config and
+--print-config are those of training.
 Numbers are compared in float64 unless --precision says otherwise. Dropout is
-switched off: its numbers are meant to be each rank's own.
-
-exit codes: 0 all are alike, 1 something differs or a run failed, 2 wrong flag"""
-_OWN = {"--ranks": "2", "--steps": "3", "--engines": ""}
+switched off: its numbers are meant to be each rank's own."""
+_EPILOG = """\
+exit codes:
+  0    all are alike
+  1    something differs or a run failed
+  2    wrong flag"""
 _LIMIT_S = 600.0
 _GLOBAL_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyWishes:
+    """The flags of ``hvdtrain verify`` beside those of training."""
+
+    ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=1, at_most=1024)
+    engines: str | None = option(
+        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
+    )
+    steps: int = option(3, "optimizer steps", group="what", metavar="N", at_least=1, at_most=1024)
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,23 +56,30 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         HvdtrainError: A flag is wrong, or the task does not run in one process.
     """
-    if {"--help", "-h"} & set(argv):
-        say(_HELP)
-        return 0
-    own, rest = own_flags(argv, _OWN)
-    ranks, steps = (count(name, own[name]) for name in ("--ranks", "--steps"))
-    config = _config(rest, ranks, steps)
+    command, flags = read_both(VerifyWishes, TrainConfig, argv)
+    if command.config is None:
+        return say_help(
+            VerifyWishes,
+            command,
+            usage=_USAGE,
+            intro=_INTRO,
+            epilog=_EPILOG,
+            configuration=lambda: build(TrainConfig, flags),
+        )
+    wishes: VerifyWishes = command.config
+    ranks, steps = wishes.ranks, wishes.steps
+    config = _config(flags, ranks, steps)
     from hvdtrain.verify.comparing import Finding, between, tolerance, twice, uncompared  # noqa: PLC0415  (torch: seconds)
     from hvdtrain.verify.notes import read  # noqa: PLC0415
 
     close = tolerance(config.precision)
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-verify-") as place:
-        alone, others = starters(own["--engines"])
+    with workplace("verify") as place:
+        alone, others = starters(wishes.engines or "")
         for name in ("one", "again"):
-            failed = _trained(alone, 1, config, Path(place) / name)
+            failed = _trained(alone, 1, config, place / name)
             if failed:
                 raise HvdtrainError(f"the task fails in one process already: {failed}")
-        one, again = read(Path(place) / "one"), read(Path(place) / "again")
+        one, again = read(place / "one"), read(place / "again")
 
         def tell(label: str, found: Sequence[Finding]) -> None:
             for each in found:
@@ -71,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
         wrong = bool(unsteady)
         for starter in others:
             label = f"{starter.backend} ({starter.name}, {ranks} ranks)"
-            folder = Path(place) / starter.name.replace(" ", "")
+            folder = place / starter.name.replace(" ", "")
             failed = _trained(starter, ranks, config, folder)
             ranks_notes = [] if failed else read(folder)
             found = [] if failed else list(between(one, ranks_notes, close=close))
@@ -91,8 +110,7 @@ def run(argv: Sequence[str]) -> int:
     return int(wrong)
 
 
-def _config(rest: Sequence[str], ranks: int, steps: int) -> TrainConfig:
-    flags = read_flags(TrainConfig, rest)
+def _config(flags: Flags, ranks: int, steps: int) -> TrainConfig:
     config: TrainConfig = build(TrainConfig, flags)
     if config.task is None:
         raise UsageError("verify needs --task MODULE.TASK, the task to be tried (docs/training.md says what one is)")

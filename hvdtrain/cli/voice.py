@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 
-from hvdtrain.errors import HvdtrainError, LaunchError, Preempted, RankFailure
+from hvdtrain.errors import HvdtrainError, LaunchError, OutputError, Preempted, RankFailure
 from hvdtrain.launch.detect import detect
 
 GRACE_S = 3.0
@@ -18,14 +19,21 @@ GRACE_S = 3.0
 
 
 def say(text: str) -> None:
-    """Writes ``text`` and a newline to the standard output, on rank 0 only."""
+    """Writes ``text`` and a newline to the standard output, on rank 0 only.
+
+    Raises:
+        OutputError: It cannot be written; a reader that has gone is no error.
+    """
     if rank() != 0 or sys.stdout is None:  # None: it was closed before Python began (>&-)
         return
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:  # `hvdtrain --help | head`: the reader has gone, and Python would complain of it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        with suppress(OSError):  # what is still to be written, Python would complain of at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `hvdtrain --help | head`: the reader has gone
+            raise OutputError(f"could not write to the standard output: {error.strerror}; free space there") from error
 
 
 def complain(error: BaseException, *, same_everywhere: bool) -> None:

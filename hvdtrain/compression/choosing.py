@@ -9,10 +9,11 @@ from hvdtrain.compression.quantized import Float8, Int8, OneBit
 from hvdtrain.compression.sparse import RandomK, TopK
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.components import resolve
-from hvdtrain.settings.compression import TYPES, parsed
+from hvdtrain.settings.compression import FORMS, TYPES, parsed
 from hvdtrain.settings.options import Component, is_import_path
 
 _FLAG = "--compression"
+_WITHOUT_ARGUMENTS = f"it is called without any: give one of {', '.join(FORMS)}, or the path of a function of yours that returns a compression"
 
 
 def chosen(asked: str | Compression | None) -> tuple[Compression | None, str | None]:
@@ -54,7 +55,7 @@ def _made(name: str, number: float) -> Compression:
 
 
 def _imported(path: str) -> Compression:
-    found = resolve(Component(path), flag=_FLAG)()
+    found = resolve(Component(path), flag=_FLAG, remedy=_WITHOUT_ARGUMENTS)()
     if not isinstance(found, Compression):
         raise ConfigError(
             f"{_FLAG} {path} made {found!r:.80} of {type(found).__name__}, which is no hvdtrain.Compression; name a class that is derived "

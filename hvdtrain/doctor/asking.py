@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.doctor.telling import telling
 from hvdtrain.horovod_build.running import OUT_OF_TIME, Log, run
 
 LIMIT_S = 60.0
 _MARK = "hvdtrain doctor: "
-_WHO = re.compile(r"^\s*\[(rank)?\d+\](<std(out|err)>)?:\s?")  # what torch and horovodrun put before a rank's lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +43,8 @@ class Answer:
         if self.code == OUT_OF_TIME:
             return "no answer in time"
         ended = f"died of {_signal(-self.code)}" if self.code < 0 else f"exit code {self.code}"
-        said = self._telling()
+        said = telling([line for line in self.lines if _MARK not in line])
         return f"{said} ({ended})" if said else ended
-
-    def _telling(self) -> str:
-        said = (_WHO.sub("", line).strip(" \t\0") for line in self.lines if _MARK not in line)
-        lines = [line for line in said if line]
-        heads = ((line, line.partition(":")[0]) for line in lines)
-        errors = [line for line, head in heads if "rror" in head and head != "Errorcode"]  # which mpirun says last
-        return (errors or lines or [""])[-1]
 
 
 def ask(command: Sequence[str], *, limit_s: float = LIMIT_S, environment: Mapping[str, str] | None = None) -> Answer:
@@ -65,7 +57,7 @@ def ask(command: Sequence[str], *, limit_s: float = LIMIT_S, environment: Mappin
     """
     log = Log(Path(os.devnull))  # nothing may depend on a folder that can be written to
     try:
-        with _ended_by_signals():
+        with ended_by_signals():
             code, lines = run(
                 command, log=log, environment=environment or os.environ, folder=Path.cwd(), limit_s=limit_s
             )
@@ -94,7 +86,7 @@ def tell(**facts):
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """Whoever ends this process by SIGTERM or SIGHUP ends what it has started too, which has a session of its own."""
 
     def end(number: int, _: object) -> None:

@@ -35,6 +35,13 @@ class Starter:
     words: tuple[str, ...]
     between: tuple[str, ...] = ()
 
+    def typed(self, ranks: int) -> str:
+        """As people type it, up to the program."""
+        number = (
+            "" if self.backend == "local" else f" {'--nproc-per-node' if self.name == 'torchrun' else '-np'} {ranks}"
+        )
+        return " ".join([f"{self.name}{number}", *self.between])
+
     def command(self, ranks: int, program: Sequence[str]) -> list[str]:
         """Start so many ranks of ``python PROGRAM``."""
         number = [] if self.backend == "local" else [str(ranks)]

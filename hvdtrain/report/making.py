@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.observe.whole_file import write_whole
+from hvdtrain.report.metrics import chosen_metrics
 from hvdtrain.report.page import Shown, page
 from hvdtrain.report.reading import names_of, read_run
 
@@ -14,18 +15,19 @@ MOST_RUNS = 10
 _REMEDY = "choose another --out"
 
 
-def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def make_report(folders: Sequence[Path], out: Path | None = None, *, metrics: Sequence[str] | None = None) -> Path:
     """Write ``report.html`` and a PNG for each picture.
 
     Args:
         folders: Of runs.
         out: The folder to write into; None for ``report`` in the run's folder, or here for several runs.
+        metrics: Names of metrics to draw, as `fnmatch` has them; None for the first 24 and a remark on the others.
 
     Returns:
         The page.
 
     Raises:
-        ConfigError: A folder is no run's, matplotlib is missing, or there are too many runs.
+        ConfigError: A folder is no run's, no metric has such a name, matplotlib is missing, or there are too many runs.
         OutputError: It cannot be written.
     """
     distinct = list({_real(folder): folder for folder in folders}.values())
@@ -36,7 +38,10 @@ def make_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         from hvdtrain.report.pictures import pictures  # noqa: PLC0415 - an optional library
     except ImportError as error:
         raise ConfigError(f"hvdtrain report draws with matplotlib ({error}); pip install 'hvdtrain[report]'") from error
-    drawn = pictures(runs)
+    wanted, remark = chosen_metrics(runs, metrics)
+    if remark:
+        runs[0].remarks.append(remark)
+    drawn = pictures(runs, wanted)
     place = out or (distinct[0] / "report" if len(distinct) == 1 else Path("report"))
     shown = [Shown(name=each.name, title=each.title, note=each.note, svg=each.svg) for each in drawn]
     target = place / "report.html"

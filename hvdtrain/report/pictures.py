@@ -33,11 +33,16 @@ class Curve:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def pictures(runs: Sequence[Run]) -> list[Picture]:
-    """All pictures for which some run has numbers, in the order of the page."""
+def pictures(runs: Sequence[Run], metrics: Sequence[str]) -> list[Picture]:
+    """All pictures for which some run has numbers, in the order of the page.
+
+    Args:
+        runs: Laid over each other.
+        metrics: Of evaluations, as records name them.
+    """
     made = [
         _curves("loss", "Loss", "training loss at logged steps, and the evaluation's", "loss", _losses(runs)),
-        *(_curves(*of) for of in _metrics(runs)),
+        *(_curves(*of) for of in _metrics(runs, metrics)),
         _amounts("throughput", "Throughput", "of all ranks between logged steps", "samples/s", _each(runs, throughput)),
         _phase_bars(runs),
         _phases_over_time(runs),
@@ -61,12 +66,9 @@ def _losses(runs: Sequence[Run]) -> list[Curve]:
     return found
 
 
-def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, str, list[Curve]]]:
-    names = sorted({name for run in runs for record in run.evaluations for name in record if name.startswith("eval_")})
+def _metrics(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str, str, str, list[Curve]]]:
     found: list[tuple[str, str, str, str, list[Curve]]] = []
     for name in names:
-        if name == "eval_loss":
-            continue
         title = name.removeprefix("eval_")
         curves = [
             Curve(run.name, *_points(run.evaluations, name), COLORS[at % len(COLORS)], extra={"marker": "o"})
@@ -76,7 +78,7 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, str, list[Curve]]
         if any(safe.lower() == other.lower() for other, *_ in found):  # of names in other scripts little is left
             safe = f"{safe}_{len(found) + 1}"
         found.append((safe, title[:1].upper() + title[1:], "over the whole evaluation data", title, curves))
-    return found[:24]
+    return found
 
 
 def _named(runs: Sequence[Run], name: str, factor: float = 1.0) -> list[Curve]:

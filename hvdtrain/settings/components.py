@@ -81,6 +81,7 @@ def resolve(
     where: Sequence[str | Mapping[str, Callable[..., Any]]] = (),
     flag: str,
     provided: Collection[str] = (),
+    remedy: str = "",
 ) -> Resolved:
     """Imports what ``component`` names and checks its arguments by name.
 
@@ -91,6 +92,7 @@ def resolve(
         flag: The flag that named the component, for messages: ``--model``.
         provided: Names of the arguments that the caller will give by position or by name; they cannot be
             configured a second time, and they are not missing.
+        remedy: What to do about an argument that is missing, where the flag takes none; "" for giving it by a flag.
 
     Raises:
         ConfigError: No such module, name or argument (with the nearest valid one), an import that fails, a required
@@ -105,7 +107,7 @@ def resolve(
         raise ConfigError(
             f"{flag} {shown(component.name)} is a {kind}, which cannot be called; name a class or a function"
         )
-    _check_arguments(target, component, flag, provided)
+    _check_arguments(target, component, flag, provided, remedy)
     return Resolved(target=target, kwargs=dict(component.args), path=path, flag=flag)
 
 
@@ -206,7 +208,9 @@ def _is_public(name: str, target: Any) -> bool:
     return callable(target) and not name.startswith("_") and not inspect.isabstract(target)
 
 
-def _check_arguments(target: Callable[..., Any], component: Component, flag: str, provided: Collection[str]) -> None:
+def _check_arguments(
+    target: Callable[..., Any], component: Component, flag: str, provided: Collection[str], remedy: str
+) -> None:
     parameters = _parameters(target)
     if parameters is None:
         return
@@ -222,7 +226,8 @@ def _check_arguments(target: Callable[..., Any], component: Component, flag: str
             raise ConfigError(f"{flag}.{name}: {component.name} has no argument {shown(name)}{guess} {takes}")
     for name in free:
         if parameters[name].default is inspect.Parameter.empty and name not in component.args:
-            raise ConfigError(f"{flag} {component.name} needs the argument {shown(name)}; give {flag}.{name} VALUE")
+            what_to_do = remedy or f"give {flag}.{name} VALUE"
+            raise ConfigError(f"{flag} {component.name} needs the argument {shown(name)}; {what_to_do}")
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:

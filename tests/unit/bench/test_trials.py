@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hvdtrain.bench.comparing import as_json, choose, rows
 from hvdtrain.bench.trial import Trial, read_trial
 from hvdtrain.cli import main
-from hvdtrain.errors import ConfigError
+from hvdtrain.cli.bench import BENCHMARKS
+from hvdtrain.cli.trials import Contender, conclude, contender_ran, workplace
+from hvdtrain.errors import ConfigError, OutputError
+from hvdtrain.launch.starting import Starter, starters
+from hvdtrain.settings.flags import UsageError
+from hvdtrain.settings.options import options_of
 
 
 def trials(*rates: float) -> list[Trial]:
@@ -79,8 +88,14 @@ def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
         (["engines", "--max-steps", "3"], "sets --max-steps itself; --steps says how many"),
         (["engines", "--launcher", "srun"], "--launcher srun: those that are here are torchrun"),
         (["engines", "--launcher", "torchrun", "--engines", "mpi"], "--engines mpi: torchrun can start torch here"),
-        (["engines", "--steps", "5"], "give at least 16"),
-        (["engines", "--ranks", "none"], "give a number from 1 to 1024"),
+        (["engines", "--steps", "5"], "--steps must be at least 16, got 5"),
+        (["engines", "--ranks", "none"], "--ranks must be a whole number, got 'none'"),
+        (["engines", "--out", "--steps", "20"], "--out needs a value"),
+        (["step", "--out", "a.svg", "--plot", "a.svg"], "--out and --plot are one file"),
+        (["collectives", "--max-bytes", "4"], "all-gather cannot be cut for 2 ranks; give 16 or more"),
+        (["scaling", "--max-bytes", "8"], "latency and bandwidth need three sizes"),
+        (["engines", "--engines", ","], "names none"),
+        (["step", "--limit", "soon"], "--limit must be seconds, or a duration"),
         (["engines", "--rounds"], "--rounds needs a value"),
         (["engines", "--lr", "x"], "--lr"),
     ],
@@ -96,3 +111,77 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_trained(cap
     shown = capsys.readouterr()
     assert "could not write" in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("words", [["bench", "engines"], ["verify"]])
+def test_help_version_and_configuration_are_shown_and_nothing_runs(capsys, words):
+    assert main([*words, "--task", "my:Task", "--version"]) == 0
+    assert capsys.readouterr().out.startswith("hvdtrain ")
+    assert main([*words, "--lr", "0.25", "--ranks=3", "--print-config"]) == 0
+    said = capsys.readouterr().out
+    assert "lr: 0.25" in said
+    assert "ranks" not in said
+    assert main([*words, "-h"]) == 0
+    assert "--ranks N" in capsys.readouterr().out
+
+
+def test_every_benchmark_can_say_and_write_json_and_has_a_limit():
+    for module in BENCHMARKS.values():
+        wishes = next(of for name, of in vars(importlib.import_module(module)).items() if name.endswith("Wishes"))
+        flags = {entry.flag for entry in options_of(wishes)}
+        assert {"--ranks", "--engines", "--rounds", "--limit", "--json", "--out", "--plot"} <= flags
+
+
+def test_a_result_is_written_before_it_is_said_and_has_no_nan(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="could not write to the standard output"):
+            conclude({"a": [math.nan, {"b": math.inf}], "c": 1.5}, "text", tmp_path / "found.json")
+    text = (tmp_path / "found.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, {"b": None}], "c": 1.5}
+
+
+def test_what_several_ranks_would_start_is_refused(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with (
+        pytest.raises(UsageError, match=r"hvdtrain bench starts its ranks itself, and .* has started 2 of it"),
+        workplace("bench"),
+    ):
+        pass
+
+
+def fill(made: list[Path]) -> None:
+    with workplace("bench") as place:
+        made.append(place)
+        place.joinpath("x").symlink_to("/dev/full")
+        place.joinpath("x").write_text("x")
+
+
+def test_a_temporary_folder_that_is_full_and_a_working_folder_that_is_gone_are_said(monkeypatch, tmp_path):
+    made: list[Path] = []
+    with pytest.raises(OutputError, match="No space left on device; free space there, or set TMPDIR"):
+        fill(made)
+    assert not made[0].exists()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="the working directory was deleted"), workplace("bench"):
+        pass
+
+
+def test_a_start_that_hangs_is_ended_at_the_limit_and_said(tmp_path):
+    (tmp_path / "hangs_bench.py").write_text("import time; time.sleep(600)")
+    starter = Starter(name="python", backend="local", words=("env", f"PYTHONPATH={tmp_path}"))
+    how = contender_ran(
+        Contender(name="a", starter=starter), 1, "hangs_bench", tmp_path / "wish", tmp_path / "folder", limit_s=0.5
+    )
+    assert how.startswith("not done within ")
+
+
+def test_launchers_are_named_as_they_are_typed():
+    typed = {each.name: each.typed(3) for each in starters(gloo=True, mpi=False)}
+    assert typed["torchrun"] == "torchrun --nproc-per-node 3"
+    assert typed.get("mpirun", "mpirun -np 3 --bind-to none") == "mpirun -np 3 --bind-to none"

@@ -361,3 +361,12 @@ def test_a_ratio_that_cannot_be_is_refused_before_anything_is_sent(kind, ratio):
 def test_a_rank_that_cannot_be_is_refused_before_anything_is_sent(rank):
     with pytest.raises(ConfigError, match="PowerSGD's rank must be a whole number from 1"):
         PowerSGD(rank)
+
+
+@pytest.mark.parametrize(
+    "path", ["hvdtrain.compression.sparse:TopK", "hvdtrain.compression.low_rank.PowerSGD", "json:dumps"]
+)
+def test_what_cannot_be_called_without_arguments_is_refused_with_what_there_is(path):
+    with pytest.raises(ConfigError, match=r"it is called without any: give one of .*topk:RATIO") as raised:
+        chosen(path)
+    assert "--compression." not in str(raised.value)

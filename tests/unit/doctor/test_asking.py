@@ -12,6 +12,40 @@ import pytest
 from hvdtrain.doctor.asking import Answer, ask, ask_python
 from hvdtrain.horovod_build.running import OUT_OF_TIME
 
+MPIRUN = [
+    "-" * 74,
+    "prterun detected that one or more processes exited with non-zero status,",
+    "thus causing the job to be terminated. The first process to do so was:",
+    "",
+    "   Process name: [prterun-host-1@1,0]",
+    "   Exit code:    7",
+    "-" * 74,
+]
+KILLED = [
+    "-" * 74,
+    "prterun noticed that process rank 1 with PID 19391 on node host exited on",
+    "signal 9 (Killed).",
+    "-" * 74,
+]
+TORCHRUN = [
+    "E1130 06:56:40.7 1 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 3) of binary: python",
+    "Traceback (most recent call last):",
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+    "=" * 55,
+    "Failures:",
+    "  rank      : 0 (local_rank: 0)",
+    "  exitcode  : -15 (pid: 2)  (SIGTERM)",
+    "  error_file: <N/A>",
+    "-" * 55,
+    "Root Cause (first observed failure):",
+    "[0]:",
+    "  rank      : 1 (local_rank: 1)",
+    "  exitcode  : -9 (pid: 3)  (SIGKILL)",
+    "  error_file: <N/A>",
+    "  traceback : Signal 9 (SIGKILL) received by PID 3",
+    "=" * 55,
+]
+
 
 @pytest.mark.parametrize(
     ("program", "how"),
@@ -73,6 +107,14 @@ def test_what_is_asked_ends_by_the_signal_that_ends_who_asks(tmp_path):
         (["[1]<stderr>:RuntimeError: planted", "ended"], "RuntimeError: planted"),
         (["something", "\0"], "something"),
         (["[1, 2, 3] is no error"], "[1, 2, 3] is no error"),
+        (["[1,0]<stderr>: OSError: planted", *MPIRUN], "OSError: planted"),
+        (["hvdtrain: error: planted", "at last", *MPIRUN], "hvdtrain: error: planted"),
+        (["planted: we stop here", *MPIRUN], "planted: we stop here"),
+        (["ValueError: planted", "and more", *TORCHRUN], "ValueError: planted"),
+        (["planted: we stop here", *TORCHRUN], "planted: we stop here; rank 1 was ended by a signal: SIGKILL"),
+        (TORCHRUN, "rank 1 was ended by a signal: SIGKILL"),
+        ([line.replace("-9", "3") for line in TORCHRUN], "rank 1: exit code 3"),
+        (KILLED, "rank 1 was ended by a signal: Killed"),
     ],
 )
 def test_the_line_that_says_most_is_a_ranks_and_no_launchers(lines, told):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import pytest
 
 from hvdtrain.errors import OutputError
-from hvdtrain.observe.whole_file import check_writable, write_whole
+from hvdtrain.observe.whole_file import check_writable, write_output, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
@@ -41,3 +45,26 @@ def test_what_could_not_be_written_is_refused_before(tmp_path):
     ):
         with pytest.raises(OutputError, match=f"could not write {file}: {why}; choose another --out"):
             check_writable(file, remedy="choose another --out")
+
+
+def test_what_somebody_typed_is_written_into_where_it_is_no_file_and_a_link_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    check_writable(tmp_path / "pipe", remedy="x")
+    write_output(tmp_path / "pipe", "said", remedy="x")
+    assert os.read(reader, 100) == b"said"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link").symlink_to("file")
+    for text in ("one", "two"):
+        write_output(tmp_path / "link", text, remedy="x")
+        assert (tmp_path / "file").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "null").symlink_to("/dev/null")
+    check_writable(tmp_path / "null", remedy="x")
+    write_output(tmp_path / "null", "gone", remedy="x")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=f"could not write {full}: No space left on device; choose another --out"):
+        write_output(full, "x", remedy="choose another --out")

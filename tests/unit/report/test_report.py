@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from hvdtrain.cli import main
+from hvdtrain.report.metrics import chosen_metrics
+from hvdtrain.report.page import page
 from hvdtrain.report.reading import MOST_POINTS, read_run
 from hvdtrain.report.telling import phases_of, stragglers, throughput
 from hvdtrain.version import __version__
@@ -324,3 +326,28 @@ def test_links_in_a_circle_and_a_working_folder_that_is_gone_are_said_in_a_sente
     said = capsys.readouterr().err
     assert said.count("give the folder of a run") == 2
     assert "Traceback" not in said
+
+
+def test_metrics_beyond_what_is_drawn_are_named_and_can_be_chosen(tmp_path, capsys):
+    many = {f"eval_class_{number:02}": 0.5 for number in range(30)}
+    runs = [read_run(folder(tmp_path / "run", step(10), {**EVAL, **many}), "run")]
+    wanted, said = chosen_metrics(runs, None)
+    assert len(wanted) == 24
+    assert said.startswith("24 of 31 metrics are drawn, and these are not: class_23, class_24, class_25")
+    assert "--metrics" in said
+    assert chosen_metrics(runs, ["class_2*", "accuracy"])[0] == [
+        "eval_accuracy",
+        *(f"eval_class_{n}" for n in range(20, 30)),
+    ]
+    assert main(["report", str(tmp_path / "run"), "--metrics", "class_29,acuracy"]) == 2
+    assert "--metrics acuracy: no evaluation has such a metric; did you mean 'accuracy'?" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--metrics", "class_29"]) == 0
+    assert [file.name for file in (tmp_path / "run" / "report").glob("eval_*")] == ["eval_class_29.png"]
+
+
+def test_a_page_says_which_metrics_it_left_out(tmp_path):
+    evaluated = {**EVAL, **{f"eval_{number}": 0.5 for number in range(30)}}
+    folder(tmp_path / "run", evaluated, evaluated)
+    runs = [read_run(tmp_path / "run", "run")]
+    runs[0].remarks.append(chosen_metrics(runs, None)[1])
+    assert "24 of 31 metrics are drawn" in page(runs, [])
