@@ -25,8 +25,6 @@ class Rectangles(Dataset):
         return self.images
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if index >= self.images:
-            raise IndexError(index)
         draw = torch.Generator().manual_seed(self.seed * self.images + index)
         image = 0.2 * torch.rand(3, 96, 96, generator=draw)
         boxes = []
@@ -35,10 +33,8 @@ class Rectangles(Dataset):
             width, height = torch.randint(16, 36, (2,), generator=draw).tolist()
             image[:, y : y + height, x : x + width] = 1
             boxes.append([x, y, x + width, y + height])
-        return image, {
-            "boxes": torch.tensor(boxes, dtype=torch.float32),
-            "labels": torch.ones(len(boxes), dtype=torch.int64),
-        }
+        labels = torch.ones(len(boxes), dtype=torch.int64)
+        return image, {"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": labels}
 
 
 class Detection:
@@ -51,13 +47,11 @@ class Detection:
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         images, targets = batch
-        overlaps = [
-            box_iou(target["boxes"], found["boxes"]).max(dim=1).values
-            if len(found["boxes"])
-            else torch.zeros(len(target["boxes"]))
-            for found, target in zip(model(images), targets, strict=True)
-        ]
-        overlap = torch.cat([part.to(images[0].device) for part in overlaps])
+        overlaps = []
+        for found, target in zip(model(images), targets, strict=True):
+            nothing = torch.zeros(len(target["boxes"]), 1, device=images[0].device)  # is found to overlap
+            overlaps.append(torch.cat([nothing, box_iou(target["boxes"], found["boxes"])], dim=1).max(dim=1).values)
+        overlap = torch.cat(overlaps)
         for part in (model, model.rpn, model.roi_heads):  # torchvision computes losses in training mode alone
             part.training = True
         loss = self.loss(model, batch)
@@ -67,9 +61,8 @@ class Detection:
 
 def main() -> None:
     torch.manual_seed(0)
-    model = fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=2, min_size=96, max_size=96
-    )
+    sizes = {"num_classes": 2, "min_size": 96, "max_size": 96}
+    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **sizes)
     with hvdtrain.init() as backend:
         model.to(backend.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)

@@ -57,25 +57,15 @@ def main() -> None:
     with hvdtrain.init() as backend, tempfile.TemporaryDirectory() as folder:
         model.to(backend.device)
         best = hvdtrain.BestCheckpoint(folder, "digits/f1", mode="max")
-        trainer = hvdtrain.Trainer(
-            backend,
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-            task=task,
-            precision="fp64",
-            callbacks=[*task.build_callbacks(), best],
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        callbacks = [*task.build_callbacks(), best]
+        trainer = hvdtrain.Trainer(backend, model, optimizer, task=task, precision="fp64", callbacks=callbacks)
         trainer.fit(task.train_data(), task.eval_data(), epochs=20, global_batch_size=60)
-        result = trainer.fit(  # goes no further, but has the best weights again
-            task.train_data(),
-            task.eval_data(),
-            epochs=0,
-            global_batch_size=60,
-            resume_from=best.checkpoints.find(backend),
-        )
-        found = trainer.predict(task.eval_data())
+        found = best.checkpoints.find(backend)  # to go no further, but have the best weights again
+        result = trainer.fit(task.train_data(), task.eval_data(), epochs=0, global_batch_size=60, resume_from=found)
+        outputs = trainer.predict(task.eval_data())
         if backend.rank == 0:
-            right = (found["digit"] == task.eval_data().tensors[1]).double().mean()
+            right = (outputs["digit"] == task.eval_data().tensors[1]).double().mean()
             print(
                 f"{backend.world_size} rank(s): f1 {result.eval_metrics['digits/f1']:.4f}, "
                 f"auroc {result.eval_metrics['digits/auroc']:.4f} after {result.epochs} epochs; {right:.4f} are right"

@@ -1,4 +1,4 @@
-"""An engine of your own: a wire, a backend on it, and gradients that leave by hooks. Here: torch's Gloo group, without torch.distributed.
+"""An engine of your own: a wire, and a backend on it, whose gradients leave by the wire's all-reduce. Here: torch's Gloo group, without torch.distributed.
 
 torchrun --nproc-per-node 2 examples/own_backend.py
 
@@ -15,7 +15,6 @@ from torch import distributed as dist
 
 from hvdtrain.backends.base import Backend
 from hvdtrain.backends.group import Group
-from hvdtrain.backends.hooked import HookedReplica
 from hvdtrain.backends.wire import Together, Wire
 from hvdtrain.launch.detect import detect
 from hvdtrain.ranks.engine_store import EngineStore
@@ -53,15 +52,6 @@ class GlooWire(Wire):
         return Together(works if sent is None else [*works, self.group.send([sent], dst, 0)])
 
 
-class GlooReplica(HookedReplica):
-    _suitable_bucket_bytes = 8 * 2**20
-    _engine_averages = False
-    _by_order = True  # Gloo matches operations by the order in which they are called
-
-    def _send(self, pack):
-        return Together([self._backend.wire.all_reduce_(tensor, "sum") for tensor in pack.tensors])
-
-
 class GlooBackend(Backend):
     name = "gloo"
 
@@ -72,24 +62,14 @@ class GlooBackend(Backend):
     def make_wire(self, name, ranks):
         store = EngineStore(self.store.under(name), self.timeout_s, self._watch.raise_if_failed)
         place = ranks.index(self.rank)
-        return GlooWire(
-            dist.ProcessGroupGloo(store, place, len(ranks), timedelta(seconds=self.timeout_s)), place, ranks
-        )
+        group = dist.ProcessGroupGloo(store, place, len(ranks), timedelta(seconds=self.timeout_s))
+        return GlooWire(group, place, ranks)
 
     def _group(self, ranks):
         self.made = getattr(self, "made", 0) + 1  # on every rank, also those that are not in the group
         if self.rank not in ranks:
             return None
         return Group(self.make_wire(f"group{self.made}", ranks), self._watch, check=self._check, label=f"group {ranks}")
-
-    def _replicate(self, model, optimizer, options):
-        return GlooReplica(self, model, optimizer, options, carried=lambda dtype: dtype)
-
-    def _disconnect(self):
-        pass
-
-    def _kill(self, error):
-        pass
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hvdtrain.observe.logger import EvalRecord as EvalRecord
     from hvdtrain.observe.logger import Logger as Logger
     from hvdtrain.observe.logger import StepRecord as StepRecord
+    from hvdtrain.observe.progress import ProgressLogger as ProgressLogger
     from hvdtrain.optim.master_weights import MasterWeights as MasterWeights
     from hvdtrain.optim.sharded import ShardedOptimizer as ShardedOptimizer
     from hvdtrain.settings.sync import Sync as Sync
@@ -71,6 +72,7 @@ _PUBLIC = {
     "Gather": "hvdtrain.compression.base:Gather",
     "LoopState": "hvdtrain.training.loop_state:LoopState",
     "OwnRandomNumbers": "hvdtrain.training.random_numbers:OwnRandomNumbers",
+    "ProgressLogger": "hvdtrain.observe.progress:ProgressLogger",
     "Replica": "hvdtrain.backends.replica:Replica",
     "MasterWeights": "hvdtrain.optim.master_weights:MasterWeights",
     "Sent": "hvdtrain.compression.base:Sent",

@@ -306,7 +306,7 @@ def _loggers(
     if backend.rank != 0:
         return NullLogger(), None
     resumed_step = resume_from.step if resume_from else 0
-    progress = ProgressLogger(console, config.epochs)
+    progress = ProgressLogger(config.epochs, console)
     own: list[Logger] = [progress, JsonlLogger(run_dir / "metrics.jsonl", resumed_step, environment)]
     tracked = [] if config.epochs == 0 else trackers.chosen(config.logger, run_dir, plain(config), resumed_step)
     return FanOut([*own, *tracked]), FanOut([progress]).log_step

@@ -2,11 +2,16 @@
 
 The function travels by value (cloudpickle), so one defined in a notebook cell or in ``__main__`` works; the results come
 back the same way. Ranks are ordinary processes of this machine that end with the caller.
+
+What ranks print arrives in the cell. A progress line of theirs is shown by the caller, as an output of its own that is
+replaced: ranks put its newest text into a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import linecache
 import math
 import os
 import pickle
@@ -22,12 +27,16 @@ from typing import Any
 
 import cloudpickle
 
+from hvdtrain import notebook
 from hvdtrain.backends import create, load, names
 from hvdtrain.errors import ConfigError, RankFailure
 from hvdtrain.launch.launchers import spawned
+from hvdtrain.parcels import packed
 from hvdtrain.ranks.describing import traced
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
+cell_line: Path | None = None
+"""On a rank of `spawn`: the file whose text the caller's cell shows; None where the caller is no notebook."""
 
 
 def spawn(
@@ -42,7 +51,8 @@ def spawn(
     """Run ``fn(backend, *args)`` on ``nprocs`` ranks of this machine, each in its own process.
 
     Args:
-        fn: Called with the started backend first. Any picklable or cloudpicklable function.
+        fn: Called with the started backend first. Any function that cloudpickle can send, one of a notebook's cell too. Each
+            rank has its own copy of what it uses: a model of the caller's is not trained, but returned.
         nprocs: Number of ranks.
         backend: Name of the backend; "local" serves one rank.
         args: Further arguments; pickled.
@@ -54,6 +64,8 @@ def spawn(
 
     Raises:
         RankFailure: A rank raised, exited or was killed; the message holds the first failing rank's traceback.
+        ConfigError: ``fn`` or an argument cannot be pickled, and which part of it; or a number of ranks or seconds, or a
+            backend, that cannot be.
     """
     if nprocs < 1:
         raise ConfigError(f"spawn needs at least one rank, got nprocs={nprocs}")
@@ -61,19 +73,30 @@ def spawn(
         raise ConfigError(f"spawn's limit_s must be a positive number of seconds, or None, got {limit_s!r}")
     if backend not in ("auto", *names()):
         load(backend)  # says which there are
+    call = packed(
+        {f"{getattr(fn, '__name__', 'fn')}()": fn, "args": tuple(args), "backend": backend, "options": options},
+        "spawn's ranks are other processes; make it inside the function, on each rank",
+    )
     job = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(prefix="hvdtrain-spawn-") as name:
         folder = Path(name)
-        (folder / "call").write_bytes(cloudpickle.dumps((fn, tuple(args), backend, options)))
+        (folder / "call").write_bytes(call)
+        look = _look_nowhere
+        if notebook.is_here():
+            look = notebook.FollowedLine(folder / "cell-line").look
+            (folder / "cells").write_bytes(pickle.dumps(notebook.sources()))
         (folder / "path").write_text("\0".join(sys.path))
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(nprocs):
                 ranks.append(_start(folder, rank, nprocs, job))
-            _wait(ranks, folder, limit_s)
+            _wait(ranks, folder, limit_s, look)
         finally:
             _end(ranks)
-        return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(nprocs)]
+        return [pickle.loads((folder / f"result-{rank}").read_bytes())[0] for rank in range(nprocs)]
+
+
+def _look_nowhere() -> None: ...
 
 
 def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[bytes]:
@@ -87,7 +110,7 @@ def _start(folder: Path, rank: int, nprocs: int, job: str) -> subprocess.Popen[b
     )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | None) -> None:
+def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | None, look: Callable[[], None]) -> None:
     end = None if limit_s is None else time.monotonic() + limit_s
     failed_at: float | None = None
     ended: dict[int, float] = {}  # when each was seen to have ended; the first of them first
@@ -101,7 +124,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | N
             failed_at = now
         if failed_at is not None and now > failed_at + _GRACE_S:
             break
+        look()
         time.sleep(0.01)
+    look()
     _note_ends(ranks, ended)
     fallen = [rank for rank in ended if not _has_returned(rank, ranks, folder)]
     if not fallen:
@@ -139,24 +164,37 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.terminate()
     end = time.monotonic() + 3
-    for process in ranks:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for process in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    finally:  # after a second Ctrl-C too
+        for process in ranks:
             process.kill()
+        for process in ranks:
             process.wait()
+
+
+def show_in_cell(text: str) -> None:
+    """On a rank of `spawn`, called by a notebook: show this text as the cell's progress line."""
+    if cell_line is not None:
+        _write(cell_line, text.encode())
 
 
 def _main() -> None:
     """One rank."""
+    global cell_line  # noqa: PLW0603 - a process is one rank
     folder, rank, caller = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     _end_with(caller)
     try:
         sys.path[:] = (folder / "path").read_text().split("\0")
+        if (folder / "cells").exists():  # the caller is a notebook
+            linecache.cache.update(pickle.loads((folder / "cells").read_bytes()))
+            cell_line = folder / "cell-line"
         fn, args, backend, options = cloudpickle.loads((folder / "call").read_bytes())
         with create(backend, **options) as running:
             result = fn(running, *args)
-        _write(folder / f"result-{rank}", cloudpickle.dumps(result))
+        _write(folder / f"result-{rank}", packed({"result": result}, "return numbers, tensors or a state_dict"))
     except SystemExit:  # quiet: another rank has the traceback, or the function wanted it
         raise
     except BaseException as error:

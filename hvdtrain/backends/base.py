@@ -28,6 +28,7 @@ from hvdtrain.backends.exclusions import not_by
 from hvdtrain.backends.group import Group
 from hvdtrain.backends.group import settle as settle_groups
 from hvdtrain.backends.group import turn as groups_turn
+from hvdtrain.backends.hooked import HookedReplica
 from hvdtrain.backends.local_first import LocalFirst
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.replica_options import ReplicaOptions, options_of
@@ -564,17 +565,15 @@ class Backend(Communicator):
     def _connect(self) -> None:
         """Set ``_wire`` and ``_watch``."""
 
-    @abstractmethod
     def _disconnect(self) -> None:
         """Release what `_connect` took, after all ranks have agreed to leave."""
 
-    @abstractmethod
     def _kill(self, error: BaseException) -> None:
-        """Release what can be released without the other ranks; ``error`` is what ends this one."""
+        """Release what can be released without the other ranks, and wait for none of them; ``error`` is what ends this one."""
 
-    @abstractmethod
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         """Make the engine's replica, of several."""
+        return HookedReplica(self, model, optimizer, options)
 
     @abstractmethod
     def _group(self, ranks: list[int]) -> Group | None:

@@ -42,10 +42,6 @@ class CompressedReplica(HookedReplica):
         options: As for `Replica`; they say a compression.
     """
 
-    _suitable_bucket_bytes = 8 * 2**20
-    _engine_averages = False
-    _by_order = True
-
     def __init__(
         self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
     ) -> None:

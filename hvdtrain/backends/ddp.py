@@ -133,9 +133,6 @@ class TorchBackend(Backend):
         dist.destroy_process_group()
         self._kept = None
 
-    def _kill(self, error: BaseException) -> None:
-        pass  # destroy_process_group may wait, with operations under way, for ranks that will never come
-
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         if options.shard_modules is not None:
             from hvdtrain.backends.fully_sharded import FullyShardedReplica  # noqa: PLC0415 - loads much of torch

@@ -2,13 +2,12 @@
 
 A hook on each parameter notices when its gradient is final; gradients travel in packs, a pack as soon as its last one
 is there. What this module owns: which gradients form a pack, copies where a gradient cannot be sent as it lies, what
-happens to gradients that are missing on some ranks, and the order in which results are waited for. An engine fills in
-how a pack is sent. It does not clip, scale or step: that is `Replica`.
+happens to gradients that are missing on some ranks, and the order in which results are waited for. A pack is sent by the
+wire's all-reduce, unless an engine has a better way. It does not clip, scale or step: that is `Replica`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,7 +22,7 @@ from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.slips import unused
 from hvdtrain.backends.sparse import sparse_parameters, sum_sparse, unexpected
 from hvdtrain.backends.weighting import Tally
-from hvdtrain.backends.wire import Work
+from hvdtrain.backends.wire import Together, Work
 from hvdtrain.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -68,14 +67,16 @@ class HookedReplica(Replica):
     """A replica whose gradients are sent from hooks, in packs.
 
     Args:
-        carried: The dtype in which an engine sends gradients of a given dtype, unless the options say one.
+        carried: The dtype in which an engine sends gradients of a given dtype, unless the options say one; None for their own.
         groups: None: packs of about ``bucket_bytes``, flattened. 0: each gradient by itself. N: N packs, each
             parameter's gradient sent as it lies.
         options: As for `Replica`.
     """
 
     # Whether the engine matches operations by their order, not by name: packs are then sent in the same on every rank.
-    _by_order = False
+    _by_order = True
+    _engine_averages = False
+    _suitable_bucket_bytes = 8 * 2**20
     _own_hooks = 1
     owns_hooks = True
 
@@ -86,21 +87,21 @@ class HookedReplica(Replica):
         optimizer: Optimizer | None,
         options: ReplicaOptions,
         *,
-        carried: Callable[[torch.dtype], torch.dtype],
+        carried: Callable[[torch.dtype], torch.dtype] | None = None,
         groups: int | None = None,
     ) -> None:
         wanted = options.reduce_dtype
-        self._carried = carried if wanted is None else lambda _: wanted
+        self._carried = (carried or (lambda dtype: dtype)) if wanted is None else lambda _: wanted
         self._groups = groups
         self._armed = False
         self._hooks: list[RemovableHandle] = []
         super().__init__(backend, module, optimizer, options)
 
-    # -- what engines fill in -----------------------------------------------------------------------------------------
+    # -- what engines may do otherwise --------------------------------------------------------------------------------
 
-    @abstractmethod
     def _send(self, pack: Pack) -> Work:
         """Begin to sum ``pack.tensors`` over the ranks, in place."""
+        return Together([self._over.wire.all_reduce_(tensor, "sum") for tensor in pack.tensors])
 
     def _send_tally(self, tensor: Tensor) -> Work:
         """Begin to sum ``tensor`` over the ranks, in place."""

@@ -57,12 +57,6 @@ class LocalBackend(Backend):
     def _connect(self) -> None:
         self._wire = SelfWire(self.device)
 
-    def _disconnect(self) -> None:
-        pass
-
-    def _kill(self, error: BaseException) -> None:
-        pass
-
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         return self._replicate_alone(model, optimizer, options)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hvdtrain.backends.ddp import C10dWire, TorchBackend
-from hvdtrain.backends.hooked import HookedReplica, Pack
+from hvdtrain.backends.hooked import HookedReplica
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.replica_options import ReplicaOptions
 from hvdtrain.backends.wire import Together, Wire, WireOp, Work
@@ -90,7 +90,7 @@ class MpiBackend(TorchBackend):
 
     def _replicate(self, model: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions) -> Replica:
         if self.device.type == "cpu" and options.shard_modules is None:
-            return MpiReplica(self, model, optimizer, options)
+            return HookedReplica(self, model, optimizer, options)
         return super()._replicate(model, optimizer, options)
 
     def _disconnect(self) -> None:
@@ -202,20 +202,3 @@ def _now(options: Any, **settings: Any) -> Any:
     if hasattr(options, "asyncOp"):
         options.asyncOp = False
     return options
-
-
-class MpiReplica(HookedReplica):
-    """Gradients in the process group's all-reduce."""
-
-    _suitable_bucket_bytes = 8 * 2**20
-    _engine_averages = False
-    _by_order = True
-
-    def __init__(
-        self, backend: MpiBackend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
-    ) -> None:
-        super().__init__(backend, module, optimizer, options, carried=lambda dtype: dtype)
-
-    def _send(self, pack: Pack) -> Work:
-        (tensor,) = pack.tensors
-        return self._backend.wire.all_reduce_(tensor, "sum")

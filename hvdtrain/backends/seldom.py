@@ -53,8 +53,6 @@ class SeldomOfGroups(Apart, HookedReplica):
         options: As for `Replica`; they say a sync and groups.
     """
 
-    _by_order = True
-
     def __init__(
         self, backend: Backend, module: nn.Module, optimizer: Optimizer | None, options: ReplicaOptions
     ) -> None:

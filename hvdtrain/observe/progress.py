@@ -6,35 +6,43 @@ A live line is never longer than the terminal is wide: what matters least is lef
 
 from __future__ import annotations
 
-import importlib
 import math
+import sys
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hvdtrain import notebook, workers
 from hvdtrain.observe.logger import EvalRecord, StepRecord
 from hvdtrain.observe.quantities import in_bytes, in_duration
 
 _BAR_CELLS = 16
 _GAP = "  "
 _LEAST = 9  # the rank of the bar
+_CELL_EVERY_S = 0.2  # each is a message to the browser
 
 
 class ProgressLogger:
     """Shows epoch, step, loss, samples per second, learning rate, gradient norm, memory, bytes sent and the time left.
 
+    A `Trainer`'s ``logger`` on rank 0. Its `with` block, or `close`, ends the live line::
+
+        with hvdtrain.ProgressLogger(epochs=3) as progress:
+            trainer = hvdtrain.Trainer(..., logger=progress if backend.rank == 0 else None)
+
     Args:
-        console: Where to.
         epochs: Of the whole run.
+        console: Where to, of rich; None for standard output, or the cell of a notebook, that of `spawn`'s caller too.
         every_s: Seconds between plain lines.
     """
 
-    def __init__(self, console: Console, epochs: int, every_s: float = 5.0) -> None:
-        self._console = console
+    def __init__(self, epochs: int, console: Console | None = None, every_s: float = 5.0) -> None:
+        self._console = console or Console(soft_wrap=True, markup=False, emoji=False)
         self._epochs = epochs
         self._every_s = every_s
         self._last = -math.inf  # a clock that counts from the start of the machine may be near zero
@@ -67,8 +75,16 @@ class ProgressLogger:
         when = f"epoch {record.epoch}/{self._epochs} " if self._epochs else ""
         self._console.print(f"{when}evaluated: {metrics}", highlight=False, markup=False, emoji=False)
 
+    def __enter__(self) -> ProgressLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Remove the live line."""
+        """End the live line: a terminal's is removed, a cell's stays."""
         if self._live is not None:
             self._live.close()
             self._live = None
@@ -114,8 +130,10 @@ class _Line(Protocol):
 
 def _line_of(console: Console) -> _Line | None:
     """A line in place, where there can be one."""
+    if workers.cell_line is not None and console.file is sys.stdout:
+        return _NotebookLine(workers.show_in_cell)
     if console.is_jupyter:
-        return _NotebookLine()
+        return _NotebookLine(notebook.CellLine().show)
     return _TerminalLine(console) if console.is_terminal and not console.is_dumb_terminal else None
 
 
@@ -147,18 +165,20 @@ class _TerminalLine:
 
 
 class _NotebookLine:
-    """An output of the cell that is replaced."""
+    """An output of the cell that is replaced; of the cell that called `spawn`, on one of its ranks."""
 
-    def __init__(self) -> None:
-        self._display: Any = importlib.import_module("IPython.display").display
-        self._handle: Any = None
+    def __init__(self, show: Callable[[str], object]) -> None:
+        self._show = show
+        self._text = ""
+        self._last = -math.inf
 
     def show(self, fields: list[tuple[int, str]], done: float | None) -> None:
-        content = {"text/plain": _GAP.join(text for _, text in fields)}
-        if self._handle is None:
-            self._handle = self._display(content, raw=True, display_id=True)
-        else:
-            self._handle.update(content, raw=True)
+        self._text = _GAP.join(text for _, text in fields)
+        now = time.monotonic()
+        if now - self._last >= _CELL_EVERY_S:
+            self._last = now
+            self._show(self._text)
 
     def close(self) -> None:
         """Leave it: it says how far the run came."""
+        self._show(self._text)

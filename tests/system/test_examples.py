@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,18 +80,19 @@ EXAMPLE_LAUNCHES = [  # each example under one launcher, and under all in `make 
         "schedule": "",
         "streams": "",
         "less_memory": "",
+        "predictions": "",
     }.items()
     for launcher in LAUNCHES
     if launcher != "python"
 ]
 
 
-def said(example: str, launcher: str, *words: str) -> str:
+def said(example: str, launcher: str, *words: str, ranks: int | None = None) -> str:
     """All that an example says, which must end well."""
     if launcher.startswith("horovodrun"):
         pytest.importorskip("horovod", reason="Horovod is not installed")
-    launch, ranks = LAUNCHES[launcher]
-    ended = run(launch(ranks, str(EXAMPLES / f"{example}.py"), *words))
+    launch, usual = LAUNCHES[launcher]
+    ended = run(launch(ranks or usual, str(EXAMPLES / f"{example}.py"), *words))
     assert ended.code == 0, ended.output
     return ended.output
 
@@ -107,6 +109,40 @@ def test_an_example_ends_alike_under_every_launcher(example, launcher):
     if example == "metrics":
         pytest.importorskip("torchmetrics", reason="needs torchmetrics")
     assert last_words(example, launcher) == last_words(example, "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("begins", "ends"),
+    [
+        ("horovodrun --mpi", "torchrun"),
+        ("horovodrun --gloo", "torchrun"),
+        ("torchrun", "horovodrun --mpi"),
+        ("horovodrun --mpi", "mpirun"),
+        ("mpirun", "torchrun"),
+    ],
+)
+def test_a_run_goes_on_under_another_launcher_to_the_same_losses(tmp_path: Path, begins, ends):
+    stopped = said("change_engine", begins, str(tmp_path), "--stop-after", "40", ranks=2)
+    assert f"backend {ENGINES[begins]}: at step 40" in stopped
+    moved = said("change_engine", ends, str(tmp_path), ranks=2)
+    assert f"backend {ENGINES[ends]}: at step 120" in moved
+    assert losses(moved) == pytest.approx(losses(unmoved()), rel=1e-9)
+    assert losses(moved) != pytest.approx(losses(stopped), rel=0.1)
+
+
+ENGINES = {"torchrun": "torch", "mpirun": "mpi", "horovodrun --mpi": "horovod", "horovodrun --gloo": "horovod"}
+
+
+@functools.cache
+def unmoved() -> str:
+    """The run that one launcher begins and ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        return said("change_engine", "torchrun", folder, ranks=2)
+
+
+def losses(output: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"evaluated loss (\S+)", output)]
 
 
 @pytest.mark.slow
@@ -236,5 +272,7 @@ def test_every_example_is_run_here():
         "less_memory",
         "slow_input",
         "mpi_group",
+        "predictions",
+        "change_engine",
     }
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tried

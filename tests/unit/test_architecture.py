@@ -76,6 +76,7 @@ STAIRS = [
     ["backends.hvd.replica"],
     ["backends.hvd.backend"],
     ["backends"],
+    ["notebook", "parcels"],
     ["workers", "data.vision", "sync_batch_norm", "nn.partitioned"],
     ["nn.feature_partitioned_linear"],
     ["nn"],

@@ -38,6 +38,7 @@ class HorovodReplica(HookedReplica):
     """
 
     _suitable_bucket_bytes = 4 * 2**20
+    _by_order = False
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.backends.layout import laid_out_like, lay_out_states, lying_like
+from hvdtrain.backends.layout import bytes_of, laid_out_like, lay_out_states, lying_like
 
 SHAPE = (2, 3, 4, 5)
 PARAMETERS = {
@@ -44,6 +44,15 @@ def test_a_state_keeps_its_numbers(name):
     assert not laid.requires_grad
     if name in ("channels last", "transposed"):
         assert laid.stride() == parameter.stride()
+
+
+def test_the_memory_of_a_tensor_is_its_bytes():
+    tensor = torch.tensor([[1, 2], [3, 256]], dtype=torch.int16)
+    seen = bytes_of(tensor)
+    assert seen.tolist() == [1, 0, 2, 0, 3, 0, 0, 1]
+    seen[0] = 9
+    assert tensor[0, 0] == 9  # the same memory
+    assert bytes_of(torch.tensor(1.0)[None].expand(1)[0]).tolist() == [0, 0, 128, 63]
 
 
 def test_what_has_another_shape_stays_the_same_object():

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from hvdtrain.backends.watched import Watched
+from hvdtrain.backends.watched import Watched, without_compile
 
 
 def made():
@@ -55,3 +55,24 @@ def test_only_what_was_never_seen_is_new():
     net.append(nn.Linear(1, 1))
     new = watched.take()
     assert [id(p) for p in new] == [id(p) for p in net[2].parameters()]
+
+
+def test_parameters_that_no_group_steps_are_outside():
+    net, _ = made()
+    optimizer = torch.optim.SGD([*net[0].parameters(), net[1].weight], lr=0.1)
+    assert [id(p) for p in Watched(net, optimizer).outside] == [id(net[1].bias)]
+    net[1].bias.requires_grad_(False)  # nor need it be
+    assert Watched(net, optimizer).outside == []
+
+
+def test_without_an_optimizer_nothing_is_outside_and_changes_are_seen():
+    net, _ = made()
+    watched = Watched(net, None)
+    assert watched.outside == []
+    net[0].requires_grad_(False)
+    assert watched.changed()
+
+
+def test_names_are_those_without_torch_compile():
+    names = ["0.weight", "_orig_mod.0.weight", "_orig_mod.0._orig_mod.weight", "my_orig_mod.weight"]
+    assert [without_compile(name) for name in names] == ["0.weight", "0.weight", "0.weight", "my_orig_mod.weight"]

@@ -165,7 +165,14 @@ def test_numbers_that_cannot_be_are_refused(calls, message):
 
 
 def test_a_tally_fits_float32():
-    tally = Tally(weight=4_000_000, samples=4_000_000, uncounted=3, counted=0, ranks=1, began=10**9 + 5)
+    growing = {"began": 10**9 + 5, "steps": 10**9 + 6, "replica": 10**9 + 7}
+    tally = Tally(weight=4_000_000, samples=4_000_000, uncounted=3, counted=0, ranks=1, **growing)
     values = torch.tensor(tally.values(), dtype=torch.float32).tolist()
-    assert Tally.of(values).weight == Tally.of(values).samples == 4_000_000
-    assert values[5] == (10**9 + 5) % 4096
+    assert len(values) == Tally.SIZE
+    back = Tally.of(values)
+    assert back.weight == back.samples == 4_000_000
+    assert (back.began, back.steps, back.replica) == tuple(number % 4096 for number in growing.values())
+
+
+def test_a_rank_that_has_done_nothing_tells_nothing():
+    assert Tally().values() == [0.0] * Tally.SIZE

@@ -22,7 +22,7 @@ def step(number: int, **more) -> StepRecord:
 
 def lines(every_s: float, *, terminal: bool = False) -> list[str]:
     said = io.StringIO()
-    progress = ProgressLogger(Console(file=said, width=120, force_terminal=terminal), 1, every_s)
+    progress = ProgressLogger(1, Console(file=said, width=120, force_terminal=terminal), every_s)
     for number in range(1, 10):
         progress.log_step(step(number))
     progress.log_eval(EvalRecord(step=9, epoch=1, metrics={"accuracy": 0.75}))
@@ -48,7 +48,7 @@ def test_a_terminal_gets_a_live_line_that_goes_away():
 
 def test_an_evaluation_without_training_has_no_epoch_to_name():
     said = io.StringIO()
-    ProgressLogger(Console(file=said), 0).log_eval(EvalRecord(step=0, epoch=0, metrics={"loss": 0.25}))
+    ProgressLogger(0, Console(file=said)).log_eval(EvalRecord(step=0, epoch=0, metrics={"loss": 0.25}))
     assert said.getvalue() == "evaluated: loss 0.2500\n"
 
 
@@ -57,7 +57,7 @@ FULL = {"gradient_norm": 0.53, "memory_bytes": 512_000_000, "sent_bytes_per_step
 
 def test_learning_rate_gradient_norm_memory_and_bytes_are_shown():
     said = io.StringIO()
-    progress = ProgressLogger(Console(file=said, width=40), 1, 0.0)
+    progress = ProgressLogger(1, Console(file=said, width=40), 0.0)
     progress.log_step(step(1, **FULL))
     progress.log_step(step(2))  # nobody computed the norm of this step
     first, second = said.getvalue().splitlines()
@@ -69,7 +69,7 @@ def test_learning_rate_gradient_norm_memory_and_bytes_are_shown():
 def test_no_line_is_longer_than_the_terminal(width):
     said = io.StringIO()
     progress = ProgressLogger(
-        Console(file=said, width=width, force_terminal=True, soft_wrap=True, _environ={"TERM": "xterm"}), 10
+        10, Console(file=said, width=width, force_terminal=True, soft_wrap=True, _environ={"TERM": "xterm"})
     )
     for number in range(1, 10):
         progress.log_step(step(number, **FULL))
@@ -100,7 +100,7 @@ def test_what_matters_least_is_left_out_first():
 
 def test_a_dumb_terminal_gets_plain_lines():
     said = io.StringIO()
-    progress = ProgressLogger(Console(file=said, force_terminal=True, _environ={"TERM": "dumb"}), 1)
+    progress = ProgressLogger(1, Console(file=said, force_terminal=True, _environ={"TERM": "dumb"}))
     progress.log_step(step(9))
     progress.close()
     assert said.getvalue().startswith("step 9/9  epoch 1/1")
@@ -112,35 +112,8 @@ def test_times_are_said_in_units_that_fit():
     ]  # fmt: skip
 
 
-NOTEBOOK = """
-from rich.console import Console
-from hvdtrain.observe.logger import EvalRecord, StepRecord
-from hvdtrain.observe.progress import ProgressLogger
-
-progress = ProgressLogger(Console(), 2)
-for number in range(1, 21):
-    progress.log_step(StepRecord(step=number, total_steps=20, epoch=0, loss=1 / number, lr=0.1, samples_per_second=10.0))
-progress.log_eval(EvalRecord(step=20, epoch=1, metrics={"loss": 0.5}))
-progress.close()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the kernel's libraries
-def test_a_notebook_has_one_output_that_is_replaced():
-    notebooks = pytest.importorskip("nbformat", reason="nbclient and ipykernel are not installed").v4
-    client = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    notebook = notebooks.new_notebook(cells=[notebooks.new_code_cell(NOTEBOOK)])
-    client.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
-    shown = [output["data"]["text/plain"].strip() for output in notebook.cells[0].outputs]
-    assert len(shown) == 2
-    assert shown[0].startswith("step 20/20  epoch 1/2  loss 0.0500  10 samples/s  lr 0.1  ")
-    assert shown[1] == "epoch 1/2 evaluated: loss 0.5000"
-
-
 def test_names_of_metrics_are_no_markup_and_no_pictures():
     said = io.StringIO()
     metrics = {"precision[cat]": 0.25, "f1[/all]": 0.5, ":x:": 1.0}
-    ProgressLogger(Console(file=said, width=200), 0).log_eval(EvalRecord(step=0, epoch=0, metrics=metrics))
+    ProgressLogger(0, Console(file=said, width=200)).log_eval(EvalRecord(step=0, epoch=0, metrics=metrics))
     assert said.getvalue() == "evaluated: precision[cat] 0.2500  f1[/all] 0.5000  :x: 1.0000\n"

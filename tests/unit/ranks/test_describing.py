@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from hvdtrain.ranks.describing import described, traced
+from hvdtrain.ranks.describing import described, is_long, traced
 
 
 class Silent(Exception):
@@ -84,3 +84,11 @@ def test_a_group_is_shown_with_its_parts():
     group = ExceptionGroup("several", [ValueError("first"), Silent()])  # noqa: F821
     assert described(group).startswith("ExceptionGroup: several")
     assert "ValueError: first" in traced(group)
+
+
+@pytest.mark.parametrize(
+    ("error", "long"), [(ValueError("short"), False), (ValueError("x" * 70_000), True), (Stubborn(), False)]
+)
+def test_what_is_shortened_is_known_beforehand(error, long):
+    assert is_long(error) == long
+    assert ("characters left out" in traced(error)) == long

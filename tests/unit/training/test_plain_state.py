@@ -150,6 +150,8 @@ class MyList(list):
         (Whatever(), "Whatever"),
         (MyList([1]), "MyList"),
         (np.datetime64("2026-01-01"), "datetime64"),
+        (np.array(["2026-01-01"], dtype="datetime64[D]"), "ndarray"),
+        (np.array([Whatever()], dtype=object), "ndarray"),  # its memory holds addresses
         (defaultdict(lambda: 3), "makes its values by"),
         (iter([]), "list_iterator"),
     ],
