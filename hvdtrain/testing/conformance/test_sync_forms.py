@@ -221,6 +221,28 @@ def test_a_loop_goes_on_bit_for_bit_while_an_exchange_is_under_way(backend, tmp_
     assert all(torch.equal(flat(whole.module), other) for other in backend.all_gather(flat(whole.module)))
 
 
+@pytest.mark.costly(3)
+@pytest.mark.parametrize("sync", ["diloco:4,delay=3", "local-sgd:4,delay=2,fragments=3", "local-sgd:3"])
+@pytest.mark.parametrize("compression", [None, "powersgd:1", "topk:0.1"])
+def test_a_loop_that_goes_back_forgets_the_exchange_that_is_under_way(backend, tmp_path, sync, compression):
+    folder = backend.broadcast_object(str(tmp_path))
+    replica = replicated(backend, sync, "AdamW", compression=compression)
+    state = hvdtrain.LoopState(backend, replica)
+    for step in range(6):
+        take_step(backend, replica, step)
+    state.save(hvdtrain.Checkpoints(folder), 6)
+    ends = []
+    for elsewhere in (None, 5, 6, 7):
+        for step in range(elsewhere or 0):  # exchanges of which nothing must be left
+            take_step(backend, replica, 40 + step)
+        assert state.load(hvdtrain.Checkpoints(folder)) == 6
+        for step in range(6, 11):
+            take_step(backend, replica, step)
+        ends.append(flat(replica.module))
+    assert all(torch.equal(end, ends[0]) for end in ends)
+    replica.settle()
+
+
 @pytest.mark.parametrize("steps", [4, 5, 6])
 @pytest.mark.parametrize("sync", ["diloco:4,delay=2", "diloco:4,delay=2,fragments=2"])
 def test_shared_weights_are_the_average_once_what_is_under_way_has_arrived(backend, sync, steps):
