@@ -76,7 +76,7 @@ def test_a_task_that_fails_is_said_to():
     ("words", "said"),
     [
         ([], "verify needs --task"),
-        (["--task", "x.Y", "--ranks", "none"], "--ranks none: give a number"),
+        (["--task", "x.Y", "--ranks", "none"], "--ranks must be a whole number, got 'none'"),
         (["--task", "x.Y", "--engines", "nccl"], "--engines nccl: those that are here are torch"),
         (["--task", "x.Y", "--ranks"], "--ranks needs a value"),
         (["--task", "x.Y", "--lrr", "1"], "lrr"),
