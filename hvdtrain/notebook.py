@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import linecache
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+show_in_callers_cell: Callable[[str], object] | None = None
+"""On a rank of `spawn`: shows a text as the progress line of the cell that called it; None where the caller is no notebook."""
 
 
 def is_here() -> bool:

@@ -35,8 +35,6 @@ from hvdtrain.parcels import packed
 from hvdtrain.ranks.describing import traced
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
-cell_line: Path | None = None
-"""On a rank of `spawn`: the file whose text the caller's cell shows; None where the caller is no notebook."""
 
 
 def spawn(
@@ -175,22 +173,15 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def show_in_cell(text: str) -> None:
-    """On a rank of `spawn`, called by a notebook: show this text as the cell's progress line."""
-    if cell_line is not None:
-        _write(cell_line, text.encode())
-
-
 def _main() -> None:
     """One rank."""
-    global cell_line  # noqa: PLW0603 - a process is one rank
     folder, rank, caller = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     _end_with(caller)
     try:
         sys.path[:] = (folder / "path").read_text().split("\0")
         if (folder / "cells").exists():  # the caller is a notebook
             linecache.cache.update(pickle.loads((folder / "cells").read_bytes()))
-            cell_line = folder / "cell-line"
+            notebook.show_in_callers_cell = lambda text: _write(folder / "cell-line", text.encode())
         fn, args, backend, options = cloudpickle.loads((folder / "call").read_bytes())
         with create(backend, **options) as running:
             result = fn(running, *args)

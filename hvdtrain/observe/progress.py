@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hvdtrain import notebook, workers
+from hvdtrain import notebook
 from hvdtrain.observe.logger import EvalRecord, StepRecord
 from hvdtrain.observe.quantities import in_bytes, in_duration
 
@@ -130,8 +130,8 @@ class _Line(Protocol):
 
 def _line_of(console: Console) -> _Line | None:
     """A line in place, where there can be one."""
-    if workers.cell_line is not None and console.file is sys.stdout:
-        return _NotebookLine(workers.show_in_cell)
+    if notebook.show_in_callers_cell is not None and console.file is sys.stdout:
+        return _NotebookLine(notebook.show_in_callers_cell)
     if console.is_jupyter:
         return _NotebookLine(notebook.CellLine().show)
     return _TerminalLine(console) if console.is_terminal and not console.is_dumb_terminal else None
