@@ -86,14 +86,7 @@ def run(argv: Sequence[str]) -> int:
     """
     command, flags = read_both(EnginesWishes, TrainConfig, argv)
     if command.config is None:
-        return say_help(
-            EnginesWishes,
-            command,
-            usage=_USAGE,
-            intro=_INTRO,
-            epilog=_EPILOG,
-            configuration=lambda: build(TrainConfig, flags),
-        )
+        return say_help(EnginesWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
     wishes: EnginesWishes = command.config
     ranks, rounds, steps = wishes.ranks, wishes.rounds, wishes.steps
     _refuse_ours(flags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +23,13 @@ class Command:
         places: The words that belong to no flag, in their order.
         config: The options; None if only help, the version or the configuration is wanted.
         flags: As they were typed.
+        printed: What ``--print-config`` prints: options, and the flags that were typed of them.
     """
 
     places: tuple[str, ...]
     config: Any
     flags: Flags
+    printed: tuple[type, Flags]
 
 
 def read(cls: type, argv: Sequence[str], names: tuple[str, ...]) -> Command:
@@ -44,11 +46,11 @@ def read(cls: type, argv: Sequence[str], names: tuple[str, ...]) -> Command:
     several = bool(names) and names[-1].endswith("...")
     flags = read_flags(cls, argv, places=_MOST_WORDS if several else len(names))
     if flags.switches:
-        return Command(places=(), config=None, flags=flags)
+        return Command(places=(), config=None, flags=flags, printed=(cls, flags))
     if len(flags.places) < len(names):
         missing = names[len(flags.places)].removesuffix("...")
         raise UsageError(f"{missing} is missing; --help shows what to give")
-    return Command(places=flags.places, config=build(cls, flags), flags=flags)
+    return Command(places=flags.places, config=build(cls, flags), flags=flags, printed=(cls, flags))
 
 
 def read_both(cls: type, training: type, argv: Sequence[str]) -> tuple[Command, Flags]:
@@ -82,13 +84,11 @@ def read_both(cls: type, training: type, argv: Sequence[str]) -> tuple[Command, 
             own += [following for following in (next(words, None),) if following is not None]
     command, flags = read(cls, own, ()), read_flags(training, rest)
     if flags.switches:
-        command = Command(places=(), config=None, flags=replace(command.flags, switches=flags.switches))
-    return command, flags
+        command = replace(command, config=None, flags=replace(command.flags, switches=flags.switches))
+    return replace(command, printed=(training, flags)), flags
 
 
-def say_help(
-    cls: type, command: Command, *, usage: str, intro: str, epilog: str, configuration: Callable[[], Any] | None = None
-) -> int:
+def say_help(cls: type, command: Command, *, usage: str, intro: str, epilog: str) -> int:
     """Say what was wanted instead of doing anything; returns the exit code.
 
     Args:
@@ -97,7 +97,6 @@ def say_help(
         usage: Of the help.
         intro: See ``usage``.
         epilog: See ``usage``.
-        configuration: Makes what ``--print-config`` prints; None for the command's own options.
     """
     if "help" in command.flags.switches:
         columns = min(max(shutil.get_terminal_size().columns, 80), 100)
@@ -105,5 +104,5 @@ def say_help(
     elif "version" in command.flags.switches:
         say(f"hvdtrain {__version__}")
     else:
-        say(config_text(build(cls, command.flags) if configuration is None else configuration()).rstrip())
+        say(config_text(build(*command.printed)).rstrip())
     return 0

@@ -58,14 +58,7 @@ def run(argv: Sequence[str]) -> int:
     """
     command, flags = read_both(VerifyWishes, TrainConfig, argv)
     if command.config is None:
-        return say_help(
-            VerifyWishes,
-            command,
-            usage=_USAGE,
-            intro=_INTRO,
-            epilog=_EPILOG,
-            configuration=lambda: build(TrainConfig, flags),
-        )
+        return say_help(VerifyWishes, command, usage=_USAGE, intro=_INTRO, epilog=_EPILOG)
     wishes: VerifyWishes = command.config
     ranks, steps = wishes.ranks, wishes.steps
     config = _config(flags, ranks, steps)
