@@ -79,12 +79,17 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = arguments().parse_args()
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """With the steps and ways that --hides stands for."""
     if args.hides:
         every, delay = args.hides
         args.steps = args.every = 2 * every + delay  # two exchanges, both taken in
         args.ways = [f"diloco:{every}", f"diloco:{every},delay={delay}"]
+    return args
+
+
+def main() -> None:
+    args = settled(arguments().parse_args())
     if args.results is not None:
         work(args)
         return
@@ -93,7 +98,7 @@ def main() -> None:
     else:
         if unknown := [name for name in args.plan if name not in PLAN]:
             sys.exit(f"--plan knows {', '.join(PLAN)}, and not {', '.join(unknown)}")
-        runs = {name: argparse.Namespace(**{**vars(args), **PLAN[name]}) for name in args.plan or PLAN}
+        runs = {name: settled(argparse.Namespace(**{**vars(args), **PLAN[name]})) for name in args.plan or PLAN}
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     for name, asked in runs.items():
         found[name] = run(asked)
