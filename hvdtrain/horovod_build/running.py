@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
 
 from hvdtrain.horovod_build.failure import BuildError
 from hvdtrain.launch.processes import descendants, lives, started
 
+_T = TypeVar("_T")
 OUT_OF_TIME = 124
 """Exit code of a program that was ended because its time was up, as `timeout` has it."""
 _LAST_LINES_S = 5.0
 _BEGINS_S = 10.0
 _ENDS_S = 10.0  # after a SIGKILL
+_LISTENS_S = 0.1  # a signal that comes right before a wait does not end it
 
 
 class Reporter(Protocol):
@@ -83,9 +85,11 @@ def run(
     """
     log.write(f"$ {' '.join(command)}")
     lines: list[str] = []
-    beginning: Future[subprocess.Popen[str]] = Future()
+    begun: _Once[int] = _Once()
+    ended: _Once[int] = _Once()
+    read: _Once[None] = _Once()
 
-    def begin_and_read() -> None:
+    def begin() -> None:
         try:
             process = subprocess.Popen(
                 command,
@@ -99,47 +103,88 @@ def run(
                 start_new_session=True,
             )
         except BaseException as error:
-            beginning.set_exception(error)
+            begun.set(error)
             return
-        beginning.set_result(process)
-        assert process.stdout is not None
-        with process.stdout, contextlib.suppress(ValueError):  # the log is closed: what outlives its parent writes on
-            for line in process.stdout:
-                log.write(line)
-                lines.append(line.rstrip("\n"))
-                watch(line)
+        begun.set(process.pid)
+        start_new_thread(read_lines, (process,))
+        ended.set(process.wait())
 
-    # Signals interrupt the main thread alone: begun in another, no process can be left behind by one that comes meanwhile.
-    reader = threading.Thread(target=begin_and_read, name="build-output", daemon=True)
+    def read_lines(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        try:
+            with process.stdout, contextlib.suppress(ValueError):  # a closed log: what outlives its parent writes on
+                for line in process.stdout:
+                    log.write(line)
+                    lines.append(line.rstrip("\n"))
+                    watch(line)
+        finally:
+            read.set(None)
+
+    # Signals interrupt the main thread alone, which therefore touches no Popen, Thread, Event or Future: an interrupt at some
+    # moments leaves their locks held, or becomes "RuntimeError: release unlocked lock".
     try:
-        reader.start()
-        code = beginning.result().wait(timeout=limit_s)
+        start_new_thread(begin, ())
+        begun.get()
+        code = ended.get(limit_s)
     except OSError as error:
         log.write(str(error))
         return 127, [str(error)]
-    except subprocess.TimeoutExpired:
-        _end(beginning)
-        reader.join(_LAST_LINES_S)
+    except Empty:
+        _end(begun, ended)
+        _last_lines(read)
         log.write(f"ended after {limit_s:.0f} s")
         return OUT_OF_TIME, [*lines, f"it was ended after {limit_s:.0f} s"]
     except BaseException:  # Ctrl-C: a session of its own does not hear it
-        _end(beginning)
+        _end(begun, ended)
         raise
-    reader.join(_LAST_LINES_S)  # not longer: a daemon that the build started may hold the pipe open
+    _last_lines(read)
     return code, list(lines)
 
 
-def _end(beginning: Future[subprocess.Popen[str]]) -> None:
+class _Once(Generic[_T]):
+    """A value, or an error, that another thread finds; an interrupt of the wait for it loses neither."""
+
+    def __init__(self) -> None:
+        self._found: list[_T | BaseException] = []
+        self._known: SimpleQueue[None] = SimpleQueue()
+
+    def set(self, found: _T | BaseException) -> None:
+        """Whoever waits goes on."""
+        self._found.append(found)
+        self._known.put(None)
+
+    def get(self, limit_s: float | None = None) -> _T:
+        """The value; raises the error, and `Empty` after `limit_s` seconds."""
+        end = math.inf if limit_s is None else time.monotonic() + limit_s
+        while not self._found:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise Empty
+            with contextlib.suppress(Empty):
+                self._known.get(timeout=min(left_s, _LISTENS_S))
+        found = self._found[0]
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+def _last_lines(read: _Once[None]) -> None:
+    """Waits for them, not long: a daemon that the build started may hold the pipe open."""
+    with contextlib.suppress(Empty):
+        read.get(_LAST_LINES_S)
+
+
+def _end(begun: _Once[int], ended: _Once[int]) -> None:
     """End a process that has begun or is about to, with its children, also those with sessions of their own (torchrun's ranks)."""
     try:
-        process = beginning.result(_BEGINS_S)
-    except (OSError, FutureTimeout):  # it never began
+        process = begun.get(_BEGINS_S)
+    except (OSError, Empty):  # it never began
         return
-    below = {pid: started(pid) for pid in descendants(process.pid)}
+    below = {pid: started(pid) for pid in descendants(process)}
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_ENDS_S)
+        os.killpg(process, signal.SIGKILL)
+    with contextlib.suppress(Empty):
+        ended.get(_ENDS_S)
     for pid in below:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
