@@ -259,6 +259,8 @@ def test_optimizers_in_two_threads(rank, size):
 
 
 def test_groups_of_ranks_can_be_made_between_steps(rank, size):
+    if size == 1:
+        pytest.skip("the only group there is holds everybody already")
     model = make()
     optimizer = sgd(model)
     for step in range(3):
