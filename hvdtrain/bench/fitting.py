@@ -27,6 +27,16 @@ class Fit:
     error: float
     points: int
 
+    @property
+    def sees_latency(self) -> bool:
+        """Whether the smallest sizes took as long as they do for a reason other than their bytes."""
+        return self.link.latency_s > _LEAST_LATENCY_S
+
+    @property
+    def sees_bandwidth(self) -> bool:
+        """Whether the largest sizes took longer than the smallest."""
+        return self.link.bytes_per_s < _MOST_BANDWIDTH
+
 
 def fit_ring(points: Sequence[tuple[float, float]], ranks: int) -> Fit:
     """Fit ``2(n-1) latency + 2(n-1)/n size / bandwidth``, errors counted in shares of the times.

@@ -60,38 +60,40 @@ def draw_rates(rates: Mapping[str, Spread], file: Path) -> None:
 
 
 def draw_scaling(
-    curves: Sequence[tuple[str, Sequence[tuple[int, float]]]],
-    measured: Sequence[tuple[int, float]],
+    projected: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]],
+    measured: Mapping[str, Sequence[tuple[int, float]]],
     file: Path,
-    engine: str,
 ) -> None:
-    """Scaling efficiency by ranks.
+    """Scaling efficiency by ranks, a panel an engine.
 
     Args:
-        curves: A name, and points of ranks and efficiency from 0 to 1, of each form of exchange.
-        measured: The same, of what was measured.
+        projected: Points of ranks and efficiency from 0 to 1, by engine and form of exchange.
+        measured: The same, by engine.
         file: Is written.
-        engine: Whose they are.
     """
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for at, (name, points) in enumerate(curves):
-            ranks, values = zip(*points, strict=True)
-            axes.plot(ranks, [100 * value for value in values], color=COLORS[at % len(COLORS)], label=plain_text(name))
-        if measured:
-            ranks, values = zip(*measured, strict=True)
-            axes.plot(
-                ranks, [100 * value for value in values], "ko", label=plain_text(f"{engine}, measured"), markersize=4
-            )
-        axes.set(xscale="log", xlabel="ranks", ylabel="scaling efficiency, %")
-        axes.set_ylim(bottom=0)
-        every = sorted({number for _, points in curves for number, _ in points} | {number for number, _ in measured})
-        axes.set_xticks(every, [str(number) for number in every])
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
+        panels = figure.subplots(len(projected), 1, squeeze=False, sharex=True)[:, 0]
+        for axes, (engine, forms) in zip(panels, projected.items(), strict=True):
+            for at, (form, points) in enumerate(forms.items()):
+                ranks, values = zip(*points, strict=True)
+                axes.plot(
+                    ranks, [100 * value for value in values], color=COLORS[at % len(COLORS)], label=plain_text(form)
+                )
+            ranks, values = zip(*measured[engine], strict=True)
+            axes.plot(ranks, [100 * value for value in values], "ko", label="measured", markersize=4)
+            axes.set(xscale="log", ylabel="scaling efficiency, %", title=plain_text(engine))
+            axes.set_ylim(bottom=0)
+        every = sorted(
+            {number for forms in projected.values() for points in forms.values() for number, _ in points}
+            | {number for points in measured.values() for number, _ in points}
+        )
+        panels[-1].set_xlabel("ranks")
+        panels[-1].set_xticks(every, [str(number) for number in every])
+        panels[-1].minorticks_off()
+        panels[0].legend(fontsize=8)
 
-    _write("scaling", draw, file, 3.4)
+    _write("scaling", draw, file, _PANEL_INCHES * len(projected) + 0.4)
 
 
 def _write(name: str, draw: Callable[[Figure], None], file: Path, height: float) -> None:

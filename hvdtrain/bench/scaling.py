@@ -110,7 +110,7 @@ def measured_rows(scaled: Mapping[str, Scaled]) -> list[list[str]]:
 
 
 def fitted_rows(scaled: Mapping[str, Scaled]) -> list[list[str]]:
-    """A table of latencies and bandwidths."""
+    """A table of latencies and bandwidths, "-" where the sizes do not show one."""
     found = [["engine", "ranks", "latency us", "GB/s", "error"]]
     for engine, each in scaled.items():
         for ranks, fit in each.fits.items():
@@ -119,12 +119,24 @@ def fitted_rows(scaled: Mapping[str, Scaled]) -> list[list[str]]:
                 [
                     engine,
                     str(ranks),
-                    f"{1e6 * link.latency_s:.3g}",
-                    f"{link.bytes_per_s / 1e9:.3g}",
+                    f"{1e6 * link.latency_s:.3g}" if fit.sees_latency else "-",
+                    f"{link.bytes_per_s / 1e9:.3g}" if fit.sees_bandwidth else "-",
                     f"{100 * fit.error:.0f} %",
                 ]
             )
     return found
+
+
+def unseen(scaled: Mapping[str, Scaled]) -> list[str]:
+    """What a projection lacks, a sentence an engine: a link whose latency or bandwidth the all-reduces do not show."""
+    return [
+        f"{engine}: with {max(each.fits)} ranks, larger all-reduces took no longer than small ones: the model takes bytes "
+        "for free; give a larger --max-bytes"
+        if not each.fit.sees_bandwidth
+        else f"{engine}: with {max(each.fits)} ranks, small all-reduces show no latency: the model takes messages for free"
+        for engine, each in scaled.items()
+        if not (each.fit.sees_bandwidth and each.fit.sees_latency)
+    ]
 
 
 def projected_rows(
@@ -149,7 +161,11 @@ def as_json(
             "efficiency": {str(ranks): each.efficiency(ranks) for ranks in each.steps},
             "model_seconds": {str(ranks): each.predicted_s(ranks) for ranks in each.steps},
             "links": {
-                str(ranks): {"latency_s": fit.link.latency_s, "bytes_per_s": fit.link.bytes_per_s, "error": fit.error}
+                str(ranks): {
+                    "latency_s": fit.link.latency_s if fit.sees_latency else None,
+                    "bytes_per_s": fit.link.bytes_per_s if fit.sees_bandwidth else None,
+                    "error": fit.error,
+                }
                 for ranks, fit in each.fits.items()
             },
             "projected_efficiency": {

@@ -22,6 +22,7 @@ from hvdtrain.bench.scaling import (
     numbers_of,
     project,
     projected_rows,
+    unseen,
 )
 from hvdtrain.bench.spread import Spread
 from hvdtrain.cli import bench_collectives, bench_step
@@ -156,6 +157,7 @@ def run(argv: Sequence[str]) -> int:
         table(measured_rows(scaled)),
         "\nfitted to all-reduces as a ring, with the error of sizes that were left out",
         table(fitted_rows(scaled)),
+        *unseen(scaled),
     ]
     projected = {engine: project(each, assumed) for engine, each in scaled.items()} if assumed.ranks else {}
     for engine, forms in projected.items():
@@ -173,9 +175,8 @@ def run(argv: Sequence[str]) -> int:
     if plot is not None:
         from hvdtrain.bench.pictures import draw_scaling  # noqa: PLC0415  (matplotlib: half a second)
 
-        engine = next(iter(scaled))
-        points = [(ranks, scaled[engine].efficiency(ranks)) for ranks in scaled[engine].steps]
-        draw_scaling(list(projected[engine].items()), points, plot, engine)
+        measured = {name: [(ranks, each.efficiency(ranks)) for ranks in each.steps] for name, each in scaled.items()}
+        draw_scaling(projected, measured, plot)
     return int(bool(failed))
 
 

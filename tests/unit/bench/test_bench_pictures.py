@@ -33,9 +33,10 @@ def test_bandwidths_have_a_panel_for_each_collective(tmp_path):
 
 
 def test_scaling_is_drawn_beside_what_was_measured(tmp_path):
-    draw_scaling([("ring", [(4, 0.9), (64, 0.5)])], [(1, 1.0), (2, 0.95)], tmp_path / "c.png", "mpi")
-    draw_scaling([("ring", [(4, 0.9), (64, 0.5)])], [(1, 1.0), (2, 0.95)], tmp_path / "c.svg", "mpi")
+    projected = {engine: {"ring": [(4, 0.9), (64, 0.5)]} for engine in ("mpi", "torch")}
+    for file in ("c.png", "c.svg"):
+        draw_scaling(projected, {engine: [(1, 1.0), (2, 0.95)] for engine in projected}, tmp_path / file)
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "c.svg").read_text()
-    assert "mpi, measured" in drawn
+    assert all(word in drawn for word in (">mpi<", ">torch<", ">measured<"))
     assert "ring" in drawn

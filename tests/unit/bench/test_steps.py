@@ -8,9 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hvdtrain.bench.fitting import Fit
+from hvdtrain.bench.fitting import Fit, fit_ring
 from hvdtrain.bench.forms import Link
-from hvdtrain.bench.scaling import Assumed, Scaled, fitted_rows, measured_rows, numbers_of, project, projected_rows
+from hvdtrain.bench.scaling import (
+    Assumed,
+    Scaled,
+    fitted_rows,
+    measured_rows,
+    numbers_of,
+    project,
+    projected_rows,
+    unseen,
+)
 from hvdtrain.bench.scaling import as_json as scaling_json
 from hvdtrain.bench.spread import Spread
 from hvdtrain.bench.step_models import OWN, check_model_name, gradient_bytes, model_and_batch
@@ -95,6 +104,21 @@ def test_efficiency_and_what_the_model_says_stand_beside_each_other():
         "mpi", "2", "128.0", "125", "125-125", "80 %", f"{1e3 * expected:.4g}", f"{100 * (expected / 0.125 - 1):+.0f} %"
     ]  # fmt: skip
     assert fitted_rows({"mpi": found})[1] == ["mpi", "2", "10", "1", "10 %"]
+
+
+@pytest.mark.parametrize(
+    ("points", "row", "says"),
+    [
+        ([(4, 1e-5), (64, 1e-5), (4096, 1e-5)], ["10", "-"], "took no longer"),
+        ([(1e3, 1e-5), (1e4, 1e-4), (1e5, 1e-3)], ["-", "0.05"], "show no latency"),
+    ],
+)
+def test_a_link_of_which_the_sizes_show_one_side_is_told(points, row, says):
+    found = replace(scaled(), fits={2: fit_ring([(size, 2 * seconds) for size, seconds in points], 2)})
+    assert fitted_rows({"mpi": found})[1][2:4] == row
+    assert [says in line for line in unseen({"mpi": found, "torch": scaled()})] == [True]
+    link = scaling_json({"mpi": found}, {})["results"]["mpi"]["links"]["2"]
+    assert (link["latency_s"] is None, link["bytes_per_s"] is None) == (row[0] == "-", row[1] == "-")
 
 
 def test_a_projection_uses_the_given_link_between_nodes():
