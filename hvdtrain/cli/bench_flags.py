@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from hvdtrain.cli.trials import EngineFlags
 from hvdtrain.errors import ConfigError
-from hvdtrain.settings.options import MOST_SECONDS, option, settle
+from hvdtrain.settings.options import MOST_SECONDS, option
 
 _LIMIT_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchFlags:
+class BenchFlags(EngineFlags):
     """What every benchmark can be told: whom to measure, how often, and where to write."""
 
-    ranks: Any = option(None, "", group="what")  # noqa: RUF009  (never used: each benchmark's own, in the first place of its help)
-    engines: str | None = option(
-        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
-    )
     rounds: int = option(3, "how often each is started", group="how", metavar="N", at_least=1, at_most=1000)
     limit: float | None = option(
         None, "most time of each start: 90s, 30m, 2h", group="how", metavar="TIME", duration=True, above=0,
@@ -33,11 +29,9 @@ class BenchFlags:
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        EngineFlags.__post_init__(self)
         if self.out is not None and self.out == self.plot:
             raise ConfigError(f"--out and --plot are one file, {self.out}; give two")
-        if self.engines is not None and not self.engines.replace(",", "").strip():
-            raise ConfigError(f"--engines {self.engines} names none; give some of torch, mpi, horovod, or leave it out")
 
     def limit_s(self, needed_s: float = 0.0) -> float:
         """Seconds that a start may take.

@@ -29,6 +29,7 @@ from hvdtrain.observe.quantities import in_duration
 from hvdtrain.observe.whole_file import check_writable, write_output
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import UsageError, config_text
+from hvdtrain.settings.options import option, settle
 from hvdtrain.version import __version__
 
 CONFIG = "config.yaml"
@@ -43,6 +44,21 @@ class Contender:
 
     name: str
     starter: Starter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFlags:
+    """Whom to try."""
+
+    ranks: Any = option(None, "", group="what")  # noqa: RUF009  (never used: each command's own, in the first place of its help)
+    engines: str | None = option(
+        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.engines is not None and not self.engines.replace(",", "").strip():
+            raise ConfigError(f"--engines {self.engines} names none; give some of torch, mpi, horovod, or leave it out")
 
 
 @contextmanager

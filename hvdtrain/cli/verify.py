@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain.cli.places import read_both, say_help
-from hvdtrain.cli.trials import CONFIG, starters, trained, workplace
+from hvdtrain.cli.trials import CONFIG, EngineFlags, starters, trained, workplace
 from hvdtrain.cli.voice import say
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.launch.starting import Starter
 from hvdtrain.settings.config import TrainConfig
 from hvdtrain.settings.flags import Flags, UsageError, build
-from hvdtrain.settings.options import option, settle
+from hvdtrain.settings.options import option
 
 _USAGE = "hvdtrain verify --task MODULE.TASK [FLAG VALUE ...] [FLAG OF TRAINING VALUE ...]"
 _INTRO = """\
@@ -34,17 +34,11 @@ _GLOBAL_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyWishes:
+class VerifyWishes(EngineFlags):
     """The flags of ``hvdtrain verify`` beside those of training."""
 
     ranks: int = option(2, "ranks of each engine", group="what", metavar="N", at_least=1, at_most=1024)
-    engines: str | None = option(
-        None, "of torch, mpi, horovod", group="what", metavar="A,B", default_text="all that are here"
-    )
     steps: int = option(3, "optimizer steps", group="what", metavar="N", at_least=1, at_most=1024)
-
-    def __post_init__(self) -> None:
-        settle(self)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -94,7 +94,6 @@ def test_a_trial_leaves_out_what_came_before_the_first_logged_step(tmp_path):
         (["step", "--out", "a.svg", "--plot", "a.svg"], "--out and --plot are one file"),
         (["collectives", "--max-bytes", "4"], "all-gather cannot be cut for 2 ranks; give 16 or more"),
         (["scaling", "--max-bytes", "8"], "latency and bandwidth need three sizes"),
-        (["engines", "--engines", ","], "names none"),
         (["step", "--limit", "soon"], "--limit must be seconds, or a duration"),
         (["engines", "--rounds"], "--rounds needs a value"),
         (["engines", "--lr", "x"], "--lr"),
@@ -111,6 +110,14 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_trained(cap
     shown = capsys.readouterr()
     assert "could not write" in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["bench", name] for name in ("engines", "step", "collectives", "scaling")] + [["verify"]]
+)
+def test_no_engine_is_not_every_engine(capsys, words):
+    assert main([*words, "--engines", ","]) == 2
+    assert "--engines , names none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["bench", "engines"], ["verify"]])
