@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -36,14 +37,19 @@ class Ended:
     seconds: float
 
 
-def run(argv: list[str], *, timeout_s: float = 240, cwd: Path = ROOT, **environment: str) -> Ended:
-    """Run a command to its end; one that does not end fails the test, with what it said."""
+def run(argv: list[str], *, timeout_s: float = 240, cwd: Path = ROOT, cold: bool = False, **environment: str) -> Ended:
+    """Run a command to its end; one that does not end fails the test, with what it said.
+
+    Args:
+        cold: Each process loads PyTorch itself: for what looks at processes, or at how they are loaded.
+    """
     began = time.monotonic()
     env = {**os.environ, **ENVIRONMENT, **environment}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"  # horovodrun looks for mpirun, and for python on each host
     process = subprocess.Popen(
-        argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        argv if cold else warm.instead_of_python(argv),
+        cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:

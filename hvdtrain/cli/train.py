@@ -66,7 +66,11 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError("the working directory was deleted; cd to one that is there") from error
     if here not in sys.path:  # the console script lacks it, `python -m` has it: --task my_module:MyTask
         sys.path.append(here)
-    from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
+    gc.disable()  # collections while torch is loaded find nothing, and take a seventh of that time
+    try:
+        from hvdtrain.run import run_training  # noqa: PLC0415  (torch: seconds that a wrong flag should not cost)
+    finally:
+        gc.enable()
 
     # The last collection of a process would walk all of torch, for a second or more. Not what is loaded from here on: Triton
     # 3.9 complains of all that is not collected.
