@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed.run  # the launcher is a copy, too
 
+del sys.modules["torch.distributed.run"]  # it will be __main__; what it imports stays
 sys.path.pop(0)  # this folder
 from pathlib import Path
 

@@ -30,6 +30,7 @@ def both(words, **options):
         ["-c", "import sys; sys.exit('why')"],
         ["-c", "import torch, atexit; atexit.register(print, 'bye'); print(torch.get_num_threads())"],
         ["-m", "json.tool", "--help"],
+        ["-m", "torch.distributed.run", "--help"],
         ["{file}", "one"],
         ["-W", "error", "-c", "import warnings; warnings.warn('x')"],
     ],
