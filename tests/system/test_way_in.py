@@ -59,7 +59,7 @@ def test_every_form_gives_real_horovods_losses_on_every_engine(tmp_path, form, l
 
 def alone(tmp_path: Path, script: str, *words: str, before: tuple[str, ...] = (), **environment: str) -> Ended:
     (tmp_path / "script.py").write_text(script)
-    return run([sys.executable, *WAY_IN, *before, "script.py", *words], cwd=tmp_path, **environment)
+    return run([sys.executable, *WAY_IN, *before, "script.py", *words], cwd=tmp_path, cold=True, **environment)
 
 
 NAMES = """\
