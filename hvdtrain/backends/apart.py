@@ -8,7 +8,6 @@ way has arrived (`hvdtrain.backends.common_weights`).
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.backends.backward_graph import ranks_meet
+from hvdtrain.backends.coded import Alike
 from hvdtrain.backends.common_weights import CommonWeights
 from hvdtrain.backends.exclusions import check_combination, sentence
 from hvdtrain.backends.groups import Groups
@@ -25,7 +25,7 @@ from hvdtrain.backends.outer import write_
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.replica_options import ReplicaOptions, StepResult
 from hvdtrain.backends.rounds import Way
-from hvdtrain.backends.unsent import Unsent
+from hvdtrain.backends.unsent import Unsent, say_lost
 from hvdtrain.backends.watched import plain_names
 from hvdtrain.backends.weighting import Tally
 from hvdtrain.errors import ConfigError, TrainingError
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
     from hvdtrain.backends.base import Backend
 
-_log = logging.getLogger(__name__)
+_INSIDE = (
+    "{what} inside replica.shared_weights() would change weights that are put back at its end; end the block first"
+)
 _LOOKS = 3  # backward passes in which it is seen whether ranks meet in them
 
 
@@ -72,6 +74,7 @@ class Apart(Replica):
         self._common = CommonWeights(self._sync, self._way, lambda: self._speaks[backend.rank])
         self._named: dict[nn.Parameter, str] = {}
         self._not_sent = None if options.compression is None else Unsent(options.compression)
+        self._alike: Alike = set()  # what the ranks send of compressed weights
         self._total, self._counts = 0.0, True  # of this step, which counts for this rank
         self._looks = _LOOKS
         self._is_shared = False  # the model holds common weights for a while
@@ -167,6 +170,10 @@ class Apart(Replica):
         self._common.after_step(self._own, self._total, counts=self._counts)
         self.lap("exchange")
 
+    def why_no_step(self) -> str:
+        """As of every replica; inside `shared_weights` it may not."""
+        return _INSIDE.format(what="optimizer.step()") if self._is_shared else super().why_no_step()
+
     # -- common weights -----------------------------------------------------------------------------------------------
 
     @property
@@ -247,8 +254,7 @@ class Apart(Replica):
         """Go on as each rank was; on another number of ranks, in other groups, or with another sync, from the common weights."""
         self._refuse_inside("loading a state")
         named = plain_names(self.module)
-        if any("rests" in state for state in states):
-            _log.warning("the checkpoint has gradients that a compression had not sent yet; with sync= they are lost")
+        say_lost((state for state in states if "rests" in state), "gradients", "with sync=")
         self._take_unsent([state["unsent"] for state in states if state.get("unsent")], named)
         if self._common.go_on(states, named, self._backend.rank, self._leaders):
             self._common.follow(self._parameters)  # those that were not trained then too
@@ -268,9 +274,7 @@ class Apart(Replica):
 
     def _refuse_inside(self, what: str) -> None:
         if self._is_shared:
-            raise TrainingError(
-                f"{what} inside replica.shared_weights() would change weights that are put back at its end; end the block first"
-            )
+            raise TrainingError(_INSIDE.format(what=what))
 
     def _assemble(self, what: str) -> None:
         """A rank that has taken other steps, or is elsewhere, would wait in another exchange."""
@@ -279,11 +283,8 @@ class Apart(Replica):
     def _take_unsent(self, states: Sequence[Mapping[str, Any]], named: Mapping[str, nn.Parameter]) -> None:
         if self._not_sent is not None:
             self._not_sent.load(states, self._backend.rank, named, self._speaks)
-        elif any(state["rests"] for state in states):
-            _log.warning(
-                "the checkpoint has weights that compression %s had not sent yet; without a compression they are lost",
-                states[0]["name"],
-            )
+        else:
+            say_lost(states, "weights", "without a compression")
 
     def _way(self, *, beside: bool = False, exactly: bool = False) -> Way:
         under_way = not exactly  # at the end of a step, which is counted after it
@@ -295,6 +296,7 @@ class Apart(Replica):
             compression=None if exactly else self.options.compression,
             unsent=None if exactly else self._not_sent,
             number=self._number,
+            alike=None if exactly or self.options.compression is None else self._alike,
         )
 
 

@@ -5,18 +5,23 @@ Here a `hvdtrain.compression.base.Compression` meets a `Wire`; neither knows the
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator, Sequence
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from hvdtrain.backends.forms import as_bytes
+from hvdtrain.backends.forms import as_bytes, by_rank
 from hvdtrain.backends.wire import Wire, Work
 from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
 from hvdtrain.errors import TrainingError
 
 _SUMMED = (torch.float32, torch.float64)
+_NOTHING = "nothing more"
+Alike = set[tuple[object, ...]]
+"""What exchanges have asked for, stage by stage, that was found to be the same on every rank."""
 
 
 class Coded:
@@ -26,14 +31,17 @@ class Coded:
         wire: The engine's operations.
         exchanges: One a parameter; the same ones in the same order on every rank.
         flag: 0, or NaN if some number of this rank is not finite; a scalar of a type that is summed.
+        alike: Added to. None not to compare what the ranks send.
 
     Attributes:
         sent: What came of each, once `wait` has returned.
         flag: The ranks' sum then: NaN if any rank's was.
     """
 
-    def __init__(self, wire: Wire, exchanges: Sequence[Exchange], flag: Tensor) -> None:
+    def __init__(self, wire: Wire, exchanges: Sequence[Exchange], flag: Tensor, alike: Alike | None = None) -> None:
         self._wire = wire
+        self._alike = alike
+        self._asked: tuple[object, ...] = ()  # in all stages so far
         self._exchanges = list(exchanges)
         self.sent: list[Sent | None] = [None] * len(exchanges)
         self.flag = flag
@@ -82,12 +90,51 @@ class Coded:
                 )
             self._waiting.append((at, several, as_tuple))
         items = [item for _, those, _ in self._waiting for item in those]
+        if self._alike is not None and self._wire.size > 1:
+            self._compare(items, self._alike)
         if first and answers:  # in a message that travels anyway, if there is one
             kind = items[0] if items else None
             items.append(Sum(self.flag.to(kind.tensor.dtype)) if isinstance(kind, Sum) else Gather(self.flag))
             self._flag_travels = True
         if items:
             self._stage = _Stage(self._wire, items)
+
+    def _compare(self, items: Sequence[Sum | Gather], alike: Alike) -> None:
+        """See that all ranks ask for the same, before engines are given what does not fit together; once for each that is new.
+
+        Raises:
+            TrainingError: On every rank: they do not.
+        """
+        kinds = tuple((type(item), item.tensor.dtype, item.tensor.shape) for item in items)
+        self._asked = (*self._asked, kinds)
+        if self._asked in alike:
+            return
+        rows = [f"{kind.__name__} of {dtype} {tuple(shape)}" for kind, dtype, shape in kinds] or [_NOTHING]
+        text = "; ".join(rows).encode()
+        digests = _gathered(self._wire, torch.tensor([zlib.crc32(text), len(text)]))
+        if digests.count(digests[0]) != len(digests):
+            padded = text.ljust(max(length for _, length in digests))
+            everyones = _gathered(self._wire, torch.tensor(list(padded), dtype=torch.uint8))
+            raise TrainingError(_unlike(self._wire, [bytes(row).decode().strip() for row in everyones]))
+        alike.add(self._asked)
+
+
+def _gathered(wire: Wire, row: Tensor) -> list[list[int]]:
+    received = torch.empty((wire.size, len(row)), dtype=row.dtype, device=wire.device)
+    wire.all_gather_into(received, row.to(wire.device)).wait()
+    rows: list[list[int]] = received.tolist()
+    return rows
+
+
+def _unlike(wire: Wire, everyones: Sequence[str]) -> str:
+    """How the ranks differ in what travels at once."""
+    rows = zip_longest(*(text.split("; ") for text in everyones), fillvalue=_NOTHING)
+    at, differing = next((at, row) for at, row in enumerate(rows, 1) if len(set(row)) > 1)
+    return (
+        f"a compression yields other things on some ranks than on others, the {at}. of what travels at once: "
+        f"{by_rank(wire.ranks, differing)}. Kinds, types, shapes and their number must follow from the parameter's shape alone, not from "
+        "the rank or the numbers"
+    )
 
 
 class _Stage:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded, as_it_is, begun
+from hvdtrain.backends.coded import Alike, Coded, as_it_is, begun
 from hvdtrain.backends.grouped import OfGroups
 from hvdtrain.backends.groups import groups_of
 from hvdtrain.backends.hooked import HookedReplica, Pack, by_place, make_packs
@@ -52,6 +52,7 @@ class CompressedReplica(HookedReplica):
         self._coded: set[Pack] = set()
         self._encoded: dict[Pack, list[Tensor]] = {}
         self._latest: OfGroups | None = None
+        self._alike: Alike = set()  # what the ranks send
         after = self._compression.after if isinstance(self._compression, Later) else 0
         self._worth = Worth(backend, self._compression.name, after)
         super().__init__(backend, module, optimizer, options, carried=lambda dtype: _SENT_AS.get(dtype, dtype))
@@ -101,7 +102,7 @@ class CompressedReplica(HookedReplica):
             )
         self._encoded[pack] = parts
         flag = torch.stack([part.sum() for part in parts]).sum().mul(0)  # NaN where a number is infinite
-        return Coded(wire, exchanges, flag)
+        return Coded(wire, exchanges, flag, self._alike)
 
     def _memory(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {} if self._unsent is None else dict(self._unsent.of(parameter).memory)

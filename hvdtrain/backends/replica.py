@@ -15,7 +15,6 @@ On a rank without samples in a step, `step` alone takes part in it.
 from __future__ import annotations
 
 import enum
-import logging
 import math
 import weakref
 from abc import ABC, abstractmethod
@@ -50,7 +49,7 @@ from hvdtrain.backends.slips import (
     frozen_too_late,
 )
 from hvdtrain.backends.units import state_for_rank_zero
-from hvdtrain.backends.unsent import Unsent, check_compression
+from hvdtrain.backends.unsent import Unsent, check_compression, say_lost
 from hvdtrain.backends.watched import Watched, plain_names
 from hvdtrain.backends.weighting import Tally, Weighting, checked
 from hvdtrain.errors import ConfigError, TrainingError
@@ -62,9 +61,6 @@ if TYPE_CHECKING:
     from hvdtrain.backends.ahead import Ahead
     from hvdtrain.backends.base import Backend
     from hvdtrain.backends.communicator import Communicator
-
-
-_log = logging.getLogger(__name__)
 
 
 _living: weakref.WeakSet[Replica] = weakref.WeakSet()
@@ -421,14 +417,12 @@ class Replica(ABC):
         Args:
             states: From `rank_state`, of all ranks that saved one; {} where there was none.
         """
+        say_lost((state["unsent"] for state in states if state.get("unsent")), "weights", "without sync=")
         states = [state for state in states if "rests" in state]
         if self._unsent is not None:
             self._unsent.load(states, self._backend.rank, plain_names(self.module), self._speaks)
-        elif states:
-            _log.warning(
-                "the checkpoint has gradients that compression %s had not sent yet; without a compression they are lost",
-                states[0]["name"],
-            )
+        else:
+            say_lost(states, "gradients", "without a compression")
 
     @property
     def _speaks(self) -> tuple[bool, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.backends.coded import Coded, as_it_is, begun
+from hvdtrain.backends.coded import Alike, Coded, as_it_is, begun
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import as_bytes
 from hvdtrain.backends.groups import Groups
@@ -38,6 +38,7 @@ class Way:
         compression: None for as they are.
         unsent: What a compression has not sent.
         number: The replica's.
+        alike: What a compression was found to send on all ranks alike; None without one.
     """
 
     everyone: Communicator
@@ -47,6 +48,7 @@ class Way:
     compression: Compression | None
     unsent: Unsent | None
     number: int
+    alike: Alike | None
 
     @property
     def between(self) -> Communicator | None:
@@ -142,11 +144,16 @@ class Round:
         Raises:
             TrainingError: On every rank: the ranks did not do the same, or losses are no means over samples.
         """
+        if self._is_everywhere:
+            return self._ways
+        traffic = self._way.everyone.wire.traffic
+        sent = traffic.sent_bytes
         while self._stage != _OVER:
             self._next()
-        if not self._is_everywhere:
-            self._pass_on()
-            self._is_everywhere = True
+        self._pass_on()
+        self._is_everywhere = True
+        if self.left > 0:
+            traffic.early_bytes += traffic.sent_bytes - sent
         return self._ways
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ class Round:
         coded = [part.sum().double() for p, part in piece if self._compresses(p)]
         flag = torch.stack(coded).sum().mul(0) if coded else torch.zeros((), device=wire.device)
         exchanges = [self._exchange(p, part) for p, part in zip(parameters, parts, strict=True)]
-        self._coded.append((parameters, parts, Coded(wire, exchanges, flag)))
+        self._coded.append((parameters, parts, Coded(wire, exchanges, flag, self._way.alike)))
 
     def _exchange(self, parameter: nn.Parameter, part: Tensor) -> Exchange:
         if not self._compresses(parameter):

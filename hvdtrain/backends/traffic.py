@@ -16,10 +16,12 @@ class Traffic:
 
     Attributes:
         sent_bytes: So far.
+        early_bytes: Of those, of exchanges that were to go on in later steps and were waited for, by an evaluation or a checkpoint.
     """
 
     def __init__(self) -> None:
         self.sent_bytes = 0.0
+        self.early_bytes = 0.0
 
     def all_reduce(self, size_bytes: int, ranks: int) -> None:
         """Count a reduction whose result all get: in a ring, every part leaves once to be summed and once as a sum."""

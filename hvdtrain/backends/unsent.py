@@ -181,6 +181,21 @@ class Unsent:
                 )
 
 
+def say_lost(states: Iterable[Mapping[str, Any]], what: str, why: str) -> None:
+    """Warn of rests with which nothing goes on.
+
+    Args:
+        states: From `Unsent.state`, of all ranks that saved one.
+        what: They are of, in the plural.
+        why: They are lost.
+    """
+    names = [state["name"] for state in states if state["rests"]]
+    if names:
+        _log.warning(
+            "the checkpoint has %s that compression %s had not sent yet; %s they are lost", what, names[0], why
+        )
+
+
 def takes(compression: Compression, parameter: nn.Parameter) -> bool:
     """Whether a parameter's gradient is compressed."""
     return parameter.numel() > 0 and not parameter.is_complex() and compression.takes(tuple(parameter.shape))

@@ -64,10 +64,14 @@ class Ledger:
     def __init__(self, backend: Backend, position: Position) -> None:
         self._backend, self._position = backend, position
         self.samples, self.seconds = 0, 0.0
-        self._steps, self._sent_bytes = 0, 0.0
+        self._steps, self._in_steps_bytes, self._early_bytes = 0, 0.0, backend.traffic.early_bytes
         self.begin_call()
         self.lr: float | Tensor = math.nan
         self.gradient_norm: Tensor | None = None
+
+    @property
+    def _sent_bytes(self) -> float:
+        return self._in_steps_bytes + self._backend.traffic.early_bytes - self._early_bytes
 
     def begin_call(self) -> None:
         """A `Trainer.fit` begins, of which `result` will tell."""
@@ -78,7 +82,7 @@ class Ledger:
         """Surround one step over so many samples of all ranks."""
         began, sent = time.perf_counter(), self._backend.traffic.sent_bytes
         yield
-        self._sent_bytes += self._backend.traffic.sent_bytes - sent
+        self._in_steps_bytes += self._backend.traffic.sent_bytes - sent
         self._steps += 1
         self.seconds += time.perf_counter() - began
         self.samples += samples

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hvdtrain
-from hvdtrain.compression.base import Compression, Sent, Sum
+from hvdtrain.compression.base import Compression, Gather, Sent, Sum
 from hvdtrain.data.arrays import ArrayDataset
 from hvdtrain.errors import ConfigError, ModelMismatch, TrainingError
 
@@ -396,6 +396,48 @@ def test_ranks_that_ask_for_different_ones_are_told(backend):
         return
     with pytest.raises(ModelMismatch, match=r"setting compression topk:0\.1, ranks? 1.*topk:0\.2"):
         replicated(backend, "topk:0.1" if backend.rank == 0 else "topk:0.2")
+
+
+class Unlike(Compression):
+    """Yields other things on the last rank."""
+
+    name = "unlike"
+
+    def __init__(self, items, differs):
+        self.items, self.differs = items, differs
+
+    def exchange(self, tensor, memory, seed):
+        for item in self.items[self.differs]:
+            yield item(tensor)
+        return Sent(tensor.clone())
+
+
+UNLIKE = {
+    "number": (Gather, lambda t: Gather(t.flatten()[1:])),
+    "shape": (Sum, lambda t: Sum(t.reshape(-1))),
+    "type": (Gather, lambda t: Gather(t.to(torch.float32).repeat(2, *[1] * (t.dim() - 1)))),
+    "type of a sum": (Sum, lambda t: Sum(t.to(torch.float32))),
+    "kind": (Sum, Gather),
+}
+
+
+@pytest.mark.parametrize("sync", [None, "local-sgd:1", "local-sgd:2,delay=1"])
+@pytest.mark.parametrize("kind", [*UNLIKE, "more", "none"])
+def test_a_compression_that_yields_other_things_on_some_ranks_is_refused_on_all(backend, kind, sync):
+    last = backend.rank == backend.world_size - 1
+    items = {"more": ([Sum], [Sum, Sum]), "none": ([Sum], [])}.get(kind) or [[item] for item in UNLIKE[kind]]
+    replica = replicated(backend, Unlike(items, last), sync=sync)
+
+    def steps():
+        for step in (0, 2, 3):
+            replica.backward(loss_of(replica.model, *batch(backend.rank, step)), samples=4)
+            replica.step()
+
+    if backend.world_size == 1:
+        steps()
+        return
+    with pytest.raises(TrainingError, match=rf"yields other things on some ranks.*; rank {backend.world_size - 1}: "):
+        steps()
 
 
 def test_a_compression_that_costs_more_than_it_saves_on_one_machine_says_so_once(backend, caplog):

@@ -221,6 +221,20 @@ def test_inside_a_block_of_shared_weights_nothing_changes_weights(backend, steps
     assert torch.equal(flat(replica.module), own)
 
 
+def test_inside_a_block_of_shared_weights_the_optimizer_does_not_step_by_itself_either(backend):
+    replica = trained(backend, "local-sgd:3", "SGD", 2)
+    replica.backward(loss_of(replica.model, *batch(backend.rank, 2, 4)), samples=4)
+    replica.reduce_gradients()
+    with (
+        replica.shared_weights(),
+        pytest.raises(TrainingError, match=r"optimizer\.step\(\) inside replica.shared_weights\(\) would change"),
+    ):
+        replica.optimizer.step()
+    replica.optimizer.step()
+    now = flat(replica.module)
+    assert all(torch.equal(now, one) for one in backend.all_gather(now))
+
+
 @pytest.mark.parametrize("act", ["settle", "shared_weights"])
 def test_ranks_that_have_taken_other_steps_are_named_where_they_meet(backend, act):
     replica = trained(backend, "diloco:4,delay=2", "AdamW", 5)

@@ -39,6 +39,33 @@ def gone_on(backend, folder, sync, before, after):
     return replica
 
 
+WAYS = {
+    "plain": {},
+    "int8": {"compression": "int8"},
+    "topk": {"compression": "topk:0.1"},
+    "sync": {"sync": "local-sgd:2"},
+    "sync and topk": {"sync": "local-sgd:2", "compression": "topk:0.1"},
+}
+
+
+@pytest.mark.parametrize("after", WAYS)
+@pytest.mark.parametrize("before", WAYS)
+def test_what_a_compression_had_not_sent_is_said_to_be_lost_where_it_is(backend, caplog, before, after):
+    replicas = []
+    for way in (before, after):
+        model = made()
+        replicas.append(backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), **WAYS[way]))
+    for step in range(2):
+        take_step(backend, replicas[0], step)
+    states = backend.all_gather_object(replicas[0].rank_state())
+    replicas[1].load_rank_states(states)
+    said = [record.message for record in caplog.records if "they are lost" in record.message]
+    kept = "topk" in before and backend.world_size > 1
+    goes_on = "topk" in after or after == "int8"
+    assert bool(said) == (kept and not (goes_on and ("sync" in before) == ("sync" in after)))
+    assert all(("weights" if "sync" in before else "gradients") in one for one in said)
+
+
 @pytest.mark.costly(3)
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["unfrozen", "frozen"])

@@ -82,3 +82,21 @@ def test_the_trainer_says_what_a_step_sends_without_evaluations_and_checkpoints(
     n = backend.world_size
     assert result.sent_bytes_per_step == pytest.approx(2 * 240_000 * (n - 1) / n, rel=0.01)
     assert records[-1].sent_bytes_per_step == pytest.approx(result.sent_bytes_per_step, rel=0.01)
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["", "evaluated"])
+@pytest.mark.parametrize("sync", ["local-sgd:4", "local-sgd:4,delay=3"])
+def test_an_exchange_under_way_that_is_waited_for_counts_in_the_steps(backend, sync, evaluated):
+    torch.manual_seed(1)
+    model = nn.Linear(200, 300, bias=False)
+    trainer = hvdtrain.Trainer(
+        backend,
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=nn.functional.cross_entropy,
+        sync=sync,
+    )
+    data, n = ArrayDataset(torch.ones(24, 200), torch.arange(24)), backend.world_size
+    for epochs in (2, 4):
+        result = trainer.fit(data, data if evaluated else None, epochs=epochs, global_batch_size=6)
+        assert result.sent_bytes_per_step == pytest.approx(2 * 240_000 * (n - 1) / n / 4, rel=0.01)
