@@ -162,7 +162,7 @@ class _Normalise(torch.autograd.Function):
         return y.to(x.dtype), mean, variance, total
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         normal, scale, weight = ctx.saved_tensors
         dy = grads[0].to(normal.dtype)

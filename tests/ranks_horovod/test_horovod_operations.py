@@ -422,7 +422,15 @@ def test_gradients_are_horovods(rank, size):
         (hvd.reducescatter, lambda rank, size: 1),
         (lambda x: torch.cat(hvd.grouped_reducescatter([x, x])[:1]), lambda rank, size: 1),
     ],
-    ids=["allreduce", "allgather", "grouped_allgather", "broadcast", "alltoall", "reducescatter", "grouped_reducescatter"],
+    ids=[
+        "allreduce",
+        "allgather",
+        "grouped_allgather",
+        "broadcast",
+        "alltoall",
+        "reducescatter",
+        "grouped_reducescatter",
+    ],
 )
 def test_gradients_are_differentiated_as_horovods(rank, size, operation, share):
     x = torch.full((2 * size,), 2.0, dtype=torch.float64, requires_grad=True)
