@@ -77,7 +77,7 @@ class Communicator(Rooted, Messages):
                     f"all_reduce(op={op!r}, async_op={async_op}) of a tensor that requires grad cannot be differentiated; "
                     "pass tensor.detach(), or use op 'sum' or 'mean' with async_op=False"
                 )
-            return cast(Tensor, _AllReduce.apply(tensor, self, op))
+            return cast(Tensor, _AllReduce.apply(tensor, self, op, "all_reduce"))
         pending = self._start_all_reduce(tensor, op, "all_reduce", at_once=not async_op)
         return pending if async_op else pending.wait()
 
@@ -177,7 +177,7 @@ class Communicator(Rooted, Messages):
         first = tensors[0]
         # Every rank must take the same decision, or the ranks that raise leave the others waiting.
         wrong = [i for i, (dtype, _) in enumerate(headers) if dtype != first.dtype]
-        if bool(self._start_all_reduce(torch.tensor(bool(wrong)), "max", "all_to_all").wait()):
+        if bool(self._start_all_reduce(torch.tensor(bool(wrong), device="cpu"), "max", "all_to_all").wait()):
             raise CollectiveError(
                 f"all_to_all: the ranks sent different dtypes (this rank {first.dtype}; differing ranks {wrong})"
             )
@@ -233,9 +233,9 @@ class Communicator(Rooted, Messages):
         self._check_rank("broadcast_object", src)
         wire = self.wire
         data = pickled(obj, self._key) if wire.rank == src else None
-        length = torch.tensor(0 if data is None else data.numel(), dtype=torch.int64)
+        length = torch.tensor(0 if data is None else data.numel(), dtype=torch.int64, device="cpu")
         length = self._start_broadcast(length, src, "broadcast_object").wait()
-        buffer = data if data is not None else torch.empty(int(length), dtype=torch.uint8)
+        buffer = data if data is not None else torch.empty(int(length), dtype=torch.uint8, device="cpu")
         received = self._start_broadcast(buffer, src, "broadcast_object").wait()
         return obj if wire.rank == src else cast(T, unpickled(received, self._key))
 
@@ -249,13 +249,13 @@ class _AllReduce(torch.autograd.Function):
     """y = sum (or mean) over ranks of x; so dL/dx = sum (or mean) over ranks of dL/dy."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, communicator: Communicator, op: ReduceOp) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, communicator: Communicator, op: ReduceOp, name: str) -> Tensor:
         ctx.communicator, ctx.op = communicator, op
-        return communicator._start_all_reduce(tensor, op, "all_reduce").wait()
+        return communicator._start_all_reduce(tensor, op, name).wait()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return ctx.communicator._start_all_reduce(grads[0], ctx.op, "all_reduce backward").wait(), None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        return _AllReduce.apply(grads[0], ctx.communicator, ctx.op, "all_reduce backward"), None, None, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -268,4 +268,17 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return ctx.communicator.reduce_scatter([g.detach() for g in grads], "sum"), None
+        return _ReduceScatter.apply(ctx.communicator, *grads), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """y = sum over ranks of their x[i] on rank i; so dL/dx[i] = dL/dy of rank i."""
+
+    @staticmethod
+    def forward(ctx: Any, communicator: Communicator, *tensors: Tensor) -> Tensor:
+        ctx.communicator = communicator
+        return communicator.reduce_scatter([tensor.detach() for tensor in tensors], "sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return None, *_AllGather.apply(grads[0], ctx.communicator)

@@ -71,7 +71,9 @@ def check_tensor(name: str, tensor: object) -> None:
 def header(tensor: Tensor) -> Tensor:
     """Dtype and shape as `HEADER` integers."""
     shape = list(tensor.shape)
-    return torch.tensor([_DTYPES.index(tensor.dtype), len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))])
+    return torch.tensor(
+        [_DTYPES.index(tensor.dtype), len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))], device="cpu"
+    )
 
 
 def read_header(row: list[int]) -> tuple[torch.dtype, tuple[int, ...]]:

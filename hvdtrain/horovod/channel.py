@@ -50,8 +50,8 @@ class Channel:
     def __init__(self, communicator: Group, called: str) -> None:
         self._communicator, self._called = communicator, called
         size = communicator.wire.size
-        self._said = torch.zeros(2, dtype=torch.int64)
-        self._heard = torch.zeros(size, 2, dtype=torch.int64)
+        self._said = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self._heard = torch.zeros(size, 2, dtype=torch.int64, device="cpu")
         self._question: Work | None = None
         self._answer: int | None = None
         self._open = False

@@ -126,6 +126,6 @@ class Channels:
     def _free_what_nobody_uses(self) -> None:
         """Close channels whose optimizers are garbage on every rank."""
         garbage = [number for number, held in self._held.items() if held.sender() is None]
-        said = self._over.all_gather(torch.tensor(garbage, dtype=torch.int64))
+        said = self._over.all_gather(torch.tensor(garbage, dtype=torch.int64, device="cpu"))
         for number in set.intersection(*(set(numbers.tolist()) for numbers in said)):
             self._held.pop(number).channel.retire()

@@ -104,6 +104,10 @@ class Controller:
         Raises:
             HorovodInternalError: It failed.
         """
+        if torch.is_inference_mode_enabled():  # what is made here may be another thread's, and differentiated there
+            with torch.inference_mode(False), torch.no_grad():
+                self.wait(request)
+            return
         while not request.over:
             if self._driving.acquire(blocking=False):
                 try:

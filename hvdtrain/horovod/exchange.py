@@ -401,7 +401,7 @@ class Exchange:
                 if not tensor.is_contiguous():
                     tensor = tensor.contiguous()
             else:
-                tensor = torch.empty(0)
+                tensor = torch.empty(0, device="cpu")
         window.contexts[pack.name] = context
         return tensor
 

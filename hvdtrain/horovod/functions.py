@@ -116,7 +116,7 @@ def broadcast_object(
     state.controller_of(process_set, "hvd.broadcast_object")
     check_root(root_rank, process_set, "broadcast_object")
     key, is_root = state.job().backend.key, state.rank() == root_rank
-    data = pickled(_ByValue(obj), key) if is_root else torch.empty(0, dtype=torch.uint8)
+    data = pickled(_ByValue(obj), key) if is_root else torch.empty(0, dtype=torch.uint8, device="cpu")
     received = synchronize(
         start("broadcast_object", [data], name, process_set, waited_for=True, alike=False, root_rank=root_rank)
     )

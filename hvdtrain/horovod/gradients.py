@@ -1,6 +1,7 @@
 """The operations that wait for their result, which autograd can follow, with Horovod's own gradients.
 
-Where Horovod's gradient is an average (allgather, broadcast) it is one here, though torch's would be a sum.
+Where Horovod's gradient is an average (allgather, broadcast) it is one here, though torch's would be a sum. Gradients are made of
+these operations themselves, so that they can be differentiated again, as a penalty on them does; every rank must then do so.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class _Gather(_Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         process_set = ctx.process_set
-        means = _reduced(list(grads), Average, process_set)
-        counts = synchronize(allgather_async(torch.tensor([ctx.rows]), None, process_set))
+        means = _means(grads, process_set)
+        counts = synchronize(allgather_async(torch.tensor([ctx.rows], device="cpu"), None, process_set))
         before = counts[: process_set.rank() or 0].sum(0).tolist()
         own = [mean.narrow(0, at, rows) for mean, at, rows in zip(means, before, ctx.rows, strict=True)]
         return (None, None, None, *own)
@@ -149,9 +150,10 @@ class _Broadcast(_Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         process_set = ctx.process_set
-        (mean,) = _reduced(list(grads), Average, process_set)
-        mine = process_set.ranks[process_set.rank()] == ctx.root_rank
-        return (mean if mine else torch.zeros_like(mean)), None, None, None
+        (mean,) = _means(grads, process_set)
+        if process_set.ranks[process_set.rank()] != ctx.root_rank:
+            mean = mean.masked_fill(mean.new_ones((), dtype=torch.bool), 0)  # zeros that depend on it, as on the root
+        return mean, None, None, None
 
 
 @by_engine(real)
@@ -183,7 +185,7 @@ class _ToAll(_Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        back, _ = synchronize(alltoall_async(grads[0], ctx.counts, None, ctx.process_set))
+        back, _ = _ToAll.apply(grads[0], ctx.counts, None, ctx.process_set)
         kept_here = ctx.rows - back.shape[0]  # rows that no split named
         if kept_here:
             back = torch.cat([back, back.new_zeros(kept_here, *back.shape[1:])])
@@ -219,7 +221,7 @@ class _Scatter(_Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op, process_set, before, after = ctx.how
         factor = before * after * (process_set.size() if op == Sum else 1)
-        gathered = synchronize(grouped_allgather_async([grad * factor for grad in grads], None, process_set))
+        gathered = _Gather.apply(True, None, process_set, *(grad * factor for grad in grads))
         return (None, None, None, *gathered)
 
 
@@ -266,6 +268,6 @@ def grouped_reducescatter(
     return [compression.decompress(one, context) for one, (_, context) in zip(kept, pairs, strict=True)]
 
 
-def _reduced(tensors: list[Tensor], op: int, process_set: ProcessSet) -> list[Tensor]:
-    handle = reduce_async(tensors, None, None, op, 1.0, 1.0, process_set, grouped=True, waited_for=True)
-    return list(synchronize(handle))
+def _means(tensors: Sequence[Tensor], process_set: ProcessSet) -> Sequence[Tensor]:
+    means: Sequence[Tensor] = _Reduce.apply(True, None, (Average, 1.0, 1.0, process_set), *tensors)
+    return means

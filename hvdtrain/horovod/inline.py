@@ -18,7 +18,7 @@ from hvdtrain.horovod.ledger import Key
 from hvdtrain.horovod.performing import outcome_of, ready_to_reduce
 from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product, Sum
 from hvdtrain.horovod.requests import Form, Request, dtype_of
-from hvdtrain.horovod.scaling import added
+from hvdtrain.horovod.scaling import added, summed_in
 
 AREA_BYTES = 128
 """Of each message."""
@@ -49,7 +49,7 @@ class Places:
         if form.kind == "allreduce" and form.detail("op") != Adasum:
             ((name, shape),) = form.tensors
             dtype = dtype_of(name)
-            size = numel(shape) * WIRE_DTYPE[dtype].itemsize * (2 if dtype.is_complex else 1)
+            size = numel(shape) * summed_in(dtype, form.detail("op")).itemsize * (2 if dtype.is_complex else 1)
         if len(self._sizes) > 2**14:
             self._sizes.clear()
         self._sizes[id(form)] = (form, size if size <= AREA_BYTES else 0)
@@ -112,13 +112,13 @@ def finish(communicator: Communicator, request: Request, areas: Sequence[Tensor]
         places: Where the numbers are in each.
     """
     ((name, shape),) = request.form.tensors
-    dtype = dtype_of(name)
-    wire = WIRE_DTYPE[dtype]
+    dtype, op = dtype_of(name), request.form.detail("op")
+    wire = summed_in(dtype, op)
     whole = (*shape, 2) if dtype.is_complex else shape
     size = numel(whole) * wire.itemsize
     stacked = torch.cat([area[at : at + size] for area, at in zip(areas, places, strict=True)]).view(wire)
     stacked = stacked.view(len(areas), *whole)
-    op, boolean = request.form.detail("op"), dtype == torch.bool
+    boolean = dtype == torch.bool
     if op == Min or (boolean and op == Product):
         total = stacked.amin(0)
     elif op == Max or boolean:

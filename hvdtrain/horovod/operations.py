@@ -42,6 +42,8 @@ def start(
     """Ask for an operation and return its handle; ``alike`` False where the ranks' tensors may differ altogether."""
     _check_carried(kind, tensors)
     _check_written(kind, outputs)
+    if any(tensor.is_inference() for tensor in (*tensors, *outputs)):
+        tensors, outputs, finish = _out_of_inference(tensors, outputs, finish)
     controller = state.controller_of(process_set, f"hvd.{kind}")
     compared = tensors if alike else []
     asked, text = form_and_text(kind, name, compared, **details)
@@ -49,6 +51,27 @@ def start(
     if name is None:
         request.number = state.next_number(process_set, kind)
     return begin(controller, request, finish, waited_for=waited_for)
+
+
+def _out_of_inference(
+    tensors: Sequence[Tensor], outputs: Sequence[Tensor], finish: Callable[[Any], Any]
+) -> tuple[list[Tensor], list[Tensor], Callable[[Any], Any]]:
+    """Stand-ins for tensors of `torch.inference_mode`, which no other thread may write: the caller's get the result when it waits."""
+    with torch.inference_mode(False), torch.no_grad():
+        stands = {id(tensor): tensor.clone() for tensor in (*tensors, *outputs) if tensor.is_inference()}
+
+    def written(result: Any) -> Any:
+        if not outputs:
+            return finish(result)
+        with torch.inference_mode():
+            own = [out.copy_(stands[id(out)]) if id(out) in stands else out for out in outputs]
+        return finish(tuple(own) if isinstance(result, tuple) else own[0])
+
+    return (
+        [stands.get(id(tensor), tensor) for tensor in tensors],
+        [stands.get(id(tensor), tensor) for tensor in outputs],
+        written,
+    )
 
 
 def _check_carried(kind: str, tensors: Sequence[Tensor]) -> None:
@@ -320,7 +343,7 @@ def alltoall_async(
     state.controller_of(process_set, "hvd.alltoall")
     rows = tensor.shape[0]
     parts = _splits(splits, rows, controller_size)
-    like = splits if isinstance(splits, Tensor) else torch.empty(0, dtype=torch.int32)
+    like = splits if isinstance(splits, Tensor) else torch.empty(0, dtype=torch.int32, device="cpu")
 
     def finish(result: tuple[Tensor, list[int]]) -> tuple[Tensor, Tensor]:
         received, counts = result

@@ -46,6 +46,7 @@ _Base: Any = object
 class _Distributed(_Base):  # type: ignore[misc]
     """What every distributed optimizer has; stands before the user's class."""
 
+    _given: Optimizer
     _exchange: Exchange
     _named: list[tuple[str, nn.Parameter]]
     _synchronized: bool
@@ -99,7 +100,7 @@ class _DistributedOptimizer(_Distributed):
         Args:
             closure: Computes the loss and its gradients, which are exchanged each time it was called.
         """
-        by_scaler, self._by_scaler = self._by_scaler, False
+        by_scaler, self._by_scaler = self._by_scaler and not self._exchange.under_way, False
         if closure is not None and not self._skips:
             if self._exchange.under_way:
                 self.synchronize()
@@ -133,7 +134,7 @@ class _DistributedOptimizer(_Distributed):
         if self._exchange.under_way:
             raise AssertionError(_TOO_EARLY)
         self._exchange.forget_the_past()
-        self._by_scaler = False
+        self._synchronized = self._by_scaler = False
         super().zero_grad(set_to_none)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -148,7 +149,7 @@ class _DistributedOptimizer(_Distributed):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by a GradScaler before it looks at the gradients: they must be all ranks' by then, or ranks part."""
-        if not self._synchronized and not self._skips and self._exchange.under_way:
+        if not self._skips and self._exchange.under_way:
             self._exchange.complete()
             self._by_scaler = True
         return bool(self.__dict__.get("_step_supports_amp_scaling", False))
@@ -254,13 +255,11 @@ def DistributedOptimizer(
     made: Any = made_class.__new__(made_class)
     # A scheduler puts a `step` of its own into the optimizer that it was made for.
     made.__dict__.update({name: value for name, value in optimizer.__dict__.items() if name != "step"})
-    made._named, made._compression, made._synchronized, made._skips, made._by_scaler = (
-        named,
-        compression,
-        False,
-        False,
-        False,
-    )
+    made._given, made._named, made._compression = optimizer, named, compression
+    made._synchronized = made._skips = made._by_scaler = False
+    if optimizer not in _wrapped:
+        optimizer.register_load_state_dict_post_hook(_begin_anew)
+    _wrapped[optimizer] = weakref.ref(made)
     if adasum:
         made.backward_passes_per_step = backward_passes_per_step
         return made
@@ -273,27 +272,34 @@ def DistributedOptimizer(
             groups=groups, sparse_as_dense=sparse_as_dense, process_set=process_set,
         ),
     )  # fmt: skip
-    made.register_load_state_dict_post_hook(_begin_anew)
-    if made._exchange.active:
-        if optimizer not in _wrapped:
-            optimizer.register_step_pre_hook(_refuse_itself)
-        _wrapped[optimizer] = weakref.ref(made._exchange)
+    if made._exchange.active and optimizer not in _refusing:
+        optimizer.register_step_pre_hook(_refuse_itself)
+        _refusing.add(optimizer)
     return made
 
 
-_wrapped: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Exchange]] = weakref.WeakKeyDictionary()
+_wrapped: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the newest around it
+_refusing: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def _refuse_itself(stepped: Optimizer, *_: Any) -> None:
     """Before the step of an optimizer that was wrapped, or of the one that wraps it."""
-    exchange = _wrapped[stepped]() if stepped in _wrapped else None
-    if stepped in _wrapped and (exchange is None or exchange.under_way):
+    if stepped not in _wrapped:
+        return
+    made = _wrapped[stepped]()
+    if made is None or (isinstance(made, _DistributedOptimizer) and made._exchange.under_way):
         raise RuntimeError(_ITSELF)
 
 
-def _begin_anew(optimizer: Any) -> None:
-    optimizer._exchange.forget()
-    optimizer._synchronized = False
+def _begin_anew(loaded: Any) -> None:
+    """After a state was loaded by an optimizer that was wrapped, or by the one that wraps it: both hold it, as before."""
+    made, other = (loaded, loaded._given) if isinstance(loaded, _Distributed) else (_wrapped[loaded](), None)
+    for one in (made, other):
+        if one is not None and one is not loaded:
+            one.__dict__.update(state=loaded.state, param_groups=loaded.param_groups)
+    if isinstance(made, _DistributedOptimizer):
+        made._exchange.forget()
+        made._synchronized = made._by_scaler = False
 
 
 def _named(

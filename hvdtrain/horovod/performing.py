@@ -21,7 +21,7 @@ from hvdtrain.horovod.adasum import adasum
 from hvdtrain.horovod.halves import FROM_BYTES, HALVES, HalfSum
 from hvdtrain.horovod.reductions import Adasum, Average, Max, Min, Product, Sum
 from hvdtrain.horovod.requests import REDUCING, Form, Request, dtype_of
-from hvdtrain.horovod.scaling import added, scale_, scaled
+from hvdtrain.horovod.scaling import added, scale_, scaled, summed_in
 
 _TOGETHER_BYTES = 2**18  # tensors up to this size share a buffer
 _BUFFER_BYTES = 2**23
@@ -167,7 +167,7 @@ def ready_to_reduce(communicator: Communicator, request: Request) -> Tensor:
     """A copy of a request's only tensor on the CPU, as it is reduced."""
     tensor = scaled(request.tensors[0].detach(), request.form.detail("prescale"))
     plain = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return plain.to("cpu", WIRE_DTYPE[tensor.dtype]).contiguous()
+    return plain.to("cpu", summed_in(tensor.dtype, request.form.detail("op"))).contiguous()
 
 
 def outcome_of(communicator: Communicator, request: Request, total: Tensor) -> Any:
@@ -207,7 +207,7 @@ def _carried(communicator: Communicator, form: Form, dtype: torch.dtype, shape: 
     """The dtype in which a tensor travels; every rank comes to the same."""
     if dtype in HALVES and form.detail("op") in (Average, Sum) and communicator.wire.size > 1:
         return dtype if numel(shape) * dtype.itemsize >= FROM_BYTES else WIRE_DTYPE[dtype]
-    return WIRE_DTYPE[dtype]
+    return summed_in(dtype, form.detail("op"))
 
 
 def _buffer(communicator: Communicator, tensor: Tensor, out: Tensor | None, wanted: torch.dtype) -> Tensor:
@@ -305,8 +305,8 @@ def _broadcast(communicator: Communicator, request: Request) -> Tensor:
 
 def _broadcast_object(communicator: Communicator, request: Request) -> Tensor:
     src = communicator.ranks.index(request.form.detail("root_rank"))
-    mine = request.tensors[0] if communicator.wire.rank == src else torch.empty(0, dtype=torch.uint8)
-    length = communicator.broadcast(torch.tensor(mine.numel(), dtype=torch.int64), src)
+    mine = request.tensors[0] if communicator.wire.rank == src else torch.empty(0, dtype=torch.uint8, device="cpu")
+    length = communicator.broadcast(torch.tensor(mine.numel(), dtype=torch.int64, device="cpu"), src)
     return communicator.broadcast(mine if communicator.wire.rank == src else mine.new_empty(int(length)), src)
 
 
@@ -330,7 +330,7 @@ def _reduce_scatter(communicator: Communicator, request: Request) -> Any:
         if tensor.dtype in HALVES and communicator.wire.size > 1:  # travel as they are, and are added up in float32
             mine = added([part.float() for part in communicator.all_to_all(list(before.contiguous().split(rows)))])
         else:
-            wide = before.to(WIRE_DTYPE[tensor.dtype]) if not tensor.is_complex() else before
+            wide = before.to(summed_in(tensor.dtype, form.detail("op"))) if not tensor.is_complex() else before
             mine = communicator.reduce_scatter(list(wide.split(rows)), "sum")
         scale_(mine, tensor.dtype, form.detail("postscale"), communicator.wire.size if average else 1)
         results.append(mine.to(tensor.dtype))

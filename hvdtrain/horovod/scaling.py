@@ -1,7 +1,7 @@
 """Factors before and after a reduction, as Horovod defines them, in arithmetic that neither overflows nor drifts; and sums made here.
 
 Integers are multiplied in float64 and cut; float16 and bfloat16 in float32. An average of floats divides before it is rounded
-to a narrow type, so that float16 60000 + 60000 is not infinite; one of integers is cut towards zero.
+to a narrow type, so that float16 60000 + 60000 is not infinite; one of integers is added up in a wider type and cut towards zero, once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvdtrain.backends.forms import WIRE_DTYPE
+from hvdtrain.horovod.reductions import Average
+
+_WIDER = {torch.int8: torch.int32, torch.uint8: torch.int32, torch.int32: torch.int64}
 _NARROW = (torch.float16, torch.bfloat16)
+
+
+def summed_in(dtype: torch.dtype, op: int) -> torch.dtype:
+    """The dtype in which an engine reduces tensors of ``dtype``: one in which what is to be divided does not overflow."""
+    return _WIDER.get(dtype, WIRE_DTYPE[dtype]) if op == Average else WIRE_DTYPE[dtype]
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -40,10 +49,10 @@ def scale_(buffer: Tensor, dtype: torch.dtype, factor: float, divisor: int) -> N
         if factor != 1.0:
             buffer.mul_(factor)
         return
-    if divisor != 1:
-        buffer.copy_(torch.div(buffer, divisor, rounding_mode="trunc"))
     if factor != 1.0:
-        buffer.copy_(buffer.double() * factor)
+        buffer.copy_(buffer.double() * factor / divisor)
+    elif divisor != 1:
+        buffer.copy_(torch.div(buffer, divisor, rounding_mode="trunc"))
 
 
 def added(rows: Sequence[Tensor]) -> Tensor:

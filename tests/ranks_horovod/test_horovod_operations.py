@@ -66,6 +66,18 @@ def test_averages_neither_overflow_nor_drift(size):
     assert hvd.allreduce(torch.full((4,), -7)).tolist() == [-7] * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("count", [3, 300])  # in the message, and beside it
+def test_an_average_of_integers_neither_overflows_nor_is_cut_twice(rank, size, dtype, count):
+    most = torch.iinfo(dtype).max
+    large, small = torch.full((count,), most - rank, dtype=dtype), torch.full((count,), 3 + rank, dtype=dtype)
+    expected = int(most - (size - 1) / 2)
+    for average in (hvd.allreduce(large), *hvd.grouped_allreduce([large, large]), hvd.reducescatter(large)):
+        assert average.dtype == dtype
+        assert set(average.tolist()) == {expected}
+    assert set(hvd.allreduce(small, postscale_factor=0.3).tolist()) == {int((3 + (size - 1) / 2) * 0.3)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [8191, 8192, 100_003])  # up to 16 KiB in float32
 def test_halves_are_added_up_in_float32_and_rounded_once(rank, size, dtype, count):
@@ -397,6 +409,73 @@ def test_gradients_are_horovods(rank, size):
     x = leaf(2)
     sum(hvd.grouped_allreduce([x, x * 2], op=hvd.Sum)).sum().backward()
     assert x.grad.tolist() == [3.0 * size] * 2
+
+
+@pytest.mark.parametrize(
+    ("operation", "share"),
+    [
+        (hvd.allreduce, lambda rank, size: 1),
+        (hvd.allgather, lambda rank, size: 1 / size),
+        (lambda x: torch.cat(hvd.grouped_allgather([x[:1], x[1:]])), lambda rank, size: 1 / size),
+        (lambda x: hvd.broadcast(x, size_of() - 1), lambda rank, size: 1 / size if rank == size - 1 else 0),
+        (hvd.alltoall, lambda rank, size: 1),
+        (hvd.reducescatter, lambda rank, size: 1),
+        (lambda x: torch.cat(hvd.grouped_reducescatter([x, x])[:1]), lambda rank, size: 1),
+    ],
+    ids=[
+        "allreduce",
+        "allgather",
+        "grouped_allgather",
+        "broadcast",
+        "alltoall",
+        "reducescatter",
+        "grouped_reducescatter",
+    ],
+)
+def test_gradients_are_differentiated_as_horovods(rank, size, operation, share):
+    x = torch.full((2 * size,), 2.0, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((operation(x) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((gradient**2).sum(), x)
+    assert second.tolist() == pytest.approx([36 * 2.0**3 * share(rank, size)] * (2 * size))  # of (3 x^2)^2
+
+
+def size_of():
+    return hvd.size()
+
+
+def test_what_begins_in_inference_mode_may_end_outside_and_the_other_way_round(rank, size):
+    with torch.inference_mode():
+        mine = torch.full((300,), float(rank))
+        started = [
+            (hvd.allreduce_async_(mine, name="in place"), mine),
+            (hvd.broadcast_async_(torch.full((3, 2), float(rank)).t(), size - 1, name="root"), None),
+            (hvd.grouped_allreduce_async([torch.ones(300, dtype=torch.float16), torch.ones(2)], op=hvd.Sum), None),
+            (hvd.allgather_async(torch.ones(rank + 1)), None),
+        ]
+        while not all(hvd.poll(handle) for handle, _ in started):  # the thread performs them
+            threading.Event().wait(0.01)
+        results = [hvd.synchronize(handle) for handle, _ in started]
+    assert results[0] is mine
+    assert set(mine.tolist()) == {(size - 1) / 2}
+    assert results[1].tolist() == [[size - 1.0] * 3] * 2
+    assert [part[0].item() for part in results[2]] == [size, size]
+    assert results[3].tolist() == [1.0] * sum(range(1, size + 1))
+    gathered = hvd.allgather_async(torch.ones(3))
+    with torch.inference_mode():
+        hvd.allreduce(torch.ones(200))  # whose wait performs the other too
+    x = torch.ones(3 * size, requires_grad=True)
+    (hvd.synchronize(gathered) * x).sum().backward()
+    assert x.grad.tolist() == [1.0] * 3 * size
+
+
+def test_the_default_device_is_the_programs_affair(rank, size):
+    ones = torch.ones(2 * size)
+    with torch.device("meta"):
+        assert hvd.allreduce(ones, name="default device").tolist() == [1.0] * 2 * size
+        assert hvd.broadcast_object(rank) == 0
+        assert hvd.allgather_object(rank) == list(range(size))
+        assert hvd.alltoall(ones, [2] * size)[1].tolist() == [2] * size
+        assert hvd.allgather(ones[: rank + 1]).numel() == sum(range(1, size + 1))
 
 
 def test_facts(rank, size):

@@ -261,6 +261,48 @@ def test_ranks_with_fewer_steps_join(rank, size):
     assert all(state == states[0] for state in states)
 
 
+def test_a_step_that_was_skipped_leaves_nothing_behind(rank, size):
+    model = make()
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for turn, data in enumerate(batches(size, 3)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, data[rank]) * (float("inf") if turn < 2 and rank == 0 else 1.0)).backward()
+        if turn == 0:  # clips, in this step alone
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize() if turn == 0 else nullcontext():
+            scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1.0
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert torch.equal(hvd.broadcast(weights, 0), weights)
+
+
+@pytest.mark.parametrize("by_inner", [False, True])
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Adasum])
+def test_a_state_that_is_loaded_reaches_the_optimizer_inside_and_the_one_around_it(size, by_inner, op):
+    if op == hvd.Adasum and size & (size - 1):
+        pytest.skip("powers of two")
+    model = make()
+    inner = torch.optim.SGD(model.parameters(), lr=0.4, momentum=0.9)
+    loss_of(model, torch.ones(2, 6, dtype=torch.float64)).backward()
+    inner.step()
+    inner.zero_grad()
+    saved = copy.deepcopy(inner.state_dict())
+    inner.state.clear()
+    schedule = torch.optim.lr_scheduler.StepLR(inner, step_size=1)
+    optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), op=op)
+    (inner if by_inner else optimizer).load_state_dict(saved)
+    assert len(optimizer.state) == 6
+    loss_of(model, torch.ones(2, 6, dtype=torch.float64)).backward()
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
+
+
 def test_the_optimizer_stays_what_it_was(rank, size):
     model = make()
     inner = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)

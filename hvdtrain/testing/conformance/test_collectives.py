@@ -183,6 +183,30 @@ def test_all_gather_differentiates_as_in_torch(backend):
     assert torch.allclose(x.grad, torch.full((2,), float((backend.rank + 1) * sum(range(1, n + 1)))))
 
 
+@pytest.mark.parametrize(
+    ("collective", "alone"),
+    [
+        (lambda b, x: b.all_reduce(x, "mean"), lambda rows: rows.mean(0)),
+        (lambda b, x: torch.stack(b.all_gather(x)).mean(0), lambda rows: rows.mean(0)),
+        (  # of different lengths
+            lambda b, x: torch.cat(b.all_gather(x[: b.rank + 1])).mean(),
+            lambda rows: torch.cat([row[: at + 1] for at, row in enumerate(rows)]).mean(),
+        ),
+    ],
+    ids=["all_reduce", "all_gather", "all_gather of different lengths"],
+)
+def test_gradients_of_collectives_can_be_differentiated_again(backend, collective, alone):
+    n = backend.world_size
+    x = torch.full((n,), 2.0, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((collective(backend, x) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    rows = torch.full((n, n), 2.0, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(n * (alone(rows) ** 3).sum(), rows, create_graph=True)
+    (expected_second,) = torch.autograd.grad(expected.square().sum(), rows)
+    torch.testing.assert_close(gradient, expected[backend.rank])
+    torch.testing.assert_close(second, expected_second[backend.rank])
+
+
 def test_collectives_leave_the_random_numbers_alone(backend):
     before = torch.get_rng_state()
     backend.all_reduce(torch.ones(2))

@@ -79,6 +79,14 @@ def test_a_rank_with_an_empty_batch_takes_part(backend):
         torch.testing.assert_close(mine.grad, theirs.grad, **CLOSE)
 
 
+def test_a_gradient_that_would_be_differentiated_again_is_refused(backend):
+    layer = hvdtrain.convert_sync_batch_norm(nn.BatchNorm1d(3), backend)
+    x = torch.randn(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize(("length", "global_batch_size"), [(13, 4), (6, 5), (3, 3), (9, 8)])
 def test_the_trainer_keeps_ranks_in_step_and_trains_as_one_process_does(backend, reference, length, global_batch_size):
     def trained(where):
