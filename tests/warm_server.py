@@ -15,6 +15,7 @@ import socket
 import sys
 import types
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ import torch.distributed.run  # the launcher is a copy, too
 
 del sys.modules["torch.distributed.run"]  # it will be __main__; what it imports stays
 sys.path.pop(0)  # this folder
-from pathlib import Path
 
 EARLY: dict = runpy.run_path(str(Path(__file__).with_name("warm_start.py")))
 HAS = EARLY["early"](dict(os.environ))

@@ -156,7 +156,7 @@ def _init(comm: Sequence[int] | None, process_sets: Sequence[ProcessSet] | str |
     wanted = _process.wanted or given("HVDTRAIN_BACKEND") or "auto"
     name = choose(detection, wanted)[0]
     if name != "horovod":
-        refuse_the_real(sys.modules)
+        refuse_the_real(sys.modules, is_initialized)
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= detection.topology.local_world_size
     backend = create(
         wanted,

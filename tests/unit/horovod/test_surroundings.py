@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from launching import run
 
 import hvdtrain.horovod as hvd
 from hvdtrain.errors import ConfigError
@@ -15,6 +16,7 @@ from hvdtrain.horovod.surroundings import refuse_the_real
 def there_is(*, initialised=False, in_script=False):
     real = ModuleType("horovod.torch")
     real.__file__, real.is_initialized = "/site/horovod/torch/__init__.py", lambda: initialised
+    real.init = lambda: None
     main = ModuleType("__main__")
     if in_script:
         main.hvd = real
@@ -26,16 +28,42 @@ def there_is(*, initialised=False, in_script=False):
 )
 def test_a_real_horovod_in_use_beside_ours_is_refused(how, said):
     with pytest.raises(ConfigError, match=rf"{said}.*python -m hvdtrain.horovod SCRIPT"):
-        refuse_the_real(there_is(**how))
+        refuse_the_real(there_is(**how), hvd.is_initialized)
 
 
 def test_one_that_a_library_has_loaded_is_said(caplog):
-    refuse_the_real(there_is())
+    refuse_the_real(there_is(), hvd.is_initialized)
     assert "/site/horovod/torch/__init__.py) is imported too" in caplog.text
     caplog.clear()
     for modules in ({"__main__": sys}, {**there_is(in_script=True), "horovod.torch": hvd, "hvdtrain.horovod": hvd}):
-        refuse_the_real(modules)
+        refuse_the_real(modules, hvd.is_initialized)
         assert not caplog.text
+
+
+BESIDE = """
+{first}
+import hvdtrain.horovod as ours
+ours.init()
+import horovod.torch as real
+try:
+    real.init()
+except Exception as error:
+    print(type(error).__name__, error)
+ours.shutdown()
+real.init()
+print("afterwards", real.size())
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["", "__import__('importlib').import_module('horovod.torch')"], ids=["later", "before"]
+)
+def test_a_real_horovod_does_not_begin_beside_a_job_of_ours(first):
+    pytest.importorskip("horovod.torch")
+    ended = run([sys.executable, "-c", BESIDE.format(first=first)], HVDTRAIN_BACKEND="local")
+    assert "ConfigError the real Horovod" in ended.output, ended.output
+    assert "would begin beside hvdtrain.horovod" in ended.output
+    assert "afterwards 1" in ended.output
 
 
 @pytest.fixture
