@@ -56,7 +56,8 @@ def main() -> None:
         os.close(fd)  # pipes end when the copy closes them
     code = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big", signed=True)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor
 
+from hvdtrain.backends import extremes
 from hvdtrain.backends.forms import (
     ReduceOp,
     check_tensor,
@@ -61,7 +62,7 @@ class Communicator(Rooted, Messages):
 
         Args:
             tensor: Any shape, the same on every rank. Left alone. bool: sum and max are "any", min and product "all".
-            op: "sum", "mean" (floating point and complex only), "min", "max" or "product".
+            op: "sum", "mean" (floating point and complex only), "min", "max" (a NaN of any rank is the result) or "product".
             async_op: Return a `Pending` at once; its `wait` returns the result.
 
         Returns:
@@ -92,7 +93,7 @@ class Communicator(Rooted, Messages):
             wire_op = self._wire_op("all_reduce_", tensor, op)
             self._agree("all_reduce_", op, tensor)
             with self._guard("all_reduce_", tensor, op):
-                self.wire.at_once.all_reduce_(tensor, wire_op).wait()
+                extremes.all_reduce_(self.wire.at_once, tensor, wire_op).wait()
             return tensor.div_(self.wire.size) if op == "mean" else tensor
         return tensor.copy_(self._start_all_reduce(tensor, op, "all_reduce_").wait())
 
@@ -122,7 +123,7 @@ class Communicator(Rooted, Messages):
             return mine.detach().clone()
         part = torch.empty_like(whole[0])
         with self._guard("reduce_scatter", stacked, op):
-            wire.at_once.reduce_scatter_into(part, whole, wire_op).wait()
+            extremes.reduce_scatter_into(wire.at_once, part, whole, wire_op).wait()
         return self._decode(part, mine, op)
 
     # -- moving -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
+from hvdtrain.backends import extremes
 from hvdtrain.backends.forms import (
     WIRE_DTYPE,
     ReduceOp,
@@ -150,7 +151,7 @@ class Member:
         if buffer.numel() == 0:
             return Pending(Done(), lambda: tensor.detach().clone(), nullcontext)
         with guard:
-            work = (self.wire.at_once if at_once else self.wire).all_reduce_(buffer, wire_op)
+            work = extremes.all_reduce_(self.wire.at_once if at_once else self.wire, buffer, wire_op)
         return Pending(
             work, lambda: self._decode(buffer, tensor, op), lambda: self._guard(name, tensor, op, again=True)
         )

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from hvdtrain.backends import extremes
 from hvdtrain.backends.forms import (
     HEADER,
     ReduceOp,
@@ -61,7 +62,7 @@ class Rooted(Member):
         buffer = self._encode(tensor)
         with self._guard(what, tensor):
             if buffer.numel():
-                wire.reduce_(buffer, wire_op, dst).wait()
+                extremes.reduce_(wire, buffer, wire_op, dst).wait()
         return self._decode(buffer, tensor, op) if wire.rank == dst else None
 
     def gather(self, tensor: Tensor, dst: int = 0) -> list[Tensor] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.backends import extremes
 from hvdtrain.backends.communicator import Communicator
 from hvdtrain.backends.forms import WIRE_DTYPE, numel
 from hvdtrain.backends.layout import bytes_of
@@ -120,7 +121,7 @@ class Sending:
         if self._part.buffer.dtype in HALVES and self._part.buffer.numel():
             self._half = HalfSum(communicator.wire, self._part.buffer)
         elif self._part.buffer.numel():
-            self._work = communicator.wire.all_reduce_(self._part.buffer, _wire_op(self._part))
+            self._work = extremes.all_reduce_(communicator.wire, self._part.buffer, _wire_op(self._part))
 
     def spread(self) -> None:
         """Start the second exchange, where there are two."""
@@ -139,14 +140,14 @@ class Sending:
 def _reduce_wide(communicator: Communicator, parts: Sequence[_Part]) -> None:
     """Reduce what an engine reduces itself, small ones of a kind in one buffer."""
     if len(parts) == 1:  # nothing else to start meanwhile
-        communicator.wire.at_once.all_reduce_(parts[0].buffer, _wire_op(parts[0])).wait()
+        extremes.all_reduce_(communicator.wire.at_once, parts[0].buffer, _wire_op(parts[0])).wait()
         return
     sent: list[_Sent] = []
     open_buffers: dict[tuple[WireOp, torch.dtype], list[_Part]] = {}
     for part in parts:
         size = part.buffer.nbytes
         if size > _TOGETHER_BYTES:
-            sent.append(_Sent(communicator.wire.all_reduce_(part.buffer, _wire_op(part)), [part]))
+            sent.append(_Sent(extremes.all_reduce_(communicator.wire, part.buffer, _wire_op(part)), [part]))
             continue
         kind = (_wire_op(part), part.buffer.dtype)
         waiting = open_buffers.setdefault(kind, [])
@@ -182,9 +183,9 @@ def _send_together(communicator: Communicator, parts: list[_Part]) -> _Sent:
     parts = list(parts)
     op = _wire_op(parts[0])
     if len(parts) == 1:
-        return _Sent(communicator.wire.all_reduce_(parts[0].buffer, op), parts)
+        return _Sent(extremes.all_reduce_(communicator.wire, parts[0].buffer, op), parts)
     flat = torch.cat([part.buffer.reshape(-1) for part in parts])
-    return _Sent(communicator.wire.all_reduce_(flat, op), parts, flat)
+    return _Sent(extremes.all_reduce_(communicator.wire, flat, op), parts, flat)
 
 
 def _parts(communicator: Communicator, agreed: Agreed) -> list[_Part]:

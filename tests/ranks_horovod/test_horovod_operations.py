@@ -30,6 +30,23 @@ def everyones(size, shape, dtype):
     return torch.stack([of_rank(rank, shape, torch.float64) for rank in range(size)])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("length", [4, 4000])
+def test_a_nan_of_any_rank_is_the_least_and_the_greatest(rank, size, dtype, length):
+    everyones = torch.stack([torch.arange(length) % 7 - 3.0 + each for each in range(size)]).to(dtype)
+    for each in range(size):
+        everyones[each, each] = torch.nan
+    tensors = [everyones[rank], everyones[rank] * 2]
+    for op in (hvd.Min, hvd.Max):
+        expected = OPS[op](everyones)
+        torch.testing.assert_close(hvd.allreduce(everyones[rank], op=op), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            hvd.allreduce_(everyones[rank].clone(), op=op), expected, rtol=0, atol=0, equal_nan=True
+        )
+        grouped = hvd.grouped_allreduce(tensors, op=op)
+        torch.testing.assert_close(grouped, [expected, expected * 2], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, *WHOLE])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_allreduce_of_every_dtype_and_shape(rank, size, dtype, shape):

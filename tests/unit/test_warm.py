@@ -26,6 +26,7 @@ def both(words, **options):
         ["-c", "import sys; print(sys.argv, sys.path[:2], __name__); sys.exit(3)", "-x", "y"],
         ["-c", "import os; os.write(2, b'err'); print(input(), os.getcwd()); os._exit(4)"],
         ["-c", "import os, signal; print('lost'); os.kill(os.getpid(), signal.SIGSEGV)"],
+        ["-c", "import os; os.kill(os.getpid(), 9)"],
         ["-u", "-c", "import os; print('kept'); os.abort()"],
         ["-c", "import sys; sys.exit('why')"],
         ["-c", "import torch, atexit; atexit.register(print, 'bye'); print(torch.get_num_threads())"],

@@ -67,6 +67,31 @@ def test_all_reduce(backend, dtype, shape, op):
     )
 
 
+@pytest.mark.parametrize("op", ["min", "max"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [7, 700])
+def test_the_least_and_the_greatest_of_odd_numbers(backend, dtype, op, length):
+    """NaN, infinities, subnormal numbers and both signs, whichever rank has them."""
+    tiny, large = torch.finfo(dtype).smallest_normal / 4, torch.finfo(dtype).max
+    odd = torch.tensor([torch.nan, -torch.inf, torch.inf, -1.5, tiny, -tiny, -large, large, 2.5, -torch.nan, 0.5])
+    everyones = [
+        odd.double().roll(3 * rank + 1).repeat(length)[: length * backend.world_size].to(dtype)
+        for rank in range(backend.world_size)
+    ]
+    mine, rank = everyones[backend.rank], backend.rank
+    expected = reduce(FOLD[op], everyones)
+    same = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(backend.all_reduce(mine, op), expected, **same)
+    torch.testing.assert_close(backend.all_reduce(mine, op, async_op=True).wait(), expected, **same)
+    torch.testing.assert_close(backend.all_reduce_(mine.clone(), op), expected, **same)
+    parts = expected.view(backend.world_size, length)
+    torch.testing.assert_close(backend.reduce_scatter(list(mine.split(length)), op), parts[rank], **same)
+    to_one = backend.reduce(mine, backend.world_size - 1, op)
+    assert (to_one is None) == (rank != backend.world_size - 1)
+    if to_one is not None:
+        torch.testing.assert_close(to_one, expected, **same)
+
+
 def test_the_mean_of_large_halves_does_not_overflow(backend):
     assert backend.all_reduce(torch.full((3,), 60000.0, dtype=torch.float16), "mean").tolist() == [60000.0] * 3
 
