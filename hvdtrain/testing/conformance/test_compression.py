@@ -285,7 +285,7 @@ def fitted(backend, folder, compression, epochs, resume=False, scale=False):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer.replica
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("scale", [False, True], ids=["", "fp16"])
 @pytest.mark.parametrize("compression", [*KEEPS_REST, "int8", "powersgd:1,after=11"])
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(backend, tmp_path, compression, scale):

@@ -132,6 +132,7 @@ def trained(backend, sharded=False, folder=None, reduce_dtype=None, **fit):
     return model, masters_of(optimizer), None if checkpoints is None else checkpoints.find(backend)
 
 
+@pytest.mark.costly(2)
 @pytest.mark.parametrize(("before", "after"), [(False, False), (True, False), (False, True)])
 def test_a_run_goes_on_bit_for_bit_from_whole_and_from_cut_masters(backend, tmp_path_factory, before, after):
     folder = backend.broadcast_object(str(tmp_path_factory.mktemp("run")) if backend.rank == 0 else None)

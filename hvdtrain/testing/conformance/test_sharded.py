@@ -47,6 +47,7 @@ def test_training_is_the_same_bit_for_bit(backend):
     assert same(plain, sharded)
 
 
+@pytest.mark.costly(2)
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
 def test_it_goes_on_from_either_kind_of_checkpoint(backend, tmp_path_factory, before, after):
     folder = backend.broadcast_object(str(tmp_path_factory.mktemp("run")) if backend.rank == 0 else None)

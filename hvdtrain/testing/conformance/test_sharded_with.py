@@ -86,7 +86,7 @@ def train(backend, model, shard=UNITS, after=lambda model: None, **how):
 CHECKPOINTED = [r"layers[.][^.]+", r"layers[.]\d+[.]inner", "pair", r"first|layers[.]1|pair[.]1"]
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize(("when", "policy"), [("before", "full"), ("after", "full"), ("before", "selective")])
 @pytest.mark.parametrize("modules", CHECKPOINTED)
 def test_activations_are_computed_again_inside_around_and_beside_what_is_gathered(backend, modules, when, policy):
