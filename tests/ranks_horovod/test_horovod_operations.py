@@ -91,7 +91,7 @@ def test_an_average_of_integers_neither_overflows_nor_is_cut_twice(rank, size, d
     expected = int(most - (size - 1) / 2)
     for average in (hvd.allreduce(large), *hvd.grouped_allreduce([large, large]), hvd.reducescatter(large)):
         assert average.dtype == dtype
-        assert set(average.tolist()) == {expected}
+        assert set(average.tolist()) <= {expected}  # of few rows some ranks get none
     assert set(hvd.allreduce(small, postscale_factor=0.3).tolist()) == {int((3 + (size - 1) / 2) * 0.3)}
 
 
