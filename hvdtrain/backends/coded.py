@@ -5,7 +5,6 @@ Here a `hvdtrain.compression.base.Compression` meets a `Wire`; neither knows the
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Generator, Sequence
 from itertools import zip_longest
 from typing import Any, NoReturn
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from hvdtrain.backends.alike import differing
 from hvdtrain.backends.forms import as_bytes, by_rank
 from hvdtrain.backends.wire import Wire, Work
 from hvdtrain.compression.base import Compression, Exchange, Gather, Memory, Sent, Sum
@@ -110,29 +110,19 @@ class Coded:
         if self._asked in alike:
             return
         rows = [f"{kind.__name__} of {dtype} {tuple(shape)}" for kind, dtype, shape in kinds] or [_NOTHING]
-        text = "; ".join(rows).encode()
-        digests = _gathered(self._wire, torch.tensor([zlib.crc32(text), len(text)]))
-        if digests.count(digests[0]) != len(digests):
-            padded = text.ljust(max(length for _, length in digests))
-            everyones = _gathered(self._wire, torch.tensor(list(padded), dtype=torch.uint8))
-            raise TrainingError(_unlike(self._wire, [bytes(row).decode().strip() for row in everyones]))
+        everyones = differing(self._wire, "; ".join(rows))
+        if everyones:
+            raise TrainingError(_unlike(self._wire, everyones))
         alike.add(self._asked)
-
-
-def _gathered(wire: Wire, row: Tensor) -> list[list[int]]:
-    received = torch.empty((wire.size, len(row)), dtype=row.dtype, device=wire.device)
-    wire.all_gather_into(received, row.to(wire.device)).wait()
-    rows: list[list[int]] = received.tolist()
-    return rows
 
 
 def _unlike(wire: Wire, everyones: Sequence[str]) -> str:
     """How the ranks differ in what travels at once."""
     rows = zip_longest(*(text.split("; ") for text in everyones), fillvalue=_NOTHING)
-    at, differing = next((at, row) for at, row in enumerate(rows, 1) if len(set(row)) > 1)
+    at, unlike = next((at, row) for at, row in enumerate(rows, 1) if len(set(row)) > 1)
     return (
         f"a compression yields other things on some ranks than on others, the {at}. of what travels at once: "
-        f"{by_rank(wire.ranks, differing)}. Kinds, types, shapes and their number must follow from the parameter's shape alone, not from "
+        f"{by_rank(wire.ranks, unlike)}. Kinds, types, shapes and their number must follow from the parameter's shape alone, not from "
         "the rank or the numbers"
     )
 

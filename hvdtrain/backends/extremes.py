@@ -6,6 +6,8 @@ the floating point numbers, with NaN beyond the last one: a NaN of any rank is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,41 +18,31 @@ _AS_WHOLE = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 def all_reduce_(wire: Wire, tensor: Tensor, op: WireOp) -> Work:
     """As of a `Wire`."""
-    if not _orders(tensor, op):
-        return wire.all_reduce_(tensor, op)
-    keys = _keys(tensor, op)
-    return Then(wire.all_reduce_(keys, op), lambda: tensor.copy_(_numbers(keys, tensor.dtype)))
+    return _in_order(tensor, tensor, op, lambda _, sent: wire.all_reduce_(sent, op))
 
 
 def reduce_(wire: Wire, tensor: Tensor, op: WireOp, dst: int) -> Work:
     """As of a `Wire`."""
-    if not _orders(tensor, op):
-        return wire.reduce_(tensor, op, dst)
-    keys = _keys(tensor, op)
-    return Then(wire.reduce_(keys, op, dst), lambda: tensor.copy_(_numbers(keys, tensor.dtype)))
+    return _in_order(tensor, tensor, op, lambda _, sent: wire.reduce_(sent, op, dst))
 
 
 def reduce_scatter_into(wire: Wire, out: Tensor, tensor: Tensor, op: WireOp) -> Work:
     """As of a `Wire`."""
-    if not _orders(tensor, op):
-        return wire.reduce_scatter_into(out, tensor, op)
+    return _in_order(out, tensor, op, lambda received, sent: wire.reduce_scatter_into(received, sent, op))
+
+
+def _in_order(out: Tensor, tensor: Tensor, op: WireOp, start: Callable[[Tensor, Tensor], Work]) -> Work:
+    if op not in ("min", "max") or tensor.dtype not in _AS_WHOLE:
+        return start(out, tensor)
     keys = _keys(tensor, op)
-    part = torch.empty_like(out, dtype=keys.dtype)
-    return Then(wire.reduce_scatter_into(part, keys, op), lambda: out.copy_(_numbers(part, out.dtype)))
-
-
-def _orders(tensor: Tensor, op: WireOp) -> bool:
-    return op in ("min", "max") and tensor.dtype in _AS_WHOLE
+    part = keys if out is tensor else torch.empty_like(out, dtype=keys.dtype)
+    return Then(start(part, keys), lambda: out.copy_(_turned(part).view(out.dtype)))
 
 
 def _keys(tensor: Tensor, op: WireOp) -> Tensor:
     keys = _turned(tensor.view(_AS_WHOLE[tensor.dtype]))
     limits = torch.iinfo(keys.dtype)  # both of them are a NaN's
     return keys.masked_fill_(tensor.isnan(), limits.max if op == "max" else limits.min)
-
-
-def _numbers(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    return _turned(keys).view(dtype)
 
 
 def _turned(bits: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ becomes one that names the collective and the missing ranks. The collectives the
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.backends import extremes
+from hvdtrain.backends.alike import differing
 from hvdtrain.backends.forms import (
     WIRE_DTYPE,
     ReduceOp,
@@ -245,22 +245,10 @@ class Member:
         described = name + (f" op={detail}" if detail else "")
         if tensor is not None:
             described += f" {tensor.dtype} {tuple(tensor.shape)}"
-        digest = torch.tensor(
-            list(hashlib.sha256(described.encode()).digest()[:16]), dtype=torch.uint8, device=wire.device
-        )
-        out = torch.empty((wire.size, 16), dtype=torch.uint8, device=wire.device)
         with self._guard(name, tensor):
-            wire.at_once.all_gather_into(out, digest).wait()
-        if bool((out == out[0]).all()):
-            return
-        padded = torch.zeros(256, dtype=torch.uint8, device=wire.device)
-        text = described.encode()[:256]
-        padded[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=wire.device)
-        texts = torch.empty((wire.size, 256), dtype=torch.uint8, device=wire.device)
-        with self._guard(name, tensor):
-            wire.at_once.all_gather_into(texts, padded).wait()
-        called = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in texts.tolist()]
-        raise CollectiveError(f"the ranks called different collectives: {by_rank(wire.ranks, called)}")
+            called = differing(wire.at_once, described)
+        if called:
+            raise CollectiveError(f"the ranks called different collectives: {by_rank(wire.ranks, called)}")
 
     @contextmanager
     def _without_engine(self, reason: str) -> Iterator[None]:

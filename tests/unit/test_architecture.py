@@ -43,7 +43,7 @@ STAIRS = [
     ["ranks.arrival"],
     ["backends.traffic", "backends.laps", "backends.recommended"],
     ["backends.wire", "backends.layout", "backends.device", "backends.optimizer_guard", "backends.units", "backends.loss_scale", "backends.watched", "backends.backward_graph", "backends.exclusions"],
-    ["backends.extremes"],
+    ["backends.extremes", "backends.alike"],
     ["backends.keeper"],
     ["backends.forms", "backends.local_first"],
     ["backends.member"],
