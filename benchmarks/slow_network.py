@@ -44,6 +44,8 @@ PLAN: dict[str, dict[str, Any]] = {
     "bytes": {"model": "bytes", "ways": BEST},
     "mpi": {"backend": "mpi", "ways": BEST},
     "horovod": {"backend": "horovod", "ways": BEST},
+    "bytes, mpi": {"model": "bytes", "backend": "mpi", "ways": BEST},
+    "bytes, horovod": {"model": "bytes", "backend": "horovod", "ways": BEST},
     "all ways": {"ways": USUAL},
     "1gbit": {"rate": "1gbit", "ways": USUAL},
     "three hosts": {"hosts": 3, "ways": BEST},

@@ -134,9 +134,9 @@ def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet =
 @by_engine(real)
 def grouped_allgather(
     tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """`allgather` of several tensors as one operation."""
-    return list(_Gather.apply(True, name, process_set, *tensors))
+    return tuple(_Gather.apply(True, name, process_set, *tensors))
 
 
 class _Broadcast(_Function):  # type: ignore[misc]

@@ -78,7 +78,8 @@ RULES: dict[str, Rule] = {
     "bucket_mb": Rule(TAKEN),
     "reduce_dtype": Rule(TAKEN),
     "compression": Rule(
-        TAKEN, "what was not sent yet goes on, also with another one and on other ranks; without one it is lost"
+        TAKEN,
+        "what was not sent yet goes on, also with another one and on other ranks; without one, and between gradients and --sync, it is lost",
     ),
     "sync": Rule(TAKEN, "with another one, or on other ranks, all go on from the ranks' average"),
     "sync_group": Rule(

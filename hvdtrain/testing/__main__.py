@@ -41,6 +41,7 @@ def main() -> int:
         "ignore:unclosed scandir iterator:ResourceWarning",
     ]  # pytest's, of temporary folders that ranks share
     options += ["-p", "no:hypothesispytest"]  # its summary would load all of hypothesis on every rank
+    options += ["-p", "no:logging"]  # it would add itself to each of torch's loggers six times a test; see `logged`
     chosen = [f"--hvdtrain-backend={known.backend}", f"--hvdtrain-device={known.device}"]
     if known.record is not None:
         chosen.append(f"--hvdtrain-record={known.record.absolute()}")

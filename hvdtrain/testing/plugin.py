@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,6 +55,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unknown = {mark.args[0] for item in items for mark in item.iter_markers("feature")} - set(FEATURES)
     if unknown:
         raise pytest.UsageError(f"no such feature in hvdtrain.testing.features: {', '.join(sorted(unknown))}")
+
+
+def pytest_collection_finish() -> None:
+    """Let no garbage collection walk through what is loaded: it would be a tenth of a rank's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Triton takes what is frozen for leaked at the end."""
+    gc.unfreeze()
 
 
 def sampled(items: Sequence[pytest.Item], most: int | None, brief: bool, turn: int) -> list[pytest.Item]:
@@ -116,6 +129,21 @@ def reference(backend: Backend) -> Iterator[Backend]:
     alone = Detection(topology=Topology.single(), reason="reference", job_id="reference")
     with LocalBackend(alone, device=str(backend.device)) as running:
         yield running
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The messages that hvdtrain has logged since the test began, from INFO on."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hvdtrain")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

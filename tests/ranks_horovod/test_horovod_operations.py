@@ -192,6 +192,7 @@ def test_grouped_forms_are_one_operation(rank, size):
     hvd.grouped_allreduce_(tensors, op=hvd.Sum)
     assert tensors[1].tolist() == [total] * 5
     gathered = hvd.grouped_allgather([torch.full((rank + 1,), rank), torch.full((1, 2), rank)])
+    assert isinstance(gathered, tuple)
     assert gathered[0].tolist() == [r for r in range(size) for _ in range(r + 1)]
     assert gathered[1].shape == (size, 2)
     kept = hvd.grouped_reducescatter([torch.arange(2.0 * size), torch.ones(size)], op=hvd.Sum)

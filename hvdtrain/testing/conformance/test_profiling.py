@@ -196,7 +196,7 @@ def test_an_evaluation_between_the_steps_is_none_of_them_and_a_step_that_never_c
 
 
 def test_without_room_for_the_events_of_some_rank_the_run_goes_on_and_says_why_there_is_no_profile(
-    backend, folder, tmp_path, monkeypatch, caplog
+    backend, folder, tmp_path, monkeypatch, logged
 ):
     if backend.rank == backend.world_size - 1:  # not the only one that must not be left waiting
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
@@ -204,10 +204,8 @@ def test_without_room_for_the_events_of_some_rank_the_run_goes_on_and_says_why_t
     assert verdict is None
     assert not (folder / "trace.json").exists()
     if backend.rank == 0:
-        assert (
-            f"nothing is written of the steps that --profile recorded: rank {backend.world_size - 1}: " in caplog.text
-        )
-        assert "TMPDIR" in caplog.text
+        culprit = f"nothing is written of the steps that --profile recorded: rank {backend.world_size - 1}: "
+        assert any(culprit in message and "TMPDIR" in message for message in logged)
         assert (folder / "python.txt").exists()
 
 

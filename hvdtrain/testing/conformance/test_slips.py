@@ -445,7 +445,7 @@ def test_an_exception_in_the_exchange_cannot_be_passed_over(backend):
             call()
 
 
-def test_gradients_that_are_kept_are_spoken_of(backend, caplog):
+def test_gradients_that_are_kept_are_spoken_of(backend, logged):
     model = made()
     replica = replicate(backend, model)
     kept = []
@@ -455,7 +455,7 @@ def test_gradients_that_are_kept_are_spoken_of(backend, caplog):
         kept = [p.grad for p in model.parameters()]
         replica.optimizer.step()
         replica.optimizer.zero_grad()
-    said = [record for record in caplog.records if "still referenced" in record.message]
+    said = [message for message in logged if "still referenced" in message]
     assert len(said) == (backend.world_size > 1)
     del kept
 

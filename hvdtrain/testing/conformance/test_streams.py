@@ -1,7 +1,5 @@
 """Streams: each sample once, a step's gradient that of its samples, no rank waits for one that is done, and resumes."""
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -265,17 +263,16 @@ def test_a_run_that_stopped_in_the_middle_of_a_stream_goes_on_bit_for_bit(backen
     assert first + rest[-(len(met) - len(first)) or len(rest) :] == met  # a rehearsal comes before
 
 
-def test_what_knows_its_place_is_not_read_twice(backend, tmp_path, caplog):
+def test_what_knows_its_place_is_not_read_twice(backend, tmp_path, logged):
     checkpoints = hvdtrain.Checkpoints(backend.broadcast_object(str(tmp_path)))
     n = backend.world_size
     trained(backend, Stateful(8 * n), batch_size=2, max_steps=2, checkpoints=checkpoints)
     again = Stateful(8 * n)
     trained(backend, again, batch_size=2, resume_from=checkpoints.find(backend))
     assert again.read == 4 * n
-    caplog.set_level(logging.INFO)
     trained(backend, Counted(8 * n), batch_size=2, max_steps=1, checkpoints=checkpoints)
     trained(backend, Counted(8 * n), batch_size=2, resume_from=checkpoints.find(backend))
-    said = [record.message for record in caplog.records if "is read again" in record.message]
+    said = [message for message in logged if "is read again" in message]
     assert len(said) == (backend.rank == 0)
 
 

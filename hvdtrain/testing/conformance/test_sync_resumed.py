@@ -50,7 +50,7 @@ WAYS = {
 
 @pytest.mark.parametrize("after", WAYS)
 @pytest.mark.parametrize("before", WAYS)
-def test_what_a_compression_had_not_sent_is_said_to_be_lost_where_it_is(backend, caplog, before, after):
+def test_what_a_compression_had_not_sent_is_said_to_be_lost_where_it_is(backend, logged, before, after):
     replicas = []
     for way in (before, after):
         model = made()
@@ -59,7 +59,7 @@ def test_what_a_compression_had_not_sent_is_said_to_be_lost_where_it_is(backend,
         take_step(backend, replicas[0], step)
     states = backend.all_gather_object(replicas[0].rank_state())
     replicas[1].load_rank_states(states)
-    said = [record.message for record in caplog.records if "they are lost" in record.message]
+    said = [message for message in logged if "they are lost" in message]
     kept = "topk" in before and backend.world_size > 1
     goes_on = "topk" in after or after == "int8"
     assert bool(said) == (kept and not (goes_on and ("sync" in before) == ("sync" in after)))
