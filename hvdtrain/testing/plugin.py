@@ -37,7 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Know the marks of tests that stand for a feature."""
     config.addinivalue_line("markers", "timing: compares times (--hvdtrain-timing)")
-    config.addinivalue_line("markers", "costly(most): takes long; how many of its parameters a brief run takes")
+    config.addinivalue_line(
+        "markers",
+        "costly(most): takes long; how many of its parameters a brief run takes; 0.5: one, on every second engine",
+    )
     config.addinivalue_line(
         "markers",
         "feature(name, refused_by={}): one of `hvdtrain.testing.features`; engines where the test shows a refusal, with the reason",
@@ -83,7 +86,10 @@ def sampled(items: Sequence[pytest.Item], most: int | None, brief: bool, turn: i
     kept: set[pytest.Item] = set()
     for name, each in of.items():
         costly = each[0].get_closest_marker("costly") if brief else None
-        count = min([len(each), *([] if most is None else [most]), *(costly.args if costly else [])])
+        part = costly.args[0] if costly else len(each)
+        if part < 1:
+            part = int((turn + len(name)) % round(1 / part) == 0)
+        count = min(len(each), part, *([] if most is None else [most]))
         shuffled = random.Random(name).sample(each, len(each))
         kept |= {shuffled[(turn * count + at) % len(each)] for at in range(count)}
     return [item for item in items if item in kept]

@@ -54,7 +54,7 @@ def difference(model, other):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("synchronised", [False, True])
 def test_training_is_the_same_with_and_without(backend, policy, synchronised):

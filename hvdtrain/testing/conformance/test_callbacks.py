@@ -90,6 +90,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(backend, tmp_path):
     assert again.stopped.endswith("in 1 evaluations")
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("stop", [2, 3])
 def test_averaged_weights_are_the_same_everywhere_and_go_on_exactly(backend, tmp_path, stop):
     folder = backend.broadcast_object(str(tmp_path))

@@ -90,6 +90,7 @@ STORIES = {
 }
 
 
+@pytest.mark.costly(9)
 @pytest.mark.parametrize("total", [True, False], ids=["total", "counted"])
 @pytest.mark.parametrize("story", STORIES)
 def test_changes_are_followed(backend, story, total):

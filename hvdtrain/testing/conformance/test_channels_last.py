@@ -71,6 +71,7 @@ def test_results_are_those_of_contiguous_tensors(backend, form):
     assert_alike(last, contiguous, **CLOSE)
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("wrap", ["masters", "sharded", "both"])
 def test_wrapped_fused_optimizers_compute_the_same(backend, wrap):
     def wrapped(optimizer):
@@ -83,6 +84,7 @@ def test_wrapped_fused_optimizers_compute_the_same(backend, wrap):
     assert_alike(other, plain, **CLOSE)
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("before", "after"), [(True, True), (False, True), (True, False)])
 def test_a_run_goes_on_from_either_format_with_a_fused_optimizer(backend, tmp_path_factory, before, after):
     folder = backend.broadcast_object(str(tmp_path_factory.mktemp("run")) if backend.rank == 0 else None)

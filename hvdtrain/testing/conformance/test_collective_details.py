@@ -39,6 +39,7 @@ def same(found, expected):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.costly(25)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moving_collectives_carry_every_dtype_and_layout_and_leave_arguments_alone(backend, dtype, layout):
@@ -63,6 +64,7 @@ def test_moving_collectives_carry_every_dtype_and_layout_and_leave_arguments_alo
     same(mine, of(n - 1, dtype, layout))
 
 
+@pytest.mark.costly(48)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32, torch.int64, torch.uint8], ids=str)

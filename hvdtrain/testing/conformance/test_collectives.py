@@ -30,6 +30,7 @@ def of(rank, dtype, shape="vector"):
     return SHAPES[shape](numbers.to(dtype) if dtype != torch.bool else numbers % 2 == 0)
 
 
+@pytest.mark.costly(60)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

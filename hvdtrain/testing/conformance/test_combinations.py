@@ -77,7 +77,7 @@ def test_every_feature_that_may_meet_another_is_tried():
     assert {*ASKED, *ALONE} == set(ASKED_BY)
 
 
-@pytest.mark.costly(15)
+@pytest.mark.costly(8)
 @pytest.mark.feature("combinations")
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_two_features_together_change_nothing_or_are_refused(backend, reference, expected, first, second):

@@ -89,6 +89,7 @@ def same_everywhere(backend, tensors):
     return all(torch.equal(flat, other) for other in backend.all_gather(flat))
 
 
+@pytest.mark.costly(5)
 @pytest.mark.parametrize("total", [False, True], ids=["counted", "total"])
 @pytest.mark.parametrize("compression", [*KEEPS_REST, EverySecond()], ids=lambda c: getattr(c, "name", c))
 def test_what_was_not_sent_is_sent_later(backend, compression, total):
@@ -163,6 +164,7 @@ def test_micro_batches_are_one_gradient_and_clipping_sees_what_arrived(backend, 
         parts.step()
 
 
+@pytest.mark.costly(6)
 @pytest.mark.parametrize("by_hand", [False, True], ids=["", "mended-by-hand"])
 @pytest.mark.parametrize("compression", ALL)
 def test_a_number_that_is_not_finite_skips_the_step_everywhere_and_poisons_nothing(backend, compression, by_hand):
@@ -285,7 +287,7 @@ def fitted(backend, folder, compression, epochs, resume=False, scale=False):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer.replica
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("scale", [False, True], ids=["", "fp16"])
 @pytest.mark.parametrize("compression", [*KEEPS_REST, "int8", "powersgd:1,after=11"])
 def test_a_run_that_is_resumed_goes_on_bit_for_bit(backend, tmp_path, compression, scale):
@@ -297,7 +299,7 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(backend, tmp_path, compressio
     assert same_everywhere(backend, [whole])
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("compression", KEEPS_REST)
 @pytest.mark.parametrize("compiled", [True, False], ids=["by compiled", "by plain"])
 def test_a_run_goes_on_whether_the_model_is_compiled_or_not(backend, tmp_path, compiled, compression):

@@ -102,7 +102,7 @@ HOW = [
 ]
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("how", HOW)
 def test_it_trains_as_one_process_with_the_whole_model_does(backend, reference, kind, how):
@@ -138,6 +138,7 @@ def test_each_rank_holds_its_part_of_parameters_gradients_and_state(backend):
         assert int(sizes[0]) < whole
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("before", "after"), [(UNITS, UNITS), (UNITS, None), (None, UNITS)])
 def test_its_state_goes_on_whether_it_is_cut_or_not(backend, reference, before, after):
     if not offered(backend):
@@ -256,7 +257,7 @@ CUT = {
 }
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("name", CUT)
 def test_torchs_optimizers_step_as_with_the_whole_model(backend, reference, name):
     if not offered(backend):

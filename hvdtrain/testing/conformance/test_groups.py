@@ -41,7 +41,7 @@ def test_a_rank_closes_without_waiting_for_the_others(backend):
             assert [int(t) for t in group.all_gather(torch.tensor(group.rank))] == everyone
 
 
-@pytest.mark.costly(1)
+@pytest.mark.costly(0.5)
 @pytest.mark.parametrize("how", ["with", "garbage", "list"])
 def test_groups_leave_no_threads_and_no_descriptors(backend, how):
     everyone = list(range(backend.world_size))

@@ -48,7 +48,7 @@ def train(backend, make, optimizer, batch, accumulate):
     return result, [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("make", [cnn, mlp])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("batch", "accumulate"), [(16, 1), (7, 2), (26, 3)])

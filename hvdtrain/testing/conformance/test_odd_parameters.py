@@ -172,7 +172,7 @@ TRAVEL = {
 NOTHING_TO_COMPRESS = ("complex", "0-dimensional and empty")
 
 
-@pytest.mark.costly(15)
+@pytest.mark.costly(8)
 @pytest.mark.parametrize("way", TRAVEL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_as_one_process_does_where_less_is_sent_and_nothing_left_out(backend, kind, way):

@@ -57,7 +57,7 @@ def exact_norm(gradients):
     return torch.cat([g.double().flatten() for g in gradients]).norm()
 
 
-@pytest.mark.costly(12)
+@pytest.mark.costly(8)
 @pytest.mark.parametrize(("precision", "sharded"), [("fp32", False), ("bf16", False), ("fp16", False), ("fp16", True)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)

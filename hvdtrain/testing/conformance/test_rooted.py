@@ -49,6 +49,7 @@ def reduced(dtype, layout, op, n):
     return FOLD[op](everyone.to(torch.float64 if dtype in FLOATS else torch.int64), dim=0).to(dtype)
 
 
+@pytest.mark.costly(22)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reduce_to_each_rank(backend, dtype, op):

@@ -124,6 +124,7 @@ def test_evaluations_and_predictions_are_those_of_the_whole_model(backend, refer
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("partition", ["sample", "sample-strided"])
 def test_it_reads_data_sets_that_are_cut_once(backend, partition):
     if not offered(backend):
@@ -145,6 +146,7 @@ class Stream(torch.utils.data.IterableDataset):
         return (self.whole[index] for index in range(len(self.whole)))
 
 
+@pytest.mark.costly(0.5)
 def test_it_reads_streams(backend, reference):
     if not offered(backend):
         return
@@ -165,7 +167,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("before", "after", "kind", "written"), WAYS)
 def test_a_run_goes_on_whether_it_is_cut_or_not(backend, reference, tmp_path, before, after, kind, written):
     if not offered(backend):
@@ -217,6 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(backend, tmp_pat
         other.fit(data(6), global_batch_size=6, resume_from=hvdtrain.Checkpoints(folder).find(backend))
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("before", "after"), [(UNITS, None), (None, UNITS)])
 def test_a_loop_of_ones_own_is_saved_and_goes_on(backend, tmp_path, before, after):
     if not offered(backend):
@@ -255,6 +258,7 @@ def test_a_loop_of_ones_own_is_saved_and_goes_on(backend, tmp_path, before, afte
         close(backend, one.whole_state(), other.whole_state())
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("before", "after"), [(UNITS, UNITS), (UNITS, None)])
 def test_weights_are_averaged_and_the_average_goes_on_whether_it_is_cut_or_not(
     backend, reference, tmp_path, before, after

@@ -86,7 +86,7 @@ def train(backend, model, shard=UNITS, after=lambda model: None, **how):
 CHECKPOINTED = [r"layers[.][^.]+", r"layers[.]\d+[.]inner", "pair", r"first|layers[.]1|pair[.]1"]
 
 
-@pytest.mark.costly(2)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize(("when", "policy"), [("before", "full"), ("after", "full"), ("before", "selective")])
 @pytest.mark.parametrize("modules", CHECKPOINTED)
 def test_activations_are_computed_again_inside_around_and_beside_what_is_gathered(backend, modules, when, policy):
@@ -143,7 +143,7 @@ def counted():
     return torch._dynamo.utils.counters
 
 
-@pytest.mark.costly(1)
+@pytest.mark.costly(0.5)
 @pytest.mark.feature("compile")
 @pytest.mark.parametrize("how", [{}, {"checkpoint_modules": r"layers[.][12]", "accumulate": 2}])
 def test_each_module_that_is_gathered_is_compiled_before_the_first_step(backend, how):
@@ -158,6 +158,7 @@ def test_each_module_that_is_gathered_is_compiled_before_the_first_step(backend,
     assert list(compiled.replica.module.state_dict()) == list(plain.replica.module.state_dict())
 
 
+@pytest.mark.costly(0.5)
 @pytest.mark.feature("compile")
 def test_a_compiled_run_goes_on_whether_it_is_cut_or_not(backend, tmp_path):
     if not offered(backend):
@@ -239,7 +240,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("infinite", [0, 1])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_infinity_on_one_rank_is_skipped_by_all_and_norms_are_of_unscaled_gradients(backend, name, infinite):

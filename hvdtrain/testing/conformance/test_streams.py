@@ -237,7 +237,7 @@ class StatefulParts(Parted):
         self.at = state["at"]
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("stop", [1, 4])
 @pytest.mark.parametrize(
     "make",

@@ -292,6 +292,7 @@ def fitted(backend, folder, epochs, sync, *, resume=False, max_steps=None, evalu
     return flat(model), result, trainer
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("sync", ["local-sgd:3", "diloco:3"])
 def test_a_run_goes_on_bit_for_bit_from_between_two_exchanges(backend, tmp_path, sync):
     folder = backend.broadcast_object(str(tmp_path))

@@ -169,6 +169,7 @@ def called_in_a_function(model):
     return torch.compile(call, backend="eager")
 
 
+@pytest.mark.costly(1)
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # the compiler's own look at it

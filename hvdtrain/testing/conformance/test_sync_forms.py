@@ -76,7 +76,7 @@ def named(kind, form):
     return f"{kind}:{form[0]},delay={form[1]},fragments={form[2]}"
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(("kind", "inner"), [("local-sgd", "momentum"), ("diloco", "AdamW")])
 def test_what_arrives_later_or_in_parts_is_the_documented_equation(backend, kind, inner, form):
@@ -103,7 +103,7 @@ def test_a_compression_that_leaves_nothing_out_changes_nothing(backend, sync, co
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("compression", [*KEEPS_REST, "int8", "fp8"])
 @pytest.mark.parametrize("delay", [1, 2])
 def test_what_was_not_sent_of_weights_is_sent_later(backend, compression, delay):
@@ -179,7 +179,7 @@ def test_ranks_see_that_a_number_is_not_finite_though_nothing_at_all_is_sent(bac
         assert replica.step(skip_nonfinite=True).skipped == bad
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("saved_after", [4, 5, 6, 7])
 @pytest.mark.parametrize(
     ("sync", "compression"),
@@ -221,7 +221,7 @@ def test_a_loop_goes_on_bit_for_bit_while_an_exchange_is_under_way(backend, tmp_
     assert all(torch.equal(flat(whole.module), other) for other in backend.all_gather(flat(whole.module)))
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("sync", ["diloco:4,delay=3", "local-sgd:4,delay=2,fragments=3", "local-sgd:3"])
 @pytest.mark.parametrize("compression", [None, "powersgd:1", "topk:0.1"])
 def test_a_loop_that_goes_back_forgets_the_exchange_that_is_under_way(backend, tmp_path, sync, compression):
@@ -385,6 +385,7 @@ class Watching:
         self.weights.append(flat(trainer.replica.module))
 
 
+@pytest.mark.costly(1)
 @pytest.mark.parametrize("sync", ["local-sgd:2", "diloco:2", "diloco:4,delay=2"])
 def test_an_average_over_the_steps_is_of_the_weights_that_the_ranks_have_in_common(backend, tmp_path, sync):
     folder = backend.broadcast_object(str(tmp_path))

@@ -48,6 +48,7 @@ def by_hand(world_size, size, period, inner, steps, clip_norm=None):
     return modules
 
 
+@pytest.mark.costly(2)
 @pytest.mark.feature("sync")
 @pytest.mark.parametrize("total", [False, True], ids=["counted", "total"])
 @pytest.mark.parametrize("inner", ["SGD", "AdamW"])
@@ -98,6 +99,7 @@ def test_groups_of_one_are_no_groups(backend, sync):
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.costly(1)
 @pytest.mark.feature("sync")
 @pytest.mark.parametrize("compression", [None, "topk:0.2", "powersgd:1"])
 def test_a_run_of_groups_goes_on_bit_for_bit(backend, tmp_path, compression):
@@ -136,6 +138,7 @@ def test_gradients_of_groups_are_exact_where_nothing_is_left_out(backend, compre
             replica.step()
 
 
+@pytest.mark.costly(2)
 @pytest.mark.feature("compression")
 @pytest.mark.parametrize("compression", ["1bit", "topk:0.1", "randomk:0.1", "powersgd:1"])
 def test_what_groups_have_not_sent_is_sent_later(backend, compression):

@@ -102,7 +102,7 @@ class Simulated:
         self.begin()
 
 
-@pytest.mark.costly(4)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_program_is_the_documented_equations(backend, tmp_path, seed):
     folder = backend.broadcast_object(str(tmp_path))

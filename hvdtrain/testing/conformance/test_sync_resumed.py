@@ -66,7 +66,7 @@ def test_what_a_compression_had_not_sent_is_said_to_be_lost_where_it_is(backend,
     assert all(("weights" if "sync" in before else "gradients") in one for one in said)
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["unfrozen", "frozen"])
 def test_a_run_that_trains_other_parameters_than_before_exchanges_them(backend, tmp_path, sync, frozen):
@@ -78,7 +78,7 @@ def test_a_run_that_trains_other_parameters_than_before_exchanges_them(backend, 
     assert alike(backend, replica.module)
 
 
-@pytest.mark.costly(3)
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("grouped", [True, False], ids=["one group", "none"])
 def test_a_run_in_other_groups_goes_on_from_the_average(backend, tmp_path, sync, grouped):

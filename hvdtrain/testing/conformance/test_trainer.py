@@ -125,6 +125,7 @@ def test_own_numbers_go_on_unless_something_was_drawn_or_seeded_between(backend)
             assert torch.equal(torch.rand(3), whole[:3])
 
 
+@pytest.mark.costly(2)
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(backend, tmp_path, stop):
     folder = backend.broadcast_object(str(tmp_path))

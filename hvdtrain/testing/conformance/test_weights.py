@@ -110,6 +110,7 @@ def difference(model, other):
     return max(float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.costly(5)
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("task", [Language, Weighted, Summed])
 def test_the_mean_is_over_what_the_task_says(backend, task, accumulate):
