@@ -32,7 +32,7 @@ from hvdtrain.backends import create, load, names
 from hvdtrain.errors import ConfigError, RankFailure
 from hvdtrain.launch.launchers import spawned
 from hvdtrain.parcels import packed
-from hvdtrain.ranks.describing import traced
+from hvdtrain.ranks.describing import EndedAsVictim, traced
 
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
 
@@ -129,6 +129,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, limit_s: float | N
     fallen = [rank for rank in ended if not _has_returned(rank, ranks, folder)]
     if not fallen:
         return
+    fallen.sort(key=lambda rank: (folder / f"victim-{rank}").exists())  # they may be seen to end together
     told = min(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns, default=None)
     # The first that ended is the cause; one that raised ends after it has told the others, and they may be quicker then.
     if told is not None and not (ranks[fallen[0]].returncode < 0 and ended[fallen[0]] < told.stat().st_mtime):
@@ -186,7 +187,11 @@ def _main() -> None:
         with create(backend, **options) as running:
             result = fn(running, *args)
         _write(folder / f"result-{rank}", packed({"result": result}, "return numbers, tensors or a state_dict"))
-    except SystemExit:  # quiet: another rank has the traceback, or the function wanted it
+    except EndedAsVictim:
+        with contextlib.suppress(OSError):  # the disk is full
+            (folder / f"victim-{rank}").touch()
+        raise
+    except SystemExit:  # the function wanted it
         raise
     except BaseException as error:
         text = traced(error)

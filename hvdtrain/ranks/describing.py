@@ -8,6 +8,10 @@ _LONGEST_MESSAGE = 4_000
 _LONGEST_TRACEBACK = 60_000
 
 
+class EndedAsVictim(SystemExit):
+    """A rank ends without a word of its own, because another has failed."""
+
+
 def described(error: BaseException) -> str:
     """One line or a few: the kind of exception and what it says."""
     kind = _kind(error)

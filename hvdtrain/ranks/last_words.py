@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hvdtrain.errors import CollectiveError, HvdtrainError, RankFailure
-from hvdtrain.ranks.describing import described, traced
+from hvdtrain.ranks.describing import EndedAsVictim, described, traced
 from hvdtrain.ranks.process_state import Process
 from hvdtrain.ranks.store import Store, StoreLost
 
@@ -261,13 +261,13 @@ def end_as_victim(failure: RankFailure) -> None:
 
     Raises:
         RankFailure: Nobody knows which rank that was, so that this one must say what it knows.
-        SystemExit: In all other cases.
+        EndedAsVictim: In all other cases.
     """
     _log.debug("this rank ends: %s", failure)
     if failure.rank is None:
         raise failure
     time.sleep(_COURTESY_S)  # launchers end all ranks as soon as one has ended
-    raise SystemExit(HvdtrainError.exit_code) from None
+    raise EndedAsVictim(HvdtrainError.exit_code) from None
 
 
 def is_engine_error(error: BaseException) -> bool:

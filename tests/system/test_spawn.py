@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -50,6 +51,18 @@ def test_a_killed_rank_is_named_by_its_signal():
 
     with pytest.raises(RankFailure):
         hvdtrain.spawn(work, 2, "torch", device="cpu", limit_s=60)
+
+
+@pytest.mark.parametrize(("culprit", "code"), [(0, 3), (1, 1), pytest.param(0, 1, marks=pytest.mark.slow)])
+def test_a_rank_that_leaves_is_named_also_when_all_are_seen_to_end_at_once(monkeypatch, culprit, code):
+    def work(backend, culprit, code):
+        if backend.rank == culprit:
+            sys.exit(code)
+        backend.barrier()
+
+    monkeypatch.setattr("hvdtrain.workers._look_nowhere", lambda: time.sleep(12))  # as on a machine that is busy
+    with pytest.raises(RankFailure, match=f"rank {culprit} of 2 ended with exit code {code} and left no traceback"):
+        hvdtrain.spawn(work, 2, "torch", (culprit, code), device="cpu")
 
 
 def test_ranks_that_take_too_long_are_ended():
