@@ -11,7 +11,7 @@ from launching import HOROVOD_GLOO, HOROVOD_MPI, HOROVOD_MPIRUN, LOCAL, MPI, TOR
 from hvdtrain.testing import features
 
 PAGE = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
-SHARES = {"all": [], "brief": ["--brief"], "sample": ["--sample", "3"]}
+SHARES = {"all": [], "brief": ["--brief"], "sample": ["--brief", "--sample", "3"]}
 LAUNCHES = [
     (LOCAL, 1, "all"),
     # Of tests that take long, each engine runs others of their parameters; `make test-all` runs all on each.
