@@ -246,11 +246,11 @@ class FullyShardedReplica(Replica):
                     state = optimizer.state.pop(parameter)
                     optimizer.state[part] = {name: _cut_with(part, value) for name, value in state.items()}
         for number, (name, unit) in enumerate((("", self.module), *self._units.items()), 1):
-            unit.register_forward_pre_hook(untraced(self._note_gathered(name, number)))
-        self.module.register_forward_pre_hook(untraced(self._enter), prepend=True)
-        self.module.register_forward_hook(untraced(self._leave), always_call=True)
+            unit.register_forward_pre_hook(_untraced(self._note_gathered(name, number)))
+        self.module.register_forward_pre_hook(_untraced(self._enter), prepend=True)
+        self.module.register_forward_hook(_untraced(self._leave), always_call=True)
         for unit in self._units.values():
-            unit.register_forward_pre_hook(untraced(self._refuse_apart), prepend=True)
+            unit.register_forward_pre_hook(_untraced(self._refuse_apart), prepend=True)
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         self._meet(_FORWARD if torch.is_grad_enabled() else _INFERENCE)
@@ -316,6 +316,12 @@ class FullyShardedReplica(Replica):
                 'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
                 "of at least one sample a rank) and equally many micro-batches"
             )
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile leaves alone: of a module compiled in place it would trace the hooks too, and these exchange messages."""
+    alone: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return alone
 
 
 def _cut_with(part: Tensor, value: Any) -> Any:
