@@ -223,9 +223,6 @@ class FullyShardedReplica(Replica):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _shard(self) -> None:
-        untraced = (
-            torch.compiler.disable
-        )  # torch.compile of a module in place traces its hooks, and they exchange messages
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         world = dist.group.WORLD
         assert world is not None
@@ -320,8 +317,8 @@ class FullyShardedReplica(Replica):
 
 def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that torch.compile leaves alone: of a module compiled in place it would trace the hooks too, and these exchange messages."""
-    alone: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return alone
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)
+    return untraced
 
 
 def _cut_with(part: Tensor, value: Any) -> Any:
