@@ -113,8 +113,9 @@ class FullyShardedReplica(Replica):
         parts = [own_part(gradient) for gradient in self._gradients()]
         squares = torch.zeros((), dtype=torch.float64, device=self._backend.device)
         for part in parts:
-            squares += torch.linalg.vector_norm(part, dtype=torch.float64).square()
-        kind = torch.promote_types(torch.float32, parts[0].dtype) if parts else torch.float32
+            real = torch.view_as_real(part) if part.is_complex() else part
+            squares += torch.linalg.vector_norm(real, dtype=torch.float64).square()
+        kind = torch.promote_types(torch.float32, parts[0].dtype.to_real()) if parts else torch.float32
         return self._backend.all_reduce(squares).sqrt().to(kind)
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -242,11 +243,11 @@ class FullyShardedReplica(Replica):
                     state = optimizer.state.pop(parameter)
                     optimizer.state[part] = {name: _cut_with(part, value) for name, value in state.items()}
         for number, (name, unit) in enumerate((("", self.module), *self._units.items()), 1):
-            unit.register_forward_pre_hook(self._note_gathered(name, number))
-        self.module.register_forward_pre_hook(self._enter, prepend=True)
-        self.module.register_forward_hook(self._leave, always_call=True)
+            unit.register_forward_pre_hook(_untraced(self._note_gathered(name, number)))
+        self.module.register_forward_pre_hook(_untraced(self._enter), prepend=True)
+        self.module.register_forward_hook(_untraced(self._leave), always_call=True)
         for unit in self._units.values():
-            unit.register_forward_pre_hook(self._refuse_apart, prepend=True)
+            unit.register_forward_pre_hook(_untraced(self._refuse_apart), prepend=True)
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         self._meet(_FORWARD if torch.is_grad_enabled() else _INFERENCE)
@@ -312,6 +313,12 @@ class FullyShardedReplica(Replica):
                 'model and go backward equally often. Give every rank samples in each step (last_batch="merge" or "drop", a global batch '
                 "of at least one sample a rank) and equally many micro-batches"
             )
+
+
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that torch.compile leaves alone: of a module compiled in place it would trace the hooks too, and these exchange messages."""
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)
+    return untraced
 
 
 def _cut_with(part: Tensor, value: Any) -> Any:

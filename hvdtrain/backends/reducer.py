@@ -88,6 +88,8 @@ class ReducerReplica(Replica):
         if other is not None:
             check_sums(other, device)
         self._first = True
+        self._graph: list[nn.Parameter] = []  # of a static graph, what this rank's first pass has used
+        self._graph_known = not self.options.static_graph  # every rank had a first pass
         self._laid_out = self._seeks_unused  # as it was at first, for ever
         # What earlier micro-batches of this step have used, of which this reducer's hooks know nothing.
         self._used_before = [p for p in self._parameters if p.grad is not None] if self._seeks_unused else []
@@ -126,6 +128,8 @@ class ReducerReplica(Replica):
         root = self._prepare(loss, *early)
         loss.backward(weight, retain_graph=retain_graph)
         self.lap("backward")
+        if self._first and self.options.static_graph:
+            self._graph = [p for p in self._parameters if p.grad is not None]
         # The tally goes last: until then the reducer is not done, and notices a gradient that comes twice.
         torch.autograd.backward([*early, root], [*map(torch.zeros_like, early), self._numbers(tally)])
         self._end_of_backward()
@@ -135,7 +139,7 @@ class ReducerReplica(Replica):
     def _send_after(self, tally: Tally, empty: bool) -> None:
         early = self._early()
         root = self._prepare(*early)
-        late = [] if self.options.allows_unused else self._parameters[::-1]
+        late = self._graph if self.options.allows_unused else self._parameters[::-1]
         zeros = [*map(torch.zeros_like, early), *map(self._zero, late)]
         torch.autograd.backward([*early, *late, root], [*zeros, self._numbers(tally)])
         self._end_of_backward()
@@ -153,6 +157,8 @@ class ReducerReplica(Replica):
         summed = self._model.tally.grad
         assert summed is not None
         self._model.tally.grad = None
+        if not self._graph_known:
+            self._graph_known = Tally.of(summed.tolist()).ranks == self._backend.world_size
         return summed
 
     def rehearse(self, forward: Callable[[nn.Module], Tensor]) -> None:
@@ -182,6 +188,9 @@ class ReducerReplica(Replica):
 
     def _prepare(self, *losses: Tensor) -> Tensor:
         """Expect the backward pass that ends the step; return what the tally's gradient goes into."""
+        if not (self._first or self._graph_known):  # a rank had no samples, and DDP took that for its graph
+            self._wrap(self._backend.device, self._other_dtype())
+            self._first, self._laid_out = True, False
         self._lay_out()
         with torch.enable_grad():  # also in a step() under no_grad()
             root = self._model.tally.view_as(self._model.tally)  # a view: the reducer looks for parameters behind nodes

@@ -30,7 +30,8 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         pattern: A regular expression; the whole name must match, as in `torch.nn.Module.named_modules`.
 
     Raises:
-        ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units, or torch is too old.
+        ConfigError: Nothing matches, a match has no forward pass, a parameter belongs to two units or is none that torch can cut, or
+            torch is too old.
     """
     try:
         wanted = re.compile(pattern)
@@ -63,6 +64,7 @@ def units_of(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
             f"shard_modules= needs a newer torch than {torch.__version__}: one whose fully_shard can add up gradients "
             "(set_force_sum_reduction_for_comms); update torch, or use hvdtrain.ShardedOptimizer"
         )
+    _refuse_uncuttable(model, units)
     return dict(sorted(units.items(), key=lambda unit: -unit[0].count(".")))
 
 
@@ -133,6 +135,31 @@ def _refuse_ties(model: nn.Module, units: dict[str, nn.Module]) -> None:
                 f"{before!r} and {name!r} are one parameter, and shard_modules= puts them into different units; let the pattern match neither "
                 "module, or one that holds both"
             )
+
+
+def _refuse_uncuttable(model: nn.Module, units: dict[str, nn.Module]) -> None:
+    kinds: dict[str, tuple[str, torch.dtype]] = {}  # of each unit, its first trained parameter's
+    for name, parameter in model.named_parameters():
+        if why := _why_uncut(parameter):
+            raise ConfigError(f"{name!r} cannot be cut over the ranks (shard_modules=): {why}")
+        if parameter.requires_grad:
+            first, kind = kinds.setdefault(owner(name, units), (name, parameter.dtype))
+            if parameter.dtype != kind:
+                raise ConfigError(
+                    f"{first!r} is of {kind} and {name!r} of {parameter.dtype}, and shard_modules= puts them into one unit, whose gradients "
+                    "travel together: let the pattern match the module of one of them, or convert the model"
+                )
+
+
+def _why_uncut(parameter: torch.nn.Parameter) -> str:
+    """Why torch's fully_shard does not take a parameter, with the remedy; "" if it does."""
+    if parameter.dim() == 0:
+        return "it has no dimension; give it one, of size 1: torch.nn.Parameter(torch.ones(1))"
+    if not parameter.numel():
+        return f"it has no numbers, and shape {tuple(parameter.shape)}; leave it out of the model"
+    if not parameter.is_contiguous():
+        return f"it is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}); make it of tensor.contiguous()"
+    return ""
 
 
 def torch_can_cut() -> bool:

@@ -31,7 +31,15 @@ def write_safetensors(model: Mapping[str, Tensor], file: Path, notes: Mapping[st
         model: Dense tensors.
         file: Made anew.
         notes: The file's metadata.
+
+    Raises:
+        CheckpointError: The format has no such numbers as a tensor holds.
     """
+    for name, value in model.items():
+        if value.dtype in (torch.complex128, torch.complex32):
+            raise CheckpointError(
+                f"{name!r} is of {value.dtype}, which safetensors files cannot hold; give --format torch or dcp"
+            )
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in model.items()}, file, dict(notes))
 
 

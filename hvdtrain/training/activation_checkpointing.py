@@ -109,6 +109,11 @@ def checkpoint_activations(model: nn.Module, modules: str, *, policy: str = "ful
     return list(taken)
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether any module of a model has been taken by `checkpoint_activations`."""
+    return any(isinstance(module.forward, _Recomputed) for module in model.modules())
+
+
 class _Recomputed:
     """Takes the place of a module's ``forward``; a copy of the module gets a copy of it, which belongs to that."""
 

@@ -42,6 +42,10 @@ FILES = (MODEL, *(f"{name}.{kind}" for name in STATES for kind in ("json", "safe
 _NAME = re.compile(r"step-(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_JSON = {MANIFEST: 2**26, "training.json": 2**30, "ranks.json": 2**30}
+_AS_PAIRS = (
+    torch.complex128,
+    torch.complex32,
+)  # which safetensors lacks: pairs of real numbers, named in the file's metadata
 _KEYS: dict[str, type] = {
     "format": int,
     "step": int,
@@ -167,7 +171,9 @@ def remove(path: Path) -> None:
 
 def _fill(folder: Path, content: Content) -> None:
     tensors, aliases = _without_aliases(content.model)
-    save_file(tensors, folder / MODEL)
+    pairs = {name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.dtype in _AS_PAIRS}
+    tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
+    save_file(tensors, folder / MODEL, pairs or None)
     del tensors
     for name, state in (("training", dict(content.training)), ("ranks", content.ranks)):
         packed = pack(state, f"the {name} state")
@@ -283,7 +289,14 @@ def read_model(saved: Saved) -> dict[str, Tensor]:
     Raises:
         CheckpointError: They cannot be read.
     """
-    tensors = _load(Path(saved.path) / MODEL)
+    file = Path(saved.path) / MODEL
+    tensors = _load(file)
+    try:
+        with safe_open(file, framework="pt") as content:
+            pairs = [name for name in content.metadata() or {} if name in tensors]
+        tensors |= {name: torch.view_as_complex(tensors[name]) for name in pairs}
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     return {**tensors, **{name: tensors[source] for name, source in saved.aliases.items()}}
 
 

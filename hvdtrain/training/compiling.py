@@ -21,6 +21,7 @@ from hvdtrain.backends.base import Backend
 from hvdtrain.backends.replica import Replica
 from hvdtrain.backends.units import units_of
 from hvdtrain.errors import ConfigError
+from hvdtrain.training.activation_checkpointing import recomputes
 from hvdtrain.training.loop_state import left_as_it_was
 
 LONGEST_S = 3600.0
@@ -85,13 +86,19 @@ def compile_module(model: nn.Module, options: Mapping[str, Any] | None = None) -
         options: Arguments of `torch.compile`.
 
     Raises:
-        ConfigError: It is compiled already, or there are no such options.
+        ConfigError: It is compiled already, there are no such options, or its checkpointed activations would differ.
     """
     if not isinstance(options or {}, Mapping):
         raise ConfigError(f"compile must be true, false or a dictionary of torch.compile's arguments, got {options!r}")
     whole = isinstance(model, torch._dynamo.OptimizedModule) or model._compiled_call_impl is not None
     if whole or isinstance(model.forward, CompiledForward):
         raise ConfigError(f"this {type(model).__name__} is compiled already; compile it once")
+    engine = (options or {}).get("backend")
+    if str(engine).startswith("eager") and recomputes(model):
+        raise ConfigError(
+            f"torch.compile's backend {engine!r} compiles no backward pass: activations that are checkpointed (--checkpoint-modules) would be "
+            "computed again with other random numbers, as of dropout, and running statistics counted twice; use inductor, or aot_eager"
+        )
     try:
         model.forward = CompiledForward(model.forward, options or {})
     except (TypeError, RuntimeError) as error:

@@ -1,5 +1,7 @@
 """A model that is cut over the ranks trains as a whole one does, or is refused: to 1e-12 in float64, on every engine."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -306,6 +308,52 @@ def test_tied_parameters_in_two_units_are_refused(backend):
     model.layers[0][0].weight = model.layers[1][0].weight
     with pytest.raises(ConfigError, match=r"are one parameter, .*different units"):
         backend.replicate(model, shard_modules=UNITS)
+
+
+UNCUTTABLE = {
+    "0-dimensional": (torch.tensor(1.0), "'layers.0.odd' .* has no dimension"),
+    "empty": (torch.ones(0, 4), r"'layers.0.odd' .* has no numbers, and shape \(0, 4\)"),
+    "transposed": (torch.ones(3, 4).t(), r"'layers.0.odd' .* is not contiguous \(shape \(4, 3\)"),
+    "of another type": (torch.ones(4), "'layers.0.odd' is of torch.float32 and 'layers.0.0.weight' of torch.float64"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCUTTABLE)
+def test_parameters_that_torch_does_not_cut_are_refused_before_the_first_step(backend, kind):
+    if not offered(backend):
+        return
+    model, (value, message) = made(1), UNCUTTABLE[kind]
+    model.layers[0].odd = nn.Parameter(value)
+    with pytest.raises(ConfigError, match=message):
+        backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    model.layers[0].odd = nn.Parameter(torch.ones(4), requires_grad=False)  # only what is trained travels together
+    backend.replicate(model, shard_modules=UNITS)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 3, dtype=torch.complex128), nn.Linear(3, 2, dtype=torch.complex128))
+
+    def forward(self, x):
+        return torch.view_as_real(self.layers(x.to(torch.complex128)))
+
+
+def test_complex_gradients_are_clipped_by_their_norm(backend, reference):
+    if not offered(backend):
+        return
+    torch.manual_seed(1)
+    model = Complex()
+    whole = copy.deepcopy(model)
+    plain = reference.replicate(whole, torch.optim.SGD(whole.parameters(), lr=0.1))
+    replica = backend.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), shard_modules=UNITS)
+    how = {"world": backend.world_size, "steps": 3, "clip_norm": 0.05}
+    norms = [train(backend, one, rank=rank, **how) for one, rank in ((plain, None), (replica, backend.rank))]
+    assert norms[0][0].dtype == norms[1][0].dtype
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-12, atol=0)
+    states = [one.whole_state().get("model", {}) for one in (replica, plain)]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-12)
 
 
 def test_ranks_that_do_not_do_the_same_are_told(backend):

@@ -118,6 +118,37 @@ def test_a_static_graph_gives_the_same_gradients_and_refuses_micro_batches(backe
         pass
 
 
+class Spare(nn.Sequential):
+    """With a part that nothing uses."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self[1](self[0](x))
+
+
+@pytest.mark.parametrize("without", [(0,), (2, 3), (0, 1, 3)], ids=str)
+def test_with_a_static_graph_other_ranks_may_be_without_samples_in_each_step(backend, without):
+    n = backend.world_size
+    torch.manual_seed(0)
+    replica = replicate(backend, Spare(nn.Tanh(), nn.Linear(4, 2)).double(), static_graph=True)
+    alone = copy.deepcopy(replica.module)
+    for step in range(5):
+        counts = [0 if step in without and n > 1 and rank == step % n else 2 for rank in range(n)]
+        x, y = shares(backend, counts)
+        if len(x):
+            replica.backward(nn.functional.mse_loss(replica.model(x), y), samples=len(x))
+        replica.reduce_gradients()
+        x, y = samples(sum(counts))
+        expected = torch.autograd.grad(nn.functional.mse_loss(alone(x), y), list(alone[1].parameters()))
+        for parameter, gradient in zip(replica.module[1].parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, **CLOSE)
+        assert replica.module.spare.weight.grad is None
+        replica.clear()
+
+
 def test_clipping_sees_averaged_gradients(backend):
     counts = [rank + 1 for rank in range(backend.world_size)]
     replica = replicate(backend, small(), lr=1.0)

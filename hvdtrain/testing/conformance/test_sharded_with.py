@@ -195,6 +195,11 @@ def compiled_in_place(model):
     return model
 
 
+def compiled_whole_in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
 def compiled_forward(model):
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, backend="aot_eager")
@@ -203,7 +208,9 @@ def compiled_forward(model):
 
 @pytest.mark.costly(1)
 @pytest.mark.feature("compile")
-@pytest.mark.parametrize("by", [wrapped_whole, wrapped_units, compiled_in_place, compiled_forward])
+@pytest.mark.parametrize(
+    "by", [wrapped_whole, wrapped_units, compiled_in_place, compiled_whole_in_place, compiled_forward]
+)
 def test_what_the_user_has_compiled_is_gathered_too(backend, by):
     if not offered(backend):
         return

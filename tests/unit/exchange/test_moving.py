@@ -428,8 +428,14 @@ def test_what_cannot_be_exported_is_said(run, tmp_path):
             export_checkpoint(source, tmp_path / "out", optimizer=source == run[0])
     with in_one_process() as backend:
         LoopState(backend, backend.replicate(nn.Linear(1, 1), None)).save(Checkpoints(tmp_path / "bare"), 1)
+        model = nn.Linear(1, 1, bias=False, dtype=torch.complex128)
+        LoopState(backend, backend.replicate(model, None)).save(Checkpoints(tmp_path / "complex"), 1)
     with pytest.raises(CheckpointError, match="no optimizer's state"):
         export_checkpoint(tmp_path / "bare", tmp_path / "out", form="torch", optimizer=True)
+    with pytest.raises(CheckpointError, match=r"'weight' is of torch.complex128, .* --format torch or dcp"):
+        export_checkpoint(tmp_path / "complex", tmp_path / "out")
+    export_checkpoint(tmp_path / "complex", tmp_path / "out", form="torch")
+    assert torch.equal(torch.load(tmp_path / "out", weights_only=True)["weight"], model.weight)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,33 @@ def test_a_compiled_model_gives_the_same_numbers(policy: str) -> None:
         torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-6)
 
 
+class Masked(nn.Module):
+    """Shows in its output which numbers its dropout has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.ones(64)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout((self.weight * x).square())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("backend", ["aot_eager", "eager", "eager_noexcept"])
+def test_a_compiled_backward_pass_has_the_masks_of_the_forward_pass_or_is_refused(backend: str, policy: str) -> None:
+    model = nn.Sequential(Masked())
+    checkpoint_activations(model, "0", policy=policy)
+    if backend != "aot_eager":
+        with pytest.raises(ConfigError, match=f"backend '{backend}' compiles no backward pass"):
+            compile_module(model, {"backend": backend})
+        return
+    compile_module(model, {"backend": backend})
+    output = model(torch.ones(64))
+    output.sum().backward()
+    assert torch.equal(model[0].weight.grad, 2 * output.detach())
+
+
 class Named(nn.Module):
     """Has arguments with the names of `torch.utils.checkpoint.checkpoint`'s own."""
 

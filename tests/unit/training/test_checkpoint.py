@@ -47,6 +47,22 @@ def test_everything_comes_back_as_it_was_saved(tmp_path, alone):
     assert other.a.weight is other.b.weight
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_come_back_equal_in_every_bit(tmp_path, alone, dtype):
+    def made():
+        model = nn.Sequential(nn.Linear(3, 2, dtype=dtype), nn.Linear(3, 2, dtype=dtype))
+        model[1].weight = model[0].weight
+        model.register_buffer("conjugate", torch.randn(3, 2, dtype=dtype).t().conj())
+        model.register_buffer("pair", torch.randn(3, 2))  # not to be taken for complex numbers
+        return model
+
+    model, other = made(), made()
+    path = save(Checkpoints(tmp_path), alone, 1, model)
+    load(alone, path, other)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
 def test_the_newest_are_kept(tmp_path, alone):
     checkpoints, model = Checkpoints(tmp_path, keep=2), Tied()
     for step in (1, 2, 10, 10, 11):
