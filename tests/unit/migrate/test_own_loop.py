@@ -187,7 +187,7 @@ def test_what_rank_0_loads_before_the_broadcast_reaches_the_others():
         ),
         ("loss.backward()", "loss.backward(torch.ones(()))", 19, "with arguments"),
         ("        optimizer.step()", "        if x:\n            optimizer.step()", 21, "accumulate"),
-        ("optimizer.step()", "opt.step()", 10, "no optimizer.step()"),
+        ("optimizer.step()", "opt.step()", 20, "opt.step(): if this steps optimizer"),
         ("print(loss)", "hvd.alltoall(t)", 22, "hvd.alltoall"),
         ("print(loss)", "f(hvd.size)", 22, "hvd.size"),
         ("print(loss)", "hvd.allreduce(t, op=op)", 22, "hvd.allreduce"),
