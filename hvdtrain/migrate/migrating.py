@@ -84,11 +84,7 @@ def scripts(places: Sequence[Path]) -> list[Path]:
         if not place.is_dir():
             found.append(place)
             continue
-        inside = [
-            file
-            for file in sorted(place.rglob("*.py"))
-            if not _is_others(file, place) and _names_horovod(file)
-        ]
+        inside = [file for file in sorted(place.rglob("*.py")) if not _is_others(file, place) and _names_horovod(file)]
         if not inside:
             raise ConfigError(f"{place}: no .py file in this folder names horovod")
         found += inside

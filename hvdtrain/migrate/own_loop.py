@@ -340,7 +340,7 @@ class _Rewriter(cst.CSTTransformer):
         node = original.body[steps_of(original.body, wrap.optimizer)[0].index]
         here = [i for i, line in enumerate(body) if f"{wrap.replica}.backward(" in code(line)]
         deeper = len(here) > 1 or (bool(here) and isinstance(body[here[-1]], cst.For | cst.While))
-        if not deeper and (here or not self._in_branch(original)):
+        if not deeper and (here or not self._may_be_left_out(original)):
             first = here[-1] + 1 if here else 0
             new = rewritten(body, wrap.optimizer, wrap.model, wrap.replica, first)
             if new is not None:
@@ -349,12 +349,13 @@ class _Rewriter(cst.CSTTransformer):
                 for note in new[1]:
                     self._remark(node, note, OWN_LOOP_PAGE, yours=False)
                 return new[0]
-        text = (
+        several = (
             "several backward passes to one step: all but the last go into `with replica.accumulate(last=False):`, without a division "
             "of the loss, and replica.step() ends them"
-            if deeper or not here
-            else "what stands between backward() and step() here has no counterpart; see replica.reduce_gradients()"
         )
+        text = several if deeper else "a step that may be left out. If it ends " + several
+        if here and not deeper:
+            text = "what stands between backward() and step() here has no counterpart; see replica.reduce_gradients()"
         self._remark(node, text, OWN_LOOP_PAGE)
         return body
 
@@ -384,8 +385,21 @@ class _Rewriter(cst.CSTTransformer):
             if not self._ended & set(itertools.islice(self._tree.around(call), 4))
         ]
 
-    def _in_branch(self, block: cst.CSTNode) -> bool:
-        return isinstance(self._tree.parent(block), cst.If)
+    def _may_be_left_out(self, block: cst.CSTNode) -> bool:
+        """Whether a block that steps is a branch, and another branch does not step, or there is none."""
+        branch = self._tree.parent(block)
+        if not isinstance(branch, cst.If | cst.Else) or self._wrap is None:
+            return False
+        while isinstance(above := self._tree.parent(branch), cst.If) and above.orelse is branch:
+            branch = above
+        each: cst.CSTNode | None = branch
+        while isinstance(each, cst.If | cst.Else):
+            if not steps_of(cst.ensure_type(each.body, cst.IndentedBlock).body, self._wrap.optimizer):
+                return True
+            if isinstance(each, cst.Else):
+                return False
+            each = each.orelse
+        return isinstance(branch, cst.If)
 
     def _opened(self, body: list[cst.BaseStatement]) -> Sequence[cst.BaseStatement]:
         """What follows hvd.init() goes into the backend's `with`."""

@@ -29,7 +29,9 @@ def read(path: Path) -> cst.Module:
         raise ConfigError(f"{path} is a notebook; export it first: jupyter nbconvert --to script {path}")
     module = _parsed(path, content)
     if module.bytes != content:  # old Macintosh line ends
-        raise ConfigError(f"{path} would not keep its bytes where nothing is to change (line ends?); end its lines with \\n")
+        raise ConfigError(
+            f"{path} would not keep its bytes where nothing is to change (line ends?); end its lines with \\n"
+        )
     return module
 
 

@@ -75,6 +75,8 @@ def rewritten(
     step = found[0]
     between, after = list(body[first : step.index]), list(body[step.index + 1 :])
     notes, kept, clip = _sorted_out(between, optimizer, model, step.scaler)
+    if any(_leaves(statement) for statement in kept):
+        return None
     if not any(_looks(statement, optimizer) for statement in kept):
         given = [f"clip_norm={clip}"] if clip else []
         if step.scaler:
@@ -148,6 +150,37 @@ def _clipping(call: cst.BaseExpression | None, model: str) -> str | None:
 def _looks(statement: cst.BaseStatement, optimizer: str) -> bool:
     text = code(statement)
     return any(word in text for word in _LOOKS) or f"{optimizer}.synchronize" in text
+
+
+def _leaves(statement: cst.BaseStatement) -> bool:
+    """Whether a statement may go on with the next batch, or end the loop, before the step."""
+    looker = _Leaving()
+    statement.visit(looker)
+    return looker.found
+
+
+class _Leaving(cst.CSTVisitor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def visit_For(self, node: cst.For) -> bool:
+        return False
+
+    def visit_While(self, node: cst.While) -> bool:
+        return False
+
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+        return False
+
+    def visit_Continue(self, node: cst.Continue) -> None:
+        self.found = True
+
+    def visit_Break(self, node: cst.Break) -> None:
+        self.found = True
+
+    def visit_Return(self, node: cst.Return) -> None:
+        self.found = True
 
 
 def code(node: cst.CSTNode) -> str:

@@ -141,6 +141,23 @@ def test_samples_are_those_of_a_batch_and_not_its_number(loop, samples):
     assert (f"replica.backward(loss, samples=len({samples}))" in code, remarks) == (True, [])
 
 
+def test_a_step_in_every_branch_is_a_step_of_every_batch():
+    code, remarks = moved(
+        changed(
+            "        optimizer.step()",
+            "        if clip:\n            optimizer.synchronize()\n            clip_grad_norm_(model.parameters(), clip)\n"
+            "            with optimizer.skip_synchronize():\n                optimizer.step()\n"
+            "        elif x:\n            optimizer.step()\n        else:\n            optimizer.step()\n            log()",
+        )
+    )
+    assert remarks == []
+    assert "            if clip:\n                replica.step(clip_norm=clip)\n            elif x:\n" in code
+    assert (
+        "            elif x:\n                replica.step()\n            else:\n                replica.step()\n"
+        in code
+    )
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -254,6 +271,18 @@ def test_what_rank_0_loads_before_the_broadcast_reaches_the_others():
         ("print(loss)", "f(hvd.size)", 22, "hvd.size"),
         ("print(loss)", "hvd.allreduce(t, op=op)", 22, "hvd.allreduce"),
         ("import torch\n", "import torch\nimport horovod.tensorflow as tf\n", 2, "TensorFlow"),
+        (
+            "        optimizer.step()",
+            "        if x:\n            pass\n        else:\n            optimizer.step()",
+            23,
+            "may be left out",
+        ),
+        (
+            "        optimizer.step()",
+            "        if x:\n            continue\n        optimizer.step()",
+            22,
+            "between backward() and step()",
+        ),
         ("hvd.init()", "hvd.init([0, 1])", 4, "hvd.init([0, 1])"),
         ("print(loss)", "report(hvd)", 22, "hvd itself is used here"),
         ("print(loss)", "print(hvd is None)", 22, "hvd itself is used here"),
