@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 
 import pytest
 from launching import missing
 
 import hvdtrain
+from hvdtrain import workers
 from hvdtrain.errors import ConfigError, RankFailure
 
 ENGINES = ["torch", "horovod"]
@@ -50,6 +54,22 @@ def test_a_killed_rank_is_named_by_its_signal():
 
     with pytest.raises(RankFailure):
         hvdtrain.spawn(work, 2, "torch", device="cpu", limit_s=60)
+
+
+CALLER = "import hvdtrain, os; hvdtrain.spawn(lambda backend: os.kill(os.getppid(), 9), 1, 'local')"
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_caller_that_was_killed_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with workers._exchange_folder() as held:
+        ended = subprocess.run(
+            [sys.executable, "-c", CALLER], env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60, check=False
+        )
+        assert ended.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("hvdtrain-spawn-*"))) == 2
+        assert hvdtrain.spawn(lambda backend: backend.rank, 1, "local", device="cpu") == [0]
+        assert list(tmp_path.glob("hvdtrain-spawn-*")) == [held]
 
 
 def test_ranks_that_take_too_long_are_ended():
