@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import linecache
 import math
 import os
 import pickle
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from hvdtrain.launch.launchers import spawned
 from hvdtrain.parcels import packed
 from hvdtrain.ranks.describing import EndedAsVictim, traced
 
+_PREFIX = "hvdtrain-spawn-"
+_HELD = "held-by-its-caller"  # a file that is there only while it is locked, or when its caller was killed
 _GRACE_S = 10.0  # how long ranks may outlive the first failure
 
 
@@ -76,8 +80,7 @@ def spawn(
         "spawn's ranks are other processes; make it inside the function, on each rank",
     )
     job = secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(prefix="hvdtrain-spawn-") as name:
-        folder = Path(name)
+    with _exchange_folder() as folder:
         (folder / "call").write_bytes(call)
         look = _look_nowhere
         if notebook.is_here():
@@ -92,6 +95,30 @@ def spawn(
         finally:
             _end(ranks)
         return [pickle.loads((folder / f"result-{rank}").read_bytes())[0] for rank in range(nprocs)]
+
+
+@contextlib.contextmanager
+def _exchange_folder() -> Iterator[Path]:
+    """A folder for what travels to the ranks and back; those of callers that were killed are removed, too."""
+    for other in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        _remove_if_left(other)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
+        folder = Path(name)
+        with (folder / "not-yet-held").open("wb") as held:
+            with contextlib.suppress(OSError):  # a file system without locks: such a folder stays
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(held.name).rename(folder / _HELD)
+            yield folder
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove another call's folder if nobody holds it any more: the kernel's lock ends with the process."""
+    with contextlib.suppress(OSError):
+        if folder.lstat().st_uid != os.geteuid():
+            return
+        with (folder / _HELD).open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _look_nowhere() -> None: ...

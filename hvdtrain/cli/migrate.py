@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdtrain.cli.voice import complain, say
+from hvdtrain.cli.voice import complain, say, show
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.flags import UsageError
 from hvdtrain.settings.wording import did_you_mean
@@ -30,7 +30,8 @@ error, with the line and the page that explains it.
   --write     change the files; without it nothing is written. A file with
               lines left for you is written with --own-loop only by patch:
               hvdtrain migrate --own-loop train.py | patch -p1
-  a folder    is searched for .py files that name horovod
+  a folder    is searched for .py files that name horovod, without what is
+              hidden or installed there (site-packages)
 
 exit codes:
   0    translated, or nothing to do
@@ -88,7 +89,7 @@ def _report(migration: Migration, *, write: bool, loop: bool) -> int:
             sys.stderr.write(f"{path}: {migration.nothing}\n")
         return 0 if migration.complete else 1
     if not write:
-        say(migration.diff().rstrip("\n"))
+        show(migration.diff())
     elif migration.complete or not loop:
         write_file(path, migration.new)
         sys.stderr.write(f"{path}: written\n")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 from hvdtrain.errors import HvdtrainError, LaunchError, OutputError, Preempted, RankFailure
 from hvdtrain.launch.detect import detect
@@ -24,10 +26,19 @@ def say(text: str) -> None:
     Raises:
         OutputError: It cannot be written; a reader that has gone is no error.
     """
+    _write(lambda out: out.write(text + "\n"))
+
+
+def show(content: bytes) -> None:
+    """Writes bytes to the standard output as they are, whatever its encoding; as `say` does otherwise."""
+    _write(lambda out: out.buffer.write(content))
+
+
+def _write(content: Callable[[TextIO], object]) -> None:
     if rank() != 0 or sys.stdout is None:  # None: it was closed before Python began (>&-)
         return
     try:
-        sys.stdout.write(text + "\n")
+        content(sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         with suppress(OSError):  # what is still to be written, Python would complain of at exit

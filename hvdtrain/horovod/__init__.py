@@ -79,6 +79,9 @@ from hvdtrain.horovod.state import size as size
 from hvdtrain.horovod.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 from hvdtrain.horovod.tracing import start_timeline as start_timeline
 from hvdtrain.horovod.tracing import stop_timeline as stop_timeline
+from hvdtrain.horovod_modules import NAMES
+
+__all__ = sorted({*NAMES[__name__], "is_homogeneous"})  # noqa: PLE0605 - what a script with `import *` is given, elastic too
 
 __version__ = VERSION
 """Of the Horovod whose API this is."""

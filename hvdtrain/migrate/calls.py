@@ -42,7 +42,7 @@ def translated(
         backend: The name of the backend.
     """
     if operation in _FACTS and not call.args:
-        return cst.parse_expression(_FACTS[operation].format(backend))
+        return _filled(_FACTS[operation], tree.quote_within(original), backend)
     if operation in ("allreduce", "allreduce_"):
         return _all_reduce(call, operation, tree, original, backend)
     if operation not in _COLLECTIVES:
@@ -54,7 +54,7 @@ def translated(
     if given is None:
         return None
     root = argument(call, "root_rank", 1)
-    return _filled(text, backend, given, cst.Integer("0") if root is None else root)
+    return _filled(text, '"', backend, given, cst.Integer("0") if root is None else root)
 
 
 def _all_reduce(
@@ -73,7 +73,7 @@ def _all_reduce(
     if given is None or meaning is None:
         return None
     ours = "all_reduce_" if operation.endswith("_") else "all_reduce"
-    return _filled("{0}." + ours + '({1}, "' + meaning + '")', backend, given)
+    return _filled("{0}." + ours + '({1}, "' + meaning + '")', tree.quote_within(original), backend, given)
 
 
 def _only(call: cst.Call, names: tuple[str, ...]) -> bool:
@@ -82,6 +82,6 @@ def _only(call: cst.Call, names: tuple[str, ...]) -> bool:
     return known and len(call.args) <= len(names) and not any(arg.star for arg in call.args)
 
 
-def _filled(text: str, backend: str, *values: cst.BaseExpression) -> cst.BaseExpression:
+def _filled(text: str, quote: str, backend: str, *values: cst.BaseExpression) -> cst.BaseExpression:
     codes = [cst.Module(body=[]).code_for_node(value) for value in values]
-    return cst.parse_expression(text.format(backend, *codes))
+    return cst.parse_expression(text.replace('"', quote).format(backend, *codes))

@@ -25,26 +25,41 @@ class _ImportsOfOurs(cst.CSTTransformer):
     def __init__(self, *, keep: bool) -> None:
         super().__init__()
         self._keep = keep
-        self._done = False
+        self._done = [False]  # in the module, and in each function around: imports in functions serve those alone
 
-    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:  # imports in functions serve those alone
-        return True
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
+        self._done.append(False)
+
+    def leave_FunctionDef(self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef) -> cst.FunctionDef:
+        self._done.pop()
+        return updated_node
 
     def leave_SimpleStatementLine(
         self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
     ) -> cst.BaseStatement | cst.FlattenSentinel[cst.BaseStatement] | cst.RemovalSentinel:
-        kept = [small for small in updated_node.body if not _imports_ours(small)]
-        if len(kept) == len(updated_node.body):
+        kept = [small for found in updated_node.body for small in _without_ours(found)]
+        if len(kept) == len(updated_node.body) and all(map(cst.CSTNode.deep_equals, kept, updated_node.body)):
             return updated_node
         new = cst.ensure_type(cst.parse_statement("import hvdtrain"), cst.SimpleStatementLine)
         if self._keep:
-            first, self._done = not self._done, True
+            first, self._done[-1] = not any(self._done), True
             return cst.FlattenSentinel([updated_node, new]) if first else updated_node
         lines: list[cst.BaseStatement] = [updated_node.with_changes(body=kept)] if kept else []
-        if not self._done:
-            self._done = True
+        if not any(self._done):
+            self._done[-1] = True
             lines.append(new if kept else new.with_changes(leading_lines=updated_node.leading_lines))
         return cst.FlattenSentinel(lines) if lines else cst.RemoveFromParent()
+
+
+def _without_ours(small: cst.BaseSmallStatement) -> list[cst.BaseSmallStatement]:
+    """What stays of a statement when our package of Horovod's names is no longer imported by it."""
+    if not isinstance(small, cst.Import):
+        return [] if _imports_ours(small) else [small]
+    others = [alias for alias in small.names if not alias.evaluated_name.startswith(OURS)]
+    if len(others) == len(small.names):
+        return [small]
+    others[-1:] = [alias.with_changes(comma=cst.MaybeSentinel.DEFAULT) for alias in others[-1:]]
+    return [small.with_changes(names=others)] if others else []
 
 
 def _imports_ours(small: cst.BaseSmallStatement) -> bool:
@@ -52,6 +67,4 @@ def _imports_ours(small: cst.BaseSmallStatement) -> bool:
         name = get_full_name_for_node(small.module) or ""
         names = [] if isinstance(small.names, cst.ImportStar) else [alias.evaluated_name for alias in small.names]
         return name == OURS or name.startswith(f"{OURS}.") or (name == "hvdtrain" and names == ["horovod"])
-    if isinstance(small, cst.Import):
-        return all(alias.evaluated_name.startswith(OURS) for alias in small.names)
     return False

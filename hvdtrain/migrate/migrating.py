@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +51,30 @@ class Migration:
             return "nothing to change: it imports hvdtrain, and nothing of Horovod's"
         return "nothing to change: it imports nothing of Horovod's"
 
-    def diff(self) -> str:
-        """What `patch -p1` takes, "" without a change."""
-        name = self.path.as_posix().lstrip("/")
-        lines = difflib.unified_diff(
-            self.old.code.splitlines(keepends=True), self.new.code.splitlines(keepends=True), f"a/{name}", f"b/{name}"
+    def diff(self) -> bytes:
+        """What `patch -p1` takes, in the file's own encoding; empty without a change."""
+        name = os.fsencode(self.path.as_posix().lstrip("/"))
+        if b" " in name:
+            name += b"\t"  # where a name ends
+        lines = difflib.diff_bytes(
+            difflib.unified_diff,
+            _lines(self.old),
+            _lines(self.new),
+            b"a/" + name,
+            b"b/" + name,
+            lineterm=b"\n",
         )
-        whole = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
-        return "".join(whole)
+        whole = [line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in lines]
+        return b"".join(whole)
+
+
+def _lines(module: cst.Module) -> list[bytes]:
+    """The lines as `patch` counts them: what else Python takes for a line's end (a form feed, say) is none."""
+    return re.findall(rb"[^\n]*\n|[^\n]+", module.bytes)
 
 
 def scripts(places: Sequence[Path]) -> list[Path]:
-    """The files that are meant: each that is named, and those of a folder that name horovod.
+    """The files that are meant: each that is named, and the user's own of a folder that name horovod.
 
     Raises:
         ConfigError: A folder has none.
@@ -70,22 +84,25 @@ def scripts(places: Sequence[Path]) -> list[Path]:
         if not place.is_dir():
             found.append(place)
             continue
-        inside = [
-            file
-            for file in sorted(place.rglob("*.py"))
-            if not any(part.startswith(".") for part in file.relative_to(place).parts) and _names_horovod(file)
-        ]
+        inside = [file for file in sorted(place.rglob("*.py")) if not _is_others(file, place) and _names_horovod(file)]
         if not inside:
             raise ConfigError(f"{place}: no .py file in this folder names horovod")
         found += inside
     return list(dict.fromkeys(found))
 
 
+def _is_others(file: Path, place: Path) -> bool:
+    """Whether a file of a folder is hidden, or belongs to what is installed in an environment there."""
+    inside = file.relative_to(place).parts
+    hidden = any(part.startswith(".") for part in inside)
+    return hidden or "site-packages" in inside or "dist-packages" in inside
+
+
 def _names_horovod(file: Path) -> bool:
     try:
-        return b"horovod" in file.read_bytes()
+        return file.is_file() and b"horovod" in file.read_bytes()
     except OSError:
-        return False
+        return True  # whether it does cannot be known; `read` says why
 
 
 def migrate(path: Path, *, loop: bool = False) -> Migration:

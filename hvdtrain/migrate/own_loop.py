@@ -13,6 +13,7 @@ A script that has not this shape keeps Horovod's API, on our engines, and is tol
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ from hvdtrain.migrate.pattern import (
     find,
     method,
     only,
+    per_step,
 )
 from hvdtrain.migrate.reach import outside
 from hvdtrain.migrate.remarks import API_PAGE, COLLECTIVES_PAGE, OWN_LOOP_PAGE, Remark
@@ -40,6 +42,8 @@ from hvdtrain.migrate.wrapping import Wrapping, wrapping
 
 _HOROVODS_API = re.compile(r"hvdtrain(\.| import .*)horovod")  # as it is imported once the imports were moved
 _BEGIN = "_hvdtrain_begins_here_"
+_OF_A_WRAPPED_ONE = ("synchronize", "skip_synchronize", "set_backward_passes_per_step")
+_SPELLS_A_NAME = (cst.Attribute, cst.AssignTarget, cst.NameItem, cst.AsName, cst.Param)
 
 
 def own_loop(module: cst.Module) -> tuple[cst.Module, list[Remark]]:
@@ -60,7 +64,7 @@ def own_loop(module: cst.Module) -> tuple[cst.Module, list[Remark]]:
     new = tree.wrapper.module.visit(rewriter)
     remarks = [*rewriter.remarks, *(wrap.remarks if wrap else [])]
     if wrap is not None:
-        remarks += _missing(tree, wrap, rewriter)
+        remarks += [*_missing(tree, wrap, rewriter), *rewriter.left_of_horovods()]
     return with_import(new, keep=any(remark.yours for remark in remarks)), remarks
 
 
@@ -119,6 +123,7 @@ class _Rewriter(cst.CSTTransformer):
         self.backwards = self.steps = 0
         self._loaders = _wrapped_loaders(pattern)
         self._loops: list[cst.For] = []
+        self._ended: set[cst.CSTNode] = set()  # blocks whose step is the replica's
         self._silent: set[cst.CSTNode] = set(wrap.dropped if wrap else ())
         self._silent |= {line for name, line in pattern.compressions.items() if self._only_for_wrap(name)}
 
@@ -137,8 +142,10 @@ class _Rewriter(cst.CSTTransformer):
         operation = self._tree.called(original_node)
         if not operation or operation in ("init", "DistributedOptimizer"):
             return updated_node
-        if "torch" not in self._pattern.names and operation == "allgather":
-            return self._left(original_node, updated_node, operation)
+        if operation == "allgather" and not self._pattern.has_torch:
+            text = "hvd.allgather becomes torch.cat(backend.all_gather(...)), where the file has `import torch`"
+            self._remark(original_node, text, COLLECTIVES_PAGE)
+            return updated_node
         new = translated(updated_node, operation, self._tree, original_node, self._backend)
         if new is None:
             return self._left(original_node, updated_node, operation)
@@ -154,6 +161,11 @@ class _Rewriter(cst.CSTTransformer):
         """A name of Horovod's that is not called: an argument such as op=hvd.Sum is its call's, all else is left."""
         operation = self._tree.operation(original)
         parent = self._tree.parent(original)
+        if self._tree.is_package(original) and not isinstance(parent, _SPELLS_A_NAME):
+            self._remark(
+                original, f"{code(original)} itself is used here: hvdtrain.init() gives a backend instead", API_PAGE
+            )
+            return updated
         called = isinstance(parent, cst.Call) and parent.func is original
         if not operation or called or isinstance(parent, cst.Attribute):
             return updated
@@ -219,6 +231,10 @@ class _Rewriter(cst.CSTTransformer):
     ) -> cst.BaseStatement | cst.RemovalSentinel:
         """Lines that are nothing but one call of Horovod's."""
         if operation == "init":
+            call = expressed(original_node)
+            if isinstance(call, cst.Call) and call.args:
+                text = f"hvd.init({code(call).partition('(')[2]}: hvdtrain.init() is for all ranks that were started"
+                self._remark(original_node, text, OWN_LOOP_PAGE)
             return _instead(updated_node, _BEGIN)
         if operation == "run":
             text = "horovod.run starts ranks by a launcher now: torchrun --nproc-per-node N, mpirun -np N or srun"
@@ -287,15 +303,12 @@ class _Rewriter(cst.CSTTransformer):
         )
         looker = _ModelCalls(self._wrap.model if self._wrap else "")
         (around.body if around is not None else self._tree.wrapper.module).visit(looker)
-        bare = {code(loop.target) for loop in self._loops} if self._loops else set()
+        given = [each for loop in self._loops for each in (loop.target, per_step(loop)) if each is not None]
+        bare = {code(each) for each in given}  # a whole batch of the loader, which may be a dictionary
         if len(set(looker.inputs)) == 1 and looker.inputs[0] not in bare:
             return looker.inputs[0]
         for loop in reversed(self._loops):
-            target: cst.BaseExpression = loop.target
-            if (get_full_name_for_node(loop.iter) or code(loop.iter)).startswith("enumerate") and isinstance(
-                target, cst.Tuple
-            ):
-                target = target.elements[-1].value
+            target = per_step(loop)
             if isinstance(target, cst.Tuple) and isinstance(target.elements[0].value, cst.Name):
                 return target.elements[0].value.value
         return ""
@@ -319,29 +332,74 @@ class _Rewriter(cst.CSTTransformer):
     def _step(self, original: cst.IndentedBlock | cst.Module, body: list[cst.BaseStatement]) -> list[cst.BaseStatement]:
         """A block with the optimizer's step in our words."""
         wrap = self._wrap
-        if wrap is None or is_skipping(self._tree.parent(original)) or not steps_of(body, wrap.optimizer):
+        if wrap is None or is_skipping(self._tree.parent(original)):
+            return body
+        if not steps_of(body, wrap.optimizer):
+            self._other_step(original)
             return body
         node = original.body[steps_of(original.body, wrap.optimizer)[0].index]
         here = [i for i, line in enumerate(body) if f"{wrap.replica}.backward(" in code(line)]
         deeper = len(here) > 1 or (bool(here) and isinstance(body[here[-1]], cst.For | cst.While))
-        if not deeper and (here or not self._in_branch(original)):
-            new = rewritten(body, wrap.optimizer, wrap.replica, here[-1] + 1 if here else 0)
+        if not deeper and (here or not self._may_be_left_out(original)):
+            first = here[-1] + 1 if here else 0
+            new = rewritten(body, wrap.optimizer, wrap.model, wrap.replica, first)
             if new is not None:
                 self.steps += 1
+                self._ended.add(original)
                 for note in new[1]:
                     self._remark(node, note, OWN_LOOP_PAGE, yours=False)
                 return new[0]
-        text = (
+        several = (
             "several backward passes to one step: all but the last go into `with replica.accumulate(last=False):`, without a division "
             "of the loss, and replica.step() ends them"
-            if deeper or not here
-            else "what stands between backward() and step() here has no counterpart; see replica.reduce_gradients()"
         )
+        text = several if deeper else "a step that may be left out. If it ends " + several
+        if here and not deeper:
+            text = "what stands between backward() and step() here has no counterpart; see replica.reduce_gradients()"
         self._remark(node, text, OWN_LOOP_PAGE)
         return body
 
-    def _in_branch(self, block: cst.CSTNode) -> bool:
-        return isinstance(self._tree.parent(block), cst.If)
+    def _other_step(self, block: cst.IndentedBlock | cst.Module) -> None:
+        """Says so where another optimizer than the wrapped one steps after a backward pass."""
+        after = False
+        for statement in block.body:
+            call = expressed(statement)
+            stepping = method(call, "step")
+            if call is not None and after and stepping and "sched" not in stepping.lower():
+                own = self._wrap.optimizer if self._wrap else ""
+                text = f"{code(call)}: if this steps {own}, replica.step() takes its place, without a closure; if not, what it steps needs a replica of its own"
+                self._remark(statement, text, OWN_LOOP_PAGE)
+            after |= bool(method(call, "backward"))
+
+    def left_of_horovods(self) -> list[Remark]:
+        """What is asked of the wrapped optimizer where no step was rewritten, and the optimizer does not have any more."""
+        looker = _WrappedOnly(self._wrap.optimizer if self._wrap else "")
+        self._tree.wrapper.module.visit(looker)
+        return [
+            Remark(
+                line=self._tree.line(call),
+                text=f"{code(call)}: the optimizer is no longer Horovod's; replica.reduce_gradients() exchanges before replica.step()",
+                page=OWN_LOOP_PAGE,
+            )
+            for call in looker.calls
+            if not self._ended & set(itertools.islice(self._tree.around(call), 4))
+        ]
+
+    def _may_be_left_out(self, block: cst.CSTNode) -> bool:
+        """Whether a block that steps is a branch, and another branch does not step, or there is none."""
+        branch = self._tree.parent(block)
+        if not isinstance(branch, cst.If | cst.Else) or self._wrap is None:
+            return False
+        while isinstance(above := self._tree.parent(branch), cst.If) and above.orelse is branch:
+            branch = above
+        each: cst.CSTNode | None = branch
+        while isinstance(each, cst.If | cst.Else):
+            if not steps_of(cst.ensure_type(each.body, cst.IndentedBlock).body, self._wrap.optimizer):
+                return True
+            if isinstance(each, cst.Else):
+                return False
+            each = each.orelse
+        return isinstance(branch, cst.If)
 
     def _opened(self, body: list[cst.BaseStatement]) -> Sequence[cst.BaseStatement]:
         """What follows hvd.init() goes into the backend's `with`."""
@@ -380,6 +438,19 @@ class _Rewriter(cst.CSTTransformer):
         return self._wrap is not None and self._wrap.compression == name and self._pattern.names.get(name, 0) <= 3
 
 
+class _WrappedOnly(cst.CSTVisitor):
+    """Calls of methods that only a wrapped optimizer has."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self.calls: list[cst.Call] = []
+
+    def visit_Call(self, node: cst.Call) -> None:
+        if any(method(node, name) == self._optimizer for name in _OF_A_WRAPPED_ONE):
+            self.calls.append(node)
+
+
 class _ModelCalls(cst.CSTVisitor):
     """What a model is called with, where that is a name."""
 
@@ -390,8 +461,9 @@ class _ModelCalls(cst.CSTVisitor):
 
     def visit_Call(self, node: cst.Call) -> None:
         name = get_full_name_for_node(node.func) or ""
-        if name.split(".")[-1] == self._model.split(".")[-1] and node.args and isinstance(node.args[0].value, cst.Name):
-            self.inputs.append(node.args[0].value.value)
+        first = node.args[0] if node.args else None
+        if name.split(".")[-1] == self._model.split(".")[-1] and first is not None and not first.star:
+            self.inputs += [first.value.value] if isinstance(first.value, cst.Name) else []
 
 
 def _wrapped_loaders(pattern: Pattern) -> dict[str, str]:

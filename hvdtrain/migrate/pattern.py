@@ -37,6 +37,7 @@ class Pattern:
         loaders: Names of DataLoaders, and of the sampler that each has.
         compressions: Names that only hold a compression, and their lines.
         names: Every name in the script.
+        has_torch: Whether ``torch`` is torch in the whole file.
     """
 
     inits: list[cst.SimpleStatementLine] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Pattern:
     loaders: dict[str, str] = field(default_factory=dict)
     compressions: dict[str, cst.SimpleStatementLine] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    has_torch: bool = False
 
 
 class Tree:
@@ -71,6 +73,19 @@ class Tree:
             if found.source is QualifiedNameSource.IMPORT and found.name.startswith(f"{OURS}."):
                 return str(found.name.removeprefix(f"{OURS}."))
         return ""
+
+    def is_package(self, node: cst.CSTNode) -> bool:
+        """Whether a name means our package of Horovod's names itself: ``hvd``."""
+        named = self._qualified.get(node, ()) if isinstance(node, cst.Name) else ()
+        return any(
+            found.source is QualifiedNameSource.IMPORT and found.name == OURS
+            for found in (named() if callable(named) else named)
+        )
+
+    def quote_within(self, node: cst.CSTNode) -> str:
+        """The quote that a text at this place may have: before Python 3.12, not that of the f-string around it."""
+        around = [above.start[-1] for above in self.around(node) if isinstance(above, cst.FormattedString)]
+        return "'" if '"' in around else '"'
 
     def called(self, node: cst.CSTNode | None) -> str:
         """The operation that an expression calls."""
@@ -161,6 +176,20 @@ def iterated(loop: cst.For) -> str:
     return get_full_name_for_node(what) or ""
 
 
+def per_step(loop: cst.For) -> cst.BaseExpression | None:
+    """What a loop gives in each step, without the count of ``enumerate``; None where that is several iterables' (zip)."""
+    what: cst.BaseExpression = loop.iter
+    target: cst.BaseExpression = loop.target
+    while isinstance(what, cst.Call) and what.args:
+        called = (get_full_name_for_node(what.func) or "").split(".")[-1]
+        if called == "zip":
+            return None
+        if called == "enumerate" and isinstance(target, cst.Tuple) and len(target.elements) == 2:
+            target = target.elements[1].value
+        what = what.args[0].value
+    return target
+
+
 def contains_backward(node: cst.CSTNode) -> bool:
     """Whether ``something.backward()`` is called in it."""
     looker = _Backward()
@@ -196,6 +225,10 @@ class _Finder(cst.CSTVisitor):
 
     def visit_Name(self, node: cst.Name) -> None:
         self.found.names[node.value] = self.found.names.get(node.value, 0) + 1
+
+    def visit_Import(self, node: cst.Import) -> None:
+        named = [alias.evaluated_name.split(".")[0] for alias in node.names if alias.asname is None]
+        self.found.has_torch |= "torch" in named and self._tree.function(node) is None
 
     def visit_Call(self, node: cst.Call) -> None:
         if self._tree.called(node) == "DistributedOptimizer":

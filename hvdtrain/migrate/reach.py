@@ -22,13 +22,13 @@ def outside(tree: Tree, pattern: Pattern) -> bool:
     functions = _Functions()
     tree.wrapper.module.visit(functions)
     reached: set[str] = set()
-    waiting = _called(following)
+    waiting = _named(following)
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting |= functions.calls.get(name, set())
-    needed = [*pattern.wraps, *pattern.broadcasts]
+            waiting |= functions.named.get(name, set())
+    needed = [*pattern.wraps, *pattern.broadcasts, *(loop for loop, _ in pattern.loops)]
     if not needed:
         return not following
     return any(
@@ -38,33 +38,30 @@ def outside(tree: Tree, pattern: Pattern) -> bool:
 
 
 class _Functions(cst.CSTVisitor):
-    """By the name of each function, what it calls."""
+    """By the name of each function, what it names."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, set[str]] = {}
+        self.named: dict[str, set[str]] = {}
 
     def visit_FunctionDef(self, node: cst.FunctionDef) -> None:
-        self.calls.setdefault(node.name.value, set()).update(_called([node.body]))
+        self.named.setdefault(node.name.value, set()).update(_named([node.body]))
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
-        self.calls.setdefault(node.name.value, set()).update(_called([node.body]) | {"__init__"})
+        self.named.setdefault(node.name.value, set()).update(_named([node.body]) | {"__init__"})
 
 
-class _Called(cst.CSTVisitor):
+class _Named(cst.CSTVisitor):
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
 
-    def visit_Call(self, node: cst.Call) -> None:
-        if isinstance(node.func, cst.Name):
-            self.names.add(node.func.value)
-        elif isinstance(node.func, cst.Attribute):
-            self.names.add(node.func.attr.value)
+    def visit_Name(self, node: cst.Name) -> None:  # a function may be handed on before it is called
+        self.names.add(node.value)
 
 
-def _called(nodes: Sequence[cst.CSTNode]) -> set[str]:
-    looker = _Called()
+def _named(nodes: Sequence[cst.CSTNode]) -> set[str]:
+    looker = _Named()
     for node in nodes:
         node.visit(looker)
     return looker.names

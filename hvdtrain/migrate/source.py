@@ -27,6 +27,15 @@ def read(path: Path) -> cst.Module:
         raise ConfigError(f"{path} is a binary file; name a .py file")
     if path.suffix == ".ipynb":
         raise ConfigError(f"{path} is a notebook; export it first: jupyter nbconvert --to script {path}")
+    module = _parsed(path, content)
+    if module.bytes != content:  # old Macintosh line ends
+        raise ConfigError(
+            f"{path} would not keep its bytes where nothing is to change (line ends?); end its lines with \\n"
+        )
+    return module
+
+
+def _parsed(path: Path, content: bytes) -> cst.Module:
     try:
         return cst.parse_module(content)
     except cst.ParserSyntaxError as error:
@@ -47,9 +56,12 @@ def write(path: Path, module: cst.Module) -> None:
     beside = path.with_name(f".{path.name}.migrating")
     try:
         target = path.resolve()  # a link stays a link
+        mode = target.stat().st_mode
+        if not mode & 0o222:
+            raise ConfigError(f"{path} cannot be written: it is read-only; chmod u+w {path}")
         beside = target.with_name(f".{target.name}.migrating")
         beside.write_bytes(module.bytes)
-        beside.chmod(target.stat().st_mode & 0o7777)
+        beside.chmod(mode & 0o7777)
         beside.replace(target)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -58,13 +58,14 @@ def is_skipping(node: cst.CSTNode | None) -> bool:
 
 
 def rewritten(
-    body: Sequence[cst.BaseStatement], optimizer: str, replica: str, first: int
+    body: Sequence[cst.BaseStatement], optimizer: str, model: str, replica: str, first: int
 ) -> tuple[list[cst.BaseStatement], list[str]] | None:
     """A block with its one step in our words, and notes; None if it has no step or more than one, or cannot be translated.
 
     Args:
         body: The block's statements.
         optimizer: The name of the wrapped optimizer.
+        model: The name of its model.
         replica: The name of ours.
         first: Where the gradients are complete: the index after the backward pass, or 0.
     """
@@ -73,7 +74,9 @@ def rewritten(
         return None
     step = found[0]
     between, after = list(body[first : step.index]), list(body[step.index + 1 :])
-    notes, kept, clip = _sorted_out(between, optimizer, step.scaler)
+    notes, kept, clip = _sorted_out(between, optimizer, model, step.scaler)
+    if any(_leaves(statement) for statement in kept):
+        return None
     if not any(_looks(statement, optimizer) for statement in kept):
         given = [f"clip_norm={clip}"] if clip else []
         if step.scaler:
@@ -92,7 +95,7 @@ def rewritten(
 
 
 def _sorted_out(
-    between: Sequence[cst.BaseStatement], optimizer: str, scaler: str
+    between: Sequence[cst.BaseStatement], optimizer: str, model: str, scaler: str
 ) -> tuple[list[str], list[cst.BaseStatement], str | None]:
     """What replica.step() does by itself, taken out: notes; what is kept; the clip's bound."""
     notes: list[str] = []
@@ -102,8 +105,8 @@ def _sorted_out(
         call = expressed(statement)
         if method(call, "synchronize") == optimizer:
             exchanged = True
-        elif _clipping(call) is not None and clip is None:
-            clip = _clipping(call)
+        elif _clipping(call, model) is not None and clip is None:
+            clip = _clipping(call, model)
             if not exchanged:
                 notes.append(
                     "clips the averaged gradient; the script clipped each rank's own before they were averaged"
@@ -133,11 +136,12 @@ def _exchanged_first(
     return rest, notes
 
 
-def _clipping(call: cst.BaseExpression | None) -> str | None:
-    """The bound in ``clip_grad_norm_(model.parameters(), bound)``, of an L2 norm."""
+def _clipping(call: cst.BaseExpression | None, model: str) -> str | None:
+    """The bound in ``clip_grad_norm_(model.parameters(), bound)``, of the whole model's L2 norm."""
     if not isinstance(call, cst.Call) or (get_full_name_for_node(call.func) or "").split(".")[-1] != "clip_grad_norm_":
         return None
-    if len(call.args) != 2 or not method(call.args[0].value, "parameters"):
+    clipped = method(call.args[0].value, "parameters") if len(call.args) == 2 else ""
+    if not clipped or clipped.rpartition(".")[2] != model.rpartition(".")[2]:
         return None
     bound = argument(call, "max_norm", 1)
     return None if bound is None else code(bound)
@@ -146,6 +150,37 @@ def _clipping(call: cst.BaseExpression | None) -> str | None:
 def _looks(statement: cst.BaseStatement, optimizer: str) -> bool:
     text = code(statement)
     return any(word in text for word in _LOOKS) or f"{optimizer}.synchronize" in text
+
+
+def _leaves(statement: cst.BaseStatement) -> bool:
+    """Whether a statement may go on with the next batch, or end the loop, before the step."""
+    looker = _Leaving()
+    statement.visit(looker)
+    return looker.found
+
+
+class _Leaving(cst.CSTVisitor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def visit_For(self, node: cst.For) -> bool:
+        return False
+
+    def visit_While(self, node: cst.While) -> bool:
+        return False
+
+    def visit_FunctionDef(self, node: cst.FunctionDef) -> bool:
+        return False
+
+    def visit_Continue(self, node: cst.Continue) -> None:
+        self.found = True
+
+    def visit_Break(self, node: cst.Break) -> None:
+        self.found = True
+
+    def visit_Return(self, node: cst.Return) -> None:
+        self.found = True
 
 
 def code(node: cst.CSTNode) -> str:

@@ -22,6 +22,7 @@ class Wrapping:
         statement: The line.
         optimizer: The name it is bound to.
         model: The model whose parameters it has.
+        inner: The name of what was wrapped, "" if it has none.
         replica: The name of what takes its place.
         replicate_at: The line at which the replica is made: this one, or the last broadcast of the same block, because
             what rank 0 loads from a file before a broadcast is to reach the others.
@@ -34,6 +35,7 @@ class Wrapping:
     statement: cst.SimpleStatementLine
     optimizer: str
     model: str
+    inner: str
     replica: str
     replicate_at: cst.SimpleStatementLine
     becomes: dict[cst.SimpleStatementLine, str] = field(default_factory=dict)
@@ -57,6 +59,7 @@ def wrapping(tree: Tree, pattern: Pattern, statement: cst.SimpleStatementLine) -
         statement=statement,
         optimizer=name,
         model=model,
+        inner=get_full_name_for_node(argument(call, "optimizer", 0) or cst.Name("")) or "",
         replica=f"{owner}.{replica}" if owner else replica,
         replicate_at=statement,
     )
@@ -157,6 +160,14 @@ def _said_of(tree: Tree, name: str, value: cst.BaseExpression) -> tuple[str, boo
     return f"{name}={text} has no counterpart in a replica", True
 
 
+def _of_the_replica(broadcast: cst.Call, wrap: Wrapping) -> bool:
+    """Whether a broadcast sends the wrapped model or optimizer, which a replica takes from rank 0 by itself."""
+    parameters, state = argument(broadcast, "params", 0), argument(broadcast, "optimizer", 0)
+    if method(parameters, "state_dict") == wrap.model or method(parameters, "named_parameters") == wrap.model:
+        return True
+    return state is not None and get_full_name_for_node(state) in (wrap.optimizer, wrap.inner)
+
+
 def _place_broadcasts(tree: Tree, pattern: Pattern, wrap: Wrapping) -> None:
     block = tree.parent(wrap.statement)
     line = tree.line(wrap.statement)
@@ -164,6 +175,8 @@ def _place_broadcasts(tree: Tree, pattern: Pattern, wrap: Wrapping) -> None:
     for broadcast in sorted(pattern.broadcasts, key=tree.line):
         call = cst.ensure_type(expressed(broadcast), cst.Call)
         root = argument(call, "root_rank", 1)
+        if not _of_the_replica(call, wrap):
+            continue
         if root is not None and code(root) != "0":
             text = f"root_rank={code(root)}: a replica takes rank 0's; let rank 0 be the one that loads"
             wrap.remarks.append(Remark(line=tree.line(broadcast), text=text, page=OWN_LOOP_PAGE))

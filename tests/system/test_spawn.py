@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 from launching import missing
 
 import hvdtrain
+from hvdtrain import workers
 from hvdtrain.errors import ConfigError, RankFailure
 
 ENGINES = ["torch", "horovod"]
@@ -65,6 +68,22 @@ def test_a_rank_that_leaves_is_named_also_when_all_are_seen_to_end_at_once(monke
     monkeypatch.setattr("hvdtrain.workers._look_nowhere", lambda: time.sleep(8))  # as on a machine that is busy
     with pytest.raises(RankFailure, match=f"rank {culprit} of 2 ended with exit code {code} and left no traceback"):
         hvdtrain.spawn(work, 2, "torch", (culprit, code), device="cpu")
+
+
+CALLER = "import hvdtrain, os; hvdtrain.spawn(lambda backend: os.kill(os.getppid(), 9), 1, 'local')"
+
+
+@pytest.mark.slow
+def test_the_folder_of_a_caller_that_was_killed_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with workers._exchange_folder() as held:
+        ended = subprocess.run(
+            [sys.executable, "-c", CALLER], env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60, check=False
+        )
+        assert ended.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob("hvdtrain-spawn-*"))) == 2
+        assert hvdtrain.spawn(lambda backend: backend.rank, 1, "local", device="cpu") == [0]
+        assert list(tmp_path.glob("hvdtrain-spawn-*")) == [held]
 
 
 def test_ranks_that_take_too_long_are_ended():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -29,6 +30,43 @@ def test_the_diff_is_what_patch_takes_and_nothing_is_written(script, capsys):
     assert out.startswith("--- a/train.py\n+++ b/train.py\n@@")
     subprocess.run(["patch", "-p1"], input=out, text=True, check=True, capture_output=True)
     assert script.read_text() == MOVED
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a name.py", SCRIPT.encode()),
+        ("latin.py", b"# coding: latin-1\n# caf\xe9\n" + SCRIPT.encode()),
+        ("mark.py", b"\xef\xbb\xbf" + SCRIPT.encode()),
+        ("feed.py", b"x = 1\n\x0c\n" + SCRIPT.encode() + b"\x0c\n"),
+        ("separator.py", SCRIPT.encode() + "s = 'a\u2028b\x85c\x1cd'".encode()),
+        ("windows.py", SCRIPT.replace("\n", "\r\n").encode()),
+    ],
+)
+def test_patch_makes_of_the_diff_what_write_writes(script, capfdbinary, name, content):
+    script.with_name(name).write_bytes(content)
+    assert main(["migrate", name]) == 0
+    diff = capfdbinary.readouterr().out
+    script.with_name("written.py").write_bytes(content)
+    assert main(["migrate", "--write", "written.py"]) == 0
+    done = subprocess.run(["patch", "-p1", "--binary", "--fuzz=0"], input=diff, check=False, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    assert script.with_name(name).read_bytes() == script.with_name("written.py").read_bytes() != content
+
+
+def test_a_diff_needs_no_encoding_of_the_terminal(script, monkeypatch):
+    script.write_text(f"# caf\u00e9\n{SCRIPT}")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["migrate", "train.py"]) == 0
+    assert " # caf\u00e9\n".encode() in terminal.buffer.getvalue()
+
+
+def test_a_read_only_file_is_left_as_it_is(script, capsys):
+    script.chmod(0o444)
+    assert main(["migrate", "--write", "train.py"]) == 2
+    assert "train.py cannot be written: it is read-only; chmod u+w train.py" in capsys.readouterr().err
+    assert (script.read_text(), [file.name for file in script.parent.iterdir()]) == (SCRIPT, ["train.py"])
 
 
 def test_write_changes_the_file_and_keeps_its_permissions_and_a_link(script, capsys):
@@ -69,6 +107,14 @@ def test_a_folder_is_searched_for_scripts_that_name_horovod(script, capsys):
     assert capsys.readouterr().err == "deep/other.py: written\ntrain.py: written\n"
 
 
+def test_what_is_installed_in_an_environment_of_a_folder_is_not_touched(script, capsys):
+    installed = script.parent / "env" / "lib" / "python3.12" / "site-packages" / "horovod" / "__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text(SCRIPT)
+    assert main(["migrate", "--write", "."]) == 0
+    assert (capsys.readouterr().err, installed.read_text()) == ("train.py: written\n", SCRIPT)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
@@ -78,6 +124,7 @@ def test_a_folder_is_searched_for_scripts_that_name_horovod(script, capsys):
         ("binary.py", b"\x7fELF\0\0", "is a binary file"),
         ("latin.py", b"# caf\xe9\nimport horovod.torch\n", "no text in the encoding"),
         ("odd.py", b"# coding: klingon\n", "no text in the encoding"),
+        ("mac.py", b"import horovod\rhorovod.init()\r", "would not keep its bytes"),
         ("book.ipynb", b"{}", "jupyter nbconvert"),
         ("huge.py", b"#" * 6_000_000, "which is no script"),
     ],

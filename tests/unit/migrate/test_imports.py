@@ -100,3 +100,9 @@ def test_our_modules_have_every_name_that_a_script_is_given():
     assert set(MODULES.values()) == set(homes) == set(NAMES)
     missing = {(home, name) for home, module in homes.items() for name in NAMES[home] if not hasattr(module, name)}
     assert missing == set()
+
+
+def test_import_star_gives_a_script_every_name_and_none_of_our_modules():
+    given: dict[str, object] = {}
+    exec("from hvdtrain.horovod import *", given)
+    assert {name for name in given if not name.startswith("__")} == NAMES[OURS] | {"is_homogeneous"}

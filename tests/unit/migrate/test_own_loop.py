@@ -128,6 +128,85 @@ def test_other_spellings_of_the_pattern_are_understood(old, new):
     assert ("replica.backward(loss, samples=len(x))" in code, remarks) == (True, [])
 
 
+@pytest.mark.parametrize(
+    ("loop", "samples"),
+    [
+        ("for i, (x, y) in tqdm(enumerate(loader)):", "x"),
+        ("for i, (x, y) in enumerate(tqdm(loader), 1):", "x"),
+        ("for x, y in prefetched(loader):", "x"),
+    ],
+)
+def test_samples_are_those_of_a_batch_and_not_its_number(loop, samples):
+    code, remarks = moved(changed("for x, y in loader:", loop).replace("model(x)", "model(x.cuda())"))
+    assert (f"replica.backward(loss, samples=len({samples}))" in code, remarks) == (True, [])
+
+
+def test_a_step_in_every_branch_is_a_step_of_every_batch():
+    code, remarks = moved(
+        changed(
+            "        optimizer.step()",
+            "        if clip:\n            optimizer.synchronize()\n            clip_grad_norm_(model.parameters(), clip)\n"
+            "            with optimizer.skip_synchronize():\n                optimizer.step()\n"
+            "        elif x:\n            optimizer.step()\n        else:\n            optimizer.step()\n            log()",
+        )
+    )
+    assert remarks == []
+    assert "            if clip:\n                replica.step(clip_norm=clip)\n            elif x:\n" in code
+    assert (
+        "            elif x:\n                replica.step()\n            else:\n                replica.step()\n"
+        in code
+    )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch, horovod.torch as hvd\n",
+        "import horovod.torch as hvd, torch\n",
+        "import torch\ntry:\n    import horovod.torch as hvd\nexcept ImportError:\n    hvd = None\n",
+    ],
+)
+def test_hvdtrain_is_imported_however_horovod_was(imports):
+    code, remarks = moved(changed("import torch\nimport horovod.torch as hvd\n", imports))
+    assert (remarks, "horovod" in code) == ([], False)
+    assert "import hvdtrain\n" in code
+    assert "import torch\n" in code
+
+
+def test_each_function_that_imports_horovod_imports_hvdtrain():
+    before, after = SCRIPT.split("hvd.init()\n")
+    inside = "".join(f"    {line}\n" for line in after.splitlines())
+    name = "import horovod.torch as hvd\n"
+    script = f"{before.replace(name, '')}def pin():\n    {name}    set(hvd.rank())\ndef main():\n    {name}    hvd.init()\n{inside}"
+    code, remarks = moved(script)
+    assert remarks == []
+    assert "    import hvdtrain\n    with hvdtrain.init() as backend:" in code
+
+
+def test_torch_cat_is_written_only_where_torch_is_torch():
+    script = changed("print(loss)", "hvd.allgather(loss)").replace("import torch\n", "import torch as th\n")
+    code, remarks = moved(script)
+    assert "hvd.allgather(loss)" in code
+    assert [(line, "where the file has `import torch`" in text) for line, text, yours in remarks if yours] == [
+        (22, True)
+    ]
+
+
+@pytest.mark.parametrize("quote", ['"', "'", '"""'])
+def test_a_text_in_an_f_string_has_the_other_quote(quote):
+    code, _ = moved(changed("print(loss)", f"print(f{quote}{{hvd.allreduce(loss)}} {{hvd.nccl_built()}}{quote})"))
+    other = '"' if quote == "'" else "'"
+    assert f"backend.all_reduce(loss, {other}mean{other})" in code
+    assert f"backend.engine == {other}nccl{other}" in code
+
+
+def test_clipping_a_part_of_the_model_is_not_clipping_the_model():
+    clipped = "clip_grad_norm_(model.head.parameters(), 1.0)\n        optimizer.step()"
+    code, remarks = moved(changed("optimizer.step()", clipped))
+    assert "replica.reduce_gradients()\n            clip_grad_norm_(model.head.parameters(), 1.0)" in code
+    assert [yours for _, _, yours in remarks] == [False]
+
+
 def test_functions_share_what_main_makes():
     script = """\
 import torch
@@ -187,11 +266,69 @@ def test_what_rank_0_loads_before_the_broadcast_reaches_the_others():
         ),
         ("loss.backward()", "loss.backward(torch.ones(()))", 19, "with arguments"),
         ("        optimizer.step()", "        if x:\n            optimizer.step()", 21, "accumulate"),
-        ("optimizer.step()", "opt.step()", 10, "no optimizer.step()"),
+        ("optimizer.step()", "opt.step()", 20, "opt.step(): if this steps optimizer"),
         ("print(loss)", "hvd.alltoall(t)", 22, "hvd.alltoall"),
         ("print(loss)", "f(hvd.size)", 22, "hvd.size"),
         ("print(loss)", "hvd.allreduce(t, op=op)", 22, "hvd.allreduce"),
         ("import torch\n", "import torch\nimport horovod.tensorflow as tf\n", 2, "TensorFlow"),
+        (
+            "        optimizer.step()",
+            "        if x:\n            pass\n        else:\n            optimizer.step()",
+            23,
+            "may be left out",
+        ),
+        (
+            "        optimizer.step()",
+            "        if x:\n            continue\n        optimizer.step()",
+            22,
+            "between backward() and step()",
+        ),
+        ("hvd.init()", "hvd.init([0, 1])", 4, "hvd.init([0, 1])"),
+        ("print(loss)", "report(hvd)", 22, "hvd itself is used here"),
+        ("print(loss)", "print(hvd is None)", 22, "hvd itself is used here"),
+        (
+            "hvd.broadcast_p",
+            "hvd.broadcast_parameters(teacher.state_dict())\nhvd.broadcast_p",
+            11,
+            "hvd.broadcast_parameters",
+        ),
+        (
+            "hvd.broadcast_p",
+            "hvd.broadcast_optimizer_state(other, 0)\nhvd.broadcast_p",
+            11,
+            "hvd.broadcast_optimizer_state",
+        ),
+        (
+            "optimizer = hvd",
+            "hvd.broadcast_parameters({'scale': s}, 0)\noptimizer = hvd",
+            10,
+            "hvd.broadcast_parameters",
+        ),
+        (
+            "for x, y in loader:\n        optimizer.zero_grad()\n        loss = criterion(model(x), y)",
+            "for i, x in enumerate(loader):\n        loss = model(x)",
+            18,
+            "how many samples",
+        ),
+        (
+            "for x, y in loader:\n        optimizer.zero_grad()\n        loss = criterion(model(x), y)",
+            "for i, (x, y) in zip(range(9), loader):\n        loss = model(x.cuda())",
+            18,
+            "how many samples",
+        ),
+        ("optimizer.step()", "optimizer.step(closure)", 20, "without a closure"),
+        (
+            "loss.backward()",
+            "if fast:\n            optimizer.synchronize()\n        loss.backward()",
+            20,
+            "optimizer.synchronize()",
+        ),
+        (
+            "    if hvd.rank",
+            "    for x, y in rest:\n        f(x).backward()\n        opt.step()\n    if hvd.rank",
+            23,
+            "opt.step(): if this steps optimizer",
+        ),
     ],
 )
 def test_what_cannot_be_translated_is_named_with_its_line(old, new, line, word):
@@ -238,6 +375,12 @@ def test_a_function_that_only_begins_is_no_place_for_a_block_around_the_work():
     code, remarks = moved(INITS)
     assert "import hvdtrain.horovod as hvd" in code
     assert [(line, "function that ends before the work" in text) for line, text, _ in remarks] == [(6, True)]
+
+
+def test_an_object_that_begins_and_is_trained_later_is_no_place_either():
+    script = INITS.replace("        self.model = Net()", "        hvd.init()\n        self.model = Net()")
+    _, remarks = moved(script.replace("    hvd.init()\n    seed()", "    seed()"))
+    assert [(line, "function that ends before the work" in text) for line, text, _ in remarks] == [(11, True)]
 
 
 def test_work_in_a_class_that_is_made_after_init_is_inside_the_block():
