@@ -87,7 +87,7 @@ def horovodrun_mpi(ranks: int, *argv: str) -> list[str]:
 
 
 def srun(ranks: int, *argv: str) -> list[str]:
-    return ["srun", "--quiet", "-N1", f"-n{ranks}", sys.executable, *argv]
+    return ["srun", "--quiet", "--kill-on-bad-exit=1", "-N1", f"-n{ranks}", sys.executable, *argv]
 
 
 LAUNCHERS = {

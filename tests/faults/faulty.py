@@ -87,4 +87,5 @@ def names(output: str, rank: int) -> bool:
     mpirun = rf"process rank {rank} with PID|Process name: \[[^\]]*,{rank}\]"
     torchrun = rf"rank\s*: {rank} \(local_rank: {rank}\)"
     horovodrun = rf"Process name: {rank}\b"
-    return re.search("|".join((own, mpirun, torchrun, horovodrun)), output) is not None
+    srun = rf"task {rank}: Exited with exit code 3"  # a victim's is 1
+    return re.search("|".join((own, mpirun, torchrun, horovodrun, srun)), output) is not None
