@@ -403,6 +403,18 @@ def test_a_part_that_is_not_used_is_named(backend):
     backend.barrier()
 
 
+def test_reentrant_checkpointing_is_refused_with_the_way_out(backend):
+    if not offered(backend) or backend.world_size == 1:
+        return
+    model = made(1)
+    replica = backend.replicate(model, optimizer_of("sgd", model), shard_modules=UNITS)
+    x = torch.ones(2, 5).double().requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(replica.model, x, use_reentrant=True).sum()
+    with pytest.raises(TrainingError, match="use_reentrant=False"):
+        replica.backward(loss, samples=2)
+    backend.barrier()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_types_are_summed_and_not_averaged(backend, reference, dtype):
     if not offered(backend):
