@@ -32,9 +32,9 @@ def main():
         test = digits(train=False, dtype=torch.float64)
         result = trainer.fit(digits(train=True, dtype=torch.float64), test, epochs=40, global_batch_size=64)
         found = best.checkpoints.find(backend)
-        # Back to the best; no epoch is left to train, so this loads, and evaluates.
+        # Back to the best: this loads and evaluates it, and trains nothing.
         again = trainer.fit(
-            digits(train=True, dtype=torch.float64), test, epochs=1, global_batch_size=64, resume_from=found
+            digits(train=True, dtype=torch.float64), test, epochs=0, global_batch_size=64, resume_from=found
         )
         outputs = trainer.predict(test)  # of all samples, in the data's order, on rank 0
         if backend.rank == 0:

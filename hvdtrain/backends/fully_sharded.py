@@ -87,7 +87,8 @@ class FullyShardedReplica(Replica):
         if lacking:
             raise TrainingError(
                 f"rank {self._backend.rank}: the loss did not depend on some parameters: {', '.join(lacking[:8])}"
-                f"{' ...' if len(lacking) > 8 else ''}. Freeze them before replicate(), or use them"
+                f"{' ...' if len(lacking) > 8 else ''}. Freeze them before replicate(), or use them; "
+                "reentrant activation checkpointing hides them: pass use_reentrant=False"
             )
         self._meet(_BACKWARD)
         self._going_back = True
