@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
+from hvdtrain.training.checkpoint_files import AS_PAIRS
 
 SAFE_TORCH = "2.10"
 """The first torch whose ``weights_only=True`` holds against what is known."""
@@ -36,7 +37,7 @@ def write_safetensors(model: Mapping[str, Tensor], file: Path, notes: Mapping[st
         CheckpointError: The format has no such numbers as a tensor holds.
     """
     for name, value in model.items():
-        if value.dtype in (torch.complex128, torch.complex32):
+        if value.dtype in AS_PAIRS:
             raise CheckpointError(
                 f"{name!r} is of {value.dtype}, which safetensors files cannot hold; give --format torch or dcp"
             )

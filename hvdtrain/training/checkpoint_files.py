@@ -42,10 +42,8 @@ FILES = (MODEL, *(f"{name}.{kind}" for name in STATES for kind in ("json", "safe
 _NAME = re.compile(r"step-(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_JSON = {MANIFEST: 2**26, "training.json": 2**30, "ranks.json": 2**30}
-_AS_PAIRS = (
-    torch.complex128,
-    torch.complex32,
-)  # which safetensors lacks: pairs of real numbers, named in the file's metadata
+AS_PAIRS = (torch.complex128, torch.complex32)
+"""Types that safetensors lacks: here pairs of real numbers, named in the file's metadata."""
 _KEYS: dict[str, type] = {
     "format": int,
     "step": int,
@@ -171,7 +169,7 @@ def remove(path: Path) -> None:
 
 def _fill(folder: Path, content: Content) -> None:
     tensors, aliases = _without_aliases(content.model)
-    pairs = {name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.dtype in _AS_PAIRS}
+    pairs = {name: str(tensor.dtype) for name, tensor in tensors.items() if tensor.dtype in AS_PAIRS}
     tensors |= {name: torch.view_as_real(tensors[name]) for name in pairs}
     save_file(tensors, folder / MODEL, pairs or None)
     del tensors
@@ -289,14 +287,7 @@ def read_model(saved: Saved) -> dict[str, Tensor]:
     Raises:
         CheckpointError: They cannot be read.
     """
-    file = Path(saved.path) / MODEL
-    tensors = _load(file)
-    try:
-        with safe_open(file, framework="pt") as content:
-            pairs = [name for name in content.metadata() or {} if name in tensors]
-        tensors |= {name: torch.view_as_complex(tensors[name]) for name in pairs}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    tensors = _load(Path(saved.path) / MODEL)
     return {**tensors, **{name: tensors[source] for name, source in saved.aliases.items()}}
 
 
@@ -390,7 +381,10 @@ def _tensor_names(file: Path) -> set[str]:
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as content:
+            pairs = [name for name in content.metadata() or {} if name in tensors]
+        return tensors | {name: torch.view_as_complex(tensors[name]) for name in pairs}
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
 
